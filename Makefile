@@ -1,0 +1,47 @@
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# DeepSpeed looks for `ninja` on the PATH when it compiles a kernel.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+help:
+	@echo 'make setup   build $(VENV) with everything the recipes and the tests need (PYTHON=python3.12 to choose another Python)'
+	@echo 'make demo    train a ResNet-20 on two pipeline stages (ARGS="--schedule 1f1b" to pass arguments on)'
+	@echo 'make test    lint, then run the tests (ARGS="-k plan" to pass arguments on to pytest)'
+	@echo 'make lint    ruff and mypy'
+	@echo 'make clean   remove caches, build files and runs/, keep $(VENV)'
+
+setup: $(STAMP)
+
+# A virtual environment whose creation was interrupted has a python but no pip.
+$(STAMP): setup.py pyproject.toml
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv --clear $(VENV)
+	@echo 'Installing into $(VENV): a few minutes and 6 GB the first time'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --editable '.[recipes,test]'
+	@touch $@
+
+# On CPU whether there are GPUs or not: the engine doesn't support them yet.
+demo: export DS_ACCELERATOR := cpu
+demo: export OMP_NUM_THREADS := 1
+demo: setup
+	@$(BIN)/deepspeed --quiet --num_gpus 2 recipes/resnet/train.py \
+		--deepspeed_config configs/resnet20_digits.json $(ARGS)
+
+test: lint
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+clean:
+	rm -rf build dist runs *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

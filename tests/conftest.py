@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+
+import pytest
+
+# Before anything imports DeepSpeed, which picks its accelerator once.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from distributed import Ranks
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    import numpy
+    import torch
+
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], Ranks]]:
+    """`ranks(4).run(fn, *args)`: processes that the whole session shares, see `distributed.Ranks`."""
+    pools: dict[int, Ranks] = {}
+
+    def get(world_size: int) -> Ranks:
+        return pools.setdefault(world_size, Ranks(world_size))
+
+    yield get
+    for pool in pools.values():
+        pool.close()
