@@ -1,0 +1,30 @@
+"""Bubble-free pipeline training for DeepSpeed: decoupled delayed gradients (DDG, Huo et al., ICML 2018).
+
+``ds_ddg.initialize`` takes the place of ``deepspeed.initialize``; the training loop stays as it is. Reading order of
+the modules, which is also their import order: plan, simulate, draw, config, versions, channel, schedule, local,
+execute, engine, initialize, reference.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ds_ddg.config import DDGConfig
+    from ds_ddg.engine import DDGEngine
+    from ds_ddg.initialize import initialize
+
+__all__ = ["DDGConfig", "DDGEngine", "initialize"]
+__version__ = "0.1.0"
+
+_HOME = {"DDGConfig": "config", "DDGEngine": "engine", "initialize": "initialize"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch and DeepSpeed only when they are asked for: the plan and the simulator need neither."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'ds_ddg' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(f"ds_ddg.{_HOME[name]}"), name)
+    return value

@@ -1,0 +1,246 @@
+"""Asynchronous messages between two stages: an outbox that never blocks and an inbox that is always listening.
+
+A message is a small header (JSON in a fixed number of bytes) and any number of tensors. Every message has buffers of
+its own: the sender's live until they are sent, the receiver's belong to whoever takes the message. DeepSpeed's ``p2p``
+blocks and receives into shared buffers, so it cannot be used here.
+
+The receiver always has one header receive posted. The shape of the first data message becomes the *standing* one:
+from then on a receive for its tensors is posted too, so that they travel while this stage computes. Messages of
+another shape (evaluation, say) are received on demand. Both sides derive which is which from the messages alone.
+
+A work handle of gloo must be waited on exactly once (twice hangs), so handles are popped when they are waited on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from enum import Enum
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Inbox", "Kind", "Message", "Outbox", "StageError"]
+
+_HEADER_BYTES = 4096
+_TEXT_LIMIT = 2048
+_HEADER_TAG, _STANDING_TAG, _ON_DEMAND_TAG = 0, 1, 2
+
+Spec = tuple[tuple[str, tuple[int, ...]] | None, ...]
+"""Type and shape of each tensor of a message; None where there is none."""
+
+
+class StageError(RuntimeError):
+    """Another stage failed, left or was lost; the message says which and why."""
+
+
+class Kind(str, Enum):
+    """What a message is about."""
+
+    DATA = "data"
+    """The tensors of one micro-batch, or the loss of one call."""
+    BEGIN = "begin"
+    """A call begins; the receiver checks that it is in the same one."""
+    END = "end"
+    """Instead of BEGIN: the data ended."""
+    ERROR = "error"
+    """The sender failed; `text` says how."""
+    PARK = "park"
+    """The pipeline is drained: release the standing receive."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message as received: its kind, small values, and tensors that now belong to the receiver."""
+
+    kind: Kind
+    info: dict[str, Any]
+    tensors: tuple[Tensor | None, ...] = ()
+
+
+def _spec_of(tensors: Sequence[Tensor | None]) -> Spec:
+    return tuple(None if t is None else (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for t in tensors)
+
+
+def _empty(spec: Spec) -> list[Tensor | None]:
+    return [None if s is None else torch.empty(s[1], dtype=getattr(torch, s[0])) for s in spec]
+
+
+def _present(tensors: Iterable[Tensor | None]) -> Iterable[Tensor]:
+    """The tensors that really travel, as raw bytes: every dtype of torch goes over every back end that way."""
+    return [t.reshape(-1).view(torch.uint8) for t in tensors if t is not None and t.numel() > 0]
+
+
+@dataclass
+class Outbox:
+    """Sends messages to global rank `peer` without waiting for it.
+
+    Args:
+        group: a gloo process group of this stage, its neighbour and no other traffic in this direction.
+        peer: global rank of the receiver.
+        name: what errors call the receiver, such as "stage 1 (rank 1)".
+        depth: data messages that may be on their way; the schedule guarantees that an older one has arrived, so
+            waiting for it never blocks.
+    """
+
+    group: dist.ProcessGroup
+    peer: int
+    name: str
+    depth: int
+    _sent: deque[tuple[Kind, list[tuple[Any, Tensor]]]] = field(default_factory=deque)
+    _standing: Spec | None = None
+
+    @property
+    def pending(self) -> int:
+        """Messages not known to have arrived."""
+        return len(self._sent)
+
+    def post(self, kind: Kind, tensors: Sequence[Tensor | None] = (), **info: Any) -> None:
+        """Send one message; `tensors` must not be written to afterwards."""
+        payload = [None if t is None else t.detach().contiguous() for t in tensors]
+        spec = _spec_of(payload)
+        standing = kind is Kind.DATA and spec == self._standing
+        works = [self._send(_encode(kind, spec, standing, info), _HEADER_TAG)]
+        works += [self._send(part, _STANDING_TAG if standing else _ON_DEMAND_TAG) for part in _present(payload)]
+        if kind is Kind.DATA and self._standing is None:
+            self._standing = spec
+        self._sent.append((kind, works))
+        while sum(sent is Kind.DATA for sent, _ in self._sent) > self.depth:
+            self._settle_oldest()
+
+    def park(self) -> None:
+        """Let the receiver drop its standing receive (by filling it once more), then wait until all has arrived."""
+        works = [self._send(_encode(Kind.PARK, (), False, {}), _HEADER_TAG)]
+        works += [self._send(part, _STANDING_TAG) for part in _present(_empty(self._standing or ()))]
+        self._standing = None
+        self._sent.append((Kind.PARK, works))
+        while self._sent:
+            self._settle_oldest()
+
+    def post_error(self, text: str, patience: timedelta = timedelta(seconds=5)) -> None:
+        """Tell the peer, as far as it can still be reached, that this stage failed."""
+        try:
+            work, _ = self._send(_encode(Kind.ERROR, (), False, {"text": text}), _HEADER_TAG)
+            work.wait(patience)
+        except RuntimeError:
+            return  # the peer is gone or stuck; it learns of the failure from the broken connection
+
+    def _send(self, part: Tensor, tag: int) -> tuple[Any, Tensor]:
+        try:
+            return dist.isend(part, self.peer, group=self.group, tag=tag), part
+        except RuntimeError as error:
+            _raise_lost(self.name, "a message could not be sent to it", error)
+
+    def _settle_oldest(self) -> None:
+        for work, _ in self._sent.popleft()[1]:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                _raise_lost(self.name, "a message to it did not arrive", error)
+
+
+class Inbox:
+    """Receives the messages of global rank `peer`, in the order in which they were sent.
+
+    Args:
+        group: a gloo process group of this stage, its neighbour and no other traffic in this direction.
+        peer: global rank of the sender.
+        name: what errors call the sender, such as "stage 1 (rank 1)".
+    """
+
+    def __init__(self, group: dist.ProcessGroup, peer: int, name: str) -> None:
+        self.group = group
+        self.peer = peer
+        self.name = name
+        self._standing: Spec | None = None
+        self._standing_receive: tuple[list[Tensor | None], list[Any]] | None = None
+        self._header = self._post_header()
+
+    def take(self, *expected: Kind, what: str = "a message") -> Message:
+        """Wait for the next message and hand it over; `what` says in errors what was waited for.
+
+        Raises:
+            StageError: the sender failed, or is lost, or the wait timed out.
+            RuntimeError: the message is of a kind not `expected`; the ranks are out of step.
+        """
+        header, work = self._header
+        self._wait(work, what)
+        message, spec, standing = _decode(header)
+        if message.kind is Kind.ERROR:
+            raise StageError(message.info["text"])
+        self._header = self._post_header()
+        if message.kind is Kind.PARK:
+            self._take_standing(what)
+            self._standing = None
+        elif message.kind is Kind.DATA:
+            tensors = self._take_standing(what) if standing else self._receive(spec, what)
+            message = Message(message.kind, message.info, tuple(tensors))
+            self._standing = self._standing or spec
+            if self._standing_receive is None:
+                self._standing_receive = self._post(self._standing, _STANDING_TAG)
+        if message.kind not in expected:
+            names = " or ".join(kind.name for kind in expected)
+            raise RuntimeError(
+                f"the ranks are out of step: expected {what} ({names}) from {self.name}, got {message.kind.name}; "
+                "make the same calls (train_batch, eval_batch, drain, ...) in the same order on every rank"
+            )
+        return message
+
+    def _post_header(self) -> tuple[Tensor, Any]:
+        header = torch.empty(_HEADER_BYTES, dtype=torch.uint8)
+        return header, self._irecv(header, _HEADER_TAG)
+
+    def _post(self, spec: Spec, tag: int) -> tuple[list[Tensor | None], list[Any]]:
+        tensors = _empty(spec)
+        return tensors, [self._irecv(part, tag) for part in _present(tensors)]
+
+    def _take_standing(self, what: str) -> list[Tensor | None]:
+        if self._standing_receive is None:
+            return []
+        tensors, works = self._standing_receive
+        self._standing_receive = None
+        for work in works:
+            self._wait(work, what)
+        return tensors
+
+    def _receive(self, spec: Spec, what: str) -> list[Tensor | None]:
+        tensors, works = self._post(spec, _ON_DEMAND_TAG)
+        for work in works:
+            self._wait(work, what)
+        return tensors
+
+    def _irecv(self, part: Tensor, tag: int) -> Any:
+        try:
+            return dist.irecv(part, self.peer, group=self.group, tag=tag)
+        except RuntimeError as error:
+            _raise_lost(self.name, "it cannot be listened to", error)
+
+    def _wait(self, work: Any, what: str) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            _raise_lost(self.name, f"this stage waited for {what} from it", error)
+
+
+def _raise_lost(name: str, why: str, error: RuntimeError) -> NoReturn:
+    raise StageError(f"{name} is lost: {why} ({str(error).splitlines()[0]})") from error
+
+
+def _encode(kind: Kind, spec: Spec, standing: bool, info: dict[str, Any]) -> Tensor:
+    info = {key: value[:_TEXT_LIMIT] if isinstance(value, str) else value for key, value in info.items()}
+    text = json.dumps([kind.value, spec, standing, info]).encode()
+    if len(text) > _HEADER_BYTES:
+        raise ValueError(f"a message of {len(spec)} tensors needs a header of {len(text)} bytes, at most {_HEADER_BYTES}")
+    header = torch.zeros(_HEADER_BYTES, dtype=torch.uint8)
+    header[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return header
+
+
+def _decode(header: Tensor) -> tuple[Message, Spec, bool]:
+    kind, spec, standing, info = json.loads(header.numpy().tobytes().rstrip(b"\0"))
+    return Message(Kind(kind), info), tuple(s and (s[0], tuple(s[1])) for s in spec), standing

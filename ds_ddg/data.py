@@ -1,0 +1,117 @@
+"""The data of a whole call, fetched before its first message is sent.
+
+The first stage reads the inputs and the last the labels, each from its own loader. Fetching all M micro-batches first
+means that data which ends, is malformed or changes shape stops the call before anything of it has been trained on.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ds_ddg.channel import StageError
+
+__all__ = ["Feed"]
+
+_READY, _ENDED, _FAILED = 0, 1, 2
+
+
+class Feed:
+    """Micro-batches of the current call on the first and the last stage; elsewhere it does nothing.
+
+    Args:
+        inputs: this stage reads the inputs, ``batch[0]``.
+        labels: this stage reads the labels, ``batch[1]``, and cannot do without.
+        targets: this stage is the last, with or without need of labels.
+        fixed_shape: whether inputs must keep the shape of the first ones.
+        replicas: process group of this stage's data-parallel replicas, or None; they stop together.
+        device: where `replicas` can all-reduce.
+    """
+
+    def __init__(
+        self, *, inputs: bool, targets: bool, labels: bool, fixed_shape: bool, replicas: Any, device: torch.device
+    ) -> None:
+        self._inputs, self._targets, self._labels = inputs, targets, labels
+        self._fixed_shape = fixed_shape
+        self._replicas, self._device = replicas, device
+        self._shape: list[Any] | None = None
+        self._batches: deque[Any] = deque()
+
+    def fetch(
+        self, data_iter: Iterator[Any] | None, count: int, batch_fn: Callable[[Any], Any] | None, training: bool
+    ) -> bool:
+        """Pull `count` micro-batches; False if the data ends before, here or on another replica.
+
+        Raises:
+            ValueError, TypeError: the data is not what a pipeline can use.
+            StageError: that happened on another replica.
+        """
+        self.clear()
+        if not (self._inputs or self._targets):
+            return True
+        state, error = _READY, None
+        try:
+            for _ in range(count):
+                self._batches.append(self._checked(self._pull(data_iter, batch_fn), training))
+        except StopIteration:
+            state = _ENDED
+        except Exception as problem:
+            state, error = _FAILED, problem
+        state = self._worst(state)
+        if error is not None:
+            raise error
+        if state == _FAILED:
+            raise StageError("the data of another data-parallel replica of this stage is not usable; see its message")
+        if state == _ENDED:
+            self.clear()
+        return state == _READY
+
+    def take(self) -> Any:
+        """The next micro-batch of the call, ``(inputs, labels)``."""
+        return self._batches.popleft()
+
+    def clear(self) -> None:
+        """Drop what a call that did not happen has left."""
+        self._batches.clear()
+
+    def _pull(self, data_iter: Iterator[Any] | None, batch_fn: Callable[[Any], Any] | None) -> Any:
+        if data_iter is None and batch_fn is None:
+            raise ValueError(
+                "no data: pass an iterator to train_batch(data_iter=...), or training_data=... to initialize()"
+            )
+        batch = None if data_iter is None else next(data_iter)
+        return batch if batch_fn is None else batch_fn(batch)
+
+    def _checked(self, batch: Any, training: bool) -> Any:
+        if not isinstance(batch, (tuple, list)) or not batch:
+            raise TypeError(f"a micro-batch must be a tuple (inputs, labels), got {type(batch).__name__}")
+        inputs, labels = batch[0], batch[1] if len(batch) > 1 else None
+        if self._targets and self._labels and labels is None:
+            raise ValueError(
+                "labels are missing: the last stage needs (inputs, labels) for its loss_fn, "
+                f"got a micro-batch of {len(batch)} element(s)"
+            )
+        if self._inputs:
+            tensors = [inputs] if torch.is_tensor(inputs) else inputs
+            if not isinstance(tensors, (tuple, list)) or not all(map(torch.is_tensor, tensors)):
+                raise TypeError(f"inputs must be a tensor or a tuple of tensors, got {type(inputs).__name__}")
+            shape = [tuple(t.shape) for t in tensors]
+            if training and self._fixed_shape:
+                if self._shape not in (None, shape):
+                    raise ValueError(
+                        f"the inputs changed shape from {self._shape} to {shape}; "
+                        "make every micro-batch the same shape (drop_last=True, padding)"
+                    )
+                self._shape = shape
+        return inputs, labels
+
+    def _worst(self, state: int) -> int:
+        if self._replicas is None:
+            return state
+        worst = torch.tensor([state], device=self._device)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self._replicas)
+        return int(worst.item())

@@ -1,0 +1,257 @@
+"""``DDGEngine``: a ``PipelineEngine`` whose ``train_batch`` leaves its last micro-batches in flight.
+
+A call never waits for the stages behind it: it ends when this stage has done its M ticks. What that changes for the
+rest of the engine's life is here; how one instruction is carried out is in ``execute.py``; their order in ``plan.py``.
+
+    train_batch   data for the whole call first, then the plan's operations, then the newest loss known without a wait
+    drain         the backward passes in flight, an update whenever M have accumulated; nothing is retained
+    eval_batch    between two calls, with buffers of its own; what is in flight stays there
+    schedule      "ddg" or "1f1b", switched between calls, draining first
+
+Calls count from 0 on every rank alike, and so do the learning rate and ``global_steps``, whatever is in flight.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.utils import logger
+
+from ds_ddg.channel import Kind, StageError
+from ds_ddg.config import DDGConfig, refuse_unsupported
+from ds_ddg.data import Feed
+from ds_ddg.execute import Executor
+from ds_ddg.links import Links
+from ds_ddg.local import StageLocalGrid
+from ds_ddg.plan import DDGPlan
+from ds_ddg.schedule import DDGSchedule
+from ds_ddg.versions import WeightVersions
+
+__all__ = ["DDGEngine", "DDGMixin"]
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _together(method: _Method) -> _Method:
+    """If this stage fails, tell the others before raising, so that no rank is left waiting."""
+
+    @functools.wraps(method)
+    def run(self: DDGMixin, *args: Any, **kwargs: Any) -> Any:
+        if self._failure is not None:
+            raise StageError(self._failure)
+        try:
+            return method(self, *args, **kwargs)
+        except StopIteration:
+            raise
+        except Exception as error:
+            self._fail(error)
+            raise
+
+    return run  # type: ignore[return-value]
+
+
+class DDGMixin(Executor):
+    """The delayed schedule on top of any ``PipelineEngine``; see the module's docstring."""
+
+    _failure: str | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.ddg = DDGConfig.parse(kwargs["config_class"]._param_dict.get("ddg"))
+        if self.ddg.enabled:
+            refuse_unsupported(kwargs["config_class"], kwargs["model"])
+        self._schedule = "1f1b"
+        super().__init__(*args, **kwargs)
+        self._calls = 0
+        self._filled_at = 0
+        self._loss_call, self._loss_value = -1, 0.0
+        self.versions = WeightVersions(self.module.parameters(), stash=self.ddg.weights == "stash")
+        self.pipe_buffers.update(grads=[], rng=[])
+        self._feed = Feed(
+            inputs=self.is_first_stage(),
+            targets=self.is_last_stage(),
+            labels=self.module.loss_fn is not None,
+            fixed_shape=self.num_stages > 1 and not self.dynamic_shape,
+            replicas=self.mpu.get_data_parallel_group() if self.is_data_parallel else None,
+            device=self.device,
+        )
+        self._links = Links(self.grid.topology().get_axis_comm_lists("pipe"), self.global_rank, self.plan)
+        if self.ddg.enabled and self.ddg.sync_steps == 0:
+            self.schedule = "ddg"
+
+    # -- life of a call ---------------------------------------------------------------------------------------------
+
+    @_together
+    def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
+        """One call: M ticks and at most one update. DeepSpeed's signature and, but for its age, its result.
+
+        Args:
+            data_iter: yields micro-batches ``(inputs, labels)``; exactly M are pulled on the first and last stage.
+
+        Returns:
+            0-dim tensor, the same on every rank: the mean loss of call number ``loss_step``.
+
+        Raises:
+            StopIteration: on every rank, if the data ends inside this call; nothing of the call has been trained on.
+            StageError: another stage failed, left or was lost.
+        """
+        if self.ddg.enabled and self._calls == self.ddg.sync_steps > 0:
+            self.schedule = "ddg"
+        if data_iter is not None:
+            self.set_dataiterator(data_iter)
+        self._begin("train_batch", self.data_iterator, self.micro_batches)
+        return super().train_batch()
+
+    @_together
+    def eval_batch(self, data_iter: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        """Evaluate the weights of the current call on all stages. DeepSpeed's signature and result."""
+        count = kwargs.get("num_micro_batches") or self.micro_batches
+        self._begin("eval_batch", data_iter, count)
+        with self._buffers_of_its_own():
+            return super().eval_batch(data_iter, *args, **kwargs)
+
+    @_together
+    def drain(self) -> None:
+        """Finish every backward pass in flight. Nothing is left in flight or retained; twice does nothing.
+
+        Steps the optimizer whenever M gradients have accumulated and once for the rest, at the present learning rate.
+        """
+        end = self._calls * self.micro_batches
+        if self._schedule == "1f1b" or end == self._filled_at:
+            return
+        self.module.train()
+        ops = self.plan.drain(self.stage_id, end, self._filled_at)
+        self._exec_schedule(DDGSchedule(self.plan, self.stage_id, ops, draining=True))
+        self._learn_loss(self._calls - 1)
+        self._links.park()
+        self._filled_at = end
+        self.versions.assert_empty()
+
+    @property
+    def schedule(self) -> str:
+        """``"ddg"`` or ``"1f1b"`` (DeepSpeed's own); assign between calls, on every rank, to switch."""
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, name: str) -> None:
+        if name not in ("ddg", "1f1b"):
+            raise ValueError(f'schedule must be "ddg" or "1f1b", got {name!r}')
+        if name == "ddg" and not self.ddg.enabled:
+            refuse_unsupported(self._config, self.module)
+        self.drain()
+        self._schedule = name
+        self._INSTRUCTION_MAP = self._ddg_instruction_map() if name == "ddg" else type(self)._INSTRUCTION_MAP
+        self._filled_at = self._calls * self.micro_batches
+        self.pipe_buffers = {column: [None] * self.num_pipe_buffers for column in self.pipe_buffers}
+        self.reset_activation_shape()
+
+    @property
+    def plan(self) -> DDGPlan:
+        """The plan of the delayed schedule at the present number of micro-batches."""
+        return DDGPlan(self.num_stages, self.micro_batches, self.ddg.slack)
+
+    @property
+    def loss_step(self) -> int:
+        """The call (0-based, as ``global_steps`` counts them) that the loss last returned belongs to."""
+        return self._loss_call + self.global_steps - self._calls
+
+    # -- what DeepSpeed calls ---------------------------------------------------------------------------------------
+
+    def _train_schedule(self) -> Any:
+        if self._schedule == "1f1b":
+            return super()._train_schedule()
+        ops = self.plan.call(self.stage_id, self._calls, self._filled_at)
+        return DDGSchedule(self.plan, self.stage_id, ops)
+
+    def _next_batch(self) -> Any:
+        return self._feed.take()
+
+    def _configure_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.ddg.enabled:
+            return super()._configure_optimizer(*args, **kwargs)
+        grid, self.mpu = self.mpu, StageLocalGrid(self.mpu)
+        try:
+            return super()._configure_optimizer(*args, **kwargs)
+        finally:
+            self.mpu = grid
+
+    def _aggregate_total_loss(self) -> torch.Tensor:
+        call, self._calls = self._calls, self._calls + 1
+        if self._schedule == "1f1b":
+            loss = super()._aggregate_total_loss()
+            self._loss_call, self._loss_value = call, float(loss)
+            return loss
+        if self.is_last_stage():
+            self._links.tell_loss(call, self._mean_loss())
+        delay = 0 if self.ddg.loss == "exact" else self.plan.staleness(0)
+        self._learn_loss(max(call - delay, 0))
+        return torch.tensor(self._loss_value, device=self.device)
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """DeepSpeed's, after a drain: what is in flight belongs to no checkpoint."""
+        self.drain()
+        return super().save_checkpoint(*args, **kwargs)
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """DeepSpeed's, after a drain: gradients in flight belong to the weights that are given up."""
+        self.drain()
+        return super().load_checkpoint(*args, **kwargs)
+
+    # -- between the stages -----------------------------------------------------------------------------------------
+
+    def _begin(self, what: str, data_iter: Iterator[Any] | None, micro_batches: int) -> None:
+        """Fetch the data of a call, then start it on every stage, or stop on every stage."""
+        ready = self._feed.fetch(data_iter, micro_batches, self.batch_fn, training=what == "train_batch")
+        kind = self._links.begin({"what": what, "call": self._calls, "micro_batches": micro_batches}, ready)
+        if kind is Kind.END:
+            self._feed.clear()
+            raise StopIteration
+        if not ready:
+            raise RuntimeError(
+                f"the data of the last stage ended in call {self._calls}, that of the first stage did not; "
+                "give both the same number of micro-batches"
+            )
+
+    def _mean_loss(self) -> float:
+        """Mean loss of this call over micro-batches and replicas, on the last stage."""
+        if self.module.get_additional_losses() is not None:
+            raise NotImplementedError("additional losses are not supported yet; add them up in loss_fn")
+        loss = self._scale_loss_by_gas(self.total_loss).detach().clone()
+        self.dp_group_loss = loss.clone()
+        if self.is_data_parallel:
+            dist.all_reduce(loss, group=self.mpu.get_data_parallel_group())
+            loss /= self.dp_world_size
+        value = float(loss)
+        if not math.isfinite(value) and math.isfinite(self._loss_value):
+            logger.error(f"stage {self.stage_id}: the loss of call {self._calls - 1} is {value}; training goes on")
+        return value
+
+    def _learn_loss(self, call: int) -> None:
+        """Take the losses up to that of `call`; waits only if it has not arrived."""
+        while self._loss_call < call:
+            self._loss_call, self._loss_value = self._links.next_loss()
+
+    @contextmanager
+    def _buffers_of_its_own(self) -> Iterator[None]:
+        """For evaluation: micro-batches in flight keep their buffers."""
+        mine = self.pipe_buffers, self.num_pipe_buffers
+        self.pipe_buffers, self.num_pipe_buffers = {column: [] for column in self.pipe_buffers}, 0
+        try:
+            yield
+        finally:
+            self.pipe_buffers, self.num_pipe_buffers = mine
+
+    def _fail(self, error: Exception) -> None:
+        here = f"stage {self.stage_id} (rank {self.global_rank}) failed in call {self._calls}"
+        self._failure = str(error) if isinstance(error, StageError) else f"{here}: {type(error).__name__}: {error}"
+        self._links.tell_failure(self._failure)
+
+
+class DDGEngine(DDGMixin, PipelineEngine):
+    """DeepSpeed's pipeline engine with the delayed schedule; ``ds_ddg.initialize`` creates it."""

@@ -1,0 +1,81 @@
+"""``ds_ddg.initialize``: DeepSpeed's own, with the delayed engine in the place of ``PipelineEngine``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.module import PipelineModule
+
+from ds_ddg.engine import DDGEngine
+
+__all__ = ["initialize"]
+
+_SEAMS = {
+    PipelineEngine: (
+        "_INSTRUCTION_MAP",
+        "_aggregate_total_loss",
+        "_configure_optimizer",
+        "_exec_backward_pass",
+        "_exec_forward_pass",
+        "_exec_optimizer_step",
+        "_exec_schedule",
+        "_next_batch",
+        "_train_schedule",
+        "clip_fp32_gradients",
+        "reset_activation_shape",
+    ),
+    deepspeed: ("PipelineEngine",),
+    torch.autograd: ("_unsafe_preserve_version_counter",),
+}
+
+
+def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+    """Set up delayed training of a ``PipelineModule``; ``deepspeed.initialize``'s arguments and 4-tuple.
+
+    Args:
+        *args: as for ``deepspeed.initialize``.
+        **kwargs: as for ``deepspeed.initialize``; the config may hold a ``"ddg"`` block (see ``DDGConfig``).
+
+    Returns:
+        ``(engine, optimizer, dataloader, lr_scheduler)``; `engine` is a ``DDGEngine``.
+
+    Raises:
+        TypeError: the model is not a ``PipelineModule``.
+        ValueError: the ``"ddg"`` block is wrong, or the set-up cannot be trained exactly.
+        RuntimeError: this DeepSpeed lacks something that the engine is built on.
+    """
+    model = kwargs.get("model", args[1] if len(args) > 1 else None)
+    if not isinstance(model, PipelineModule):
+        raise TypeError(
+            f"ds_ddg trains pipelines: model must be a deepspeed.pipe.PipelineModule, got {type(model).__name__}; "
+            "wrap its layers in PipelineModule(layers=[...], num_stages=K, loss_fn=...)"
+        )
+    _check_seams()
+    with _engine_class(DDGEngine):
+        engine, optimizer, loader, scheduler = deepspeed.initialize(*args, **kwargs)
+    return engine, optimizer, loader, scheduler
+
+
+@contextmanager
+def _engine_class(engine_class: type) -> Iterator[None]:
+    """``deepspeed.initialize`` looks ``PipelineEngine`` up when it is called; restored even on error."""
+    saved = deepspeed.PipelineEngine
+    deepspeed.PipelineEngine = engine_class
+    try:
+        yield
+    finally:
+        deepspeed.PipelineEngine = saved
+
+
+def _check_seams() -> None:
+    missing = [f"{owner.__name__}.{name}" for owner, names in _SEAMS.items() for name in names if not hasattr(owner, name)]
+    if missing:
+        raise RuntimeError(
+            f"ds_ddg is built on parts of DeepSpeed and torch that deepspeed {deepspeed.__version__} with torch "
+            f"{torch.__version__} does not have: {', '.join(missing)}; install deepspeed 0.19.8"
+        )

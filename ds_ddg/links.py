@@ -1,0 +1,119 @@
+"""A stage's messages to the others: activations down, gradients up, losses from the last stage to all.
+
+Each direction has a process group of its own, so that a receive pending in one never delays a send in the other. All
+of it is point-to-point and asynchronous: in steady state no stage waits for another beyond what the plan needs.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from ds_ddg.channel import Inbox, Kind, Outbox
+from ds_ddg.plan import DDGPlan
+
+__all__ = ["Links"]
+
+
+class Links:
+    """The links of one rank. Constructing them is collective: every rank creates the groups of every pipeline.
+
+    Args:
+        pipelines: global ranks of each pipeline in stage order (one for each data-parallel replica).
+        rank: this global rank.
+        plan: says how many messages can be on their way.
+    """
+
+    def __init__(self, pipelines: Sequence[Sequence[int]], rank: int, plan: DDGPlan) -> None:
+        self.activations_in: Inbox | None = None
+        self.activations_out: Outbox | None = None
+        self.gradients_in: Inbox | None = None
+        self.gradients_out: Outbox | None = None
+        self._losses_in: Inbox | None = None
+        self._losses_out: list[Outbox] = []
+        self._own_losses: deque[tuple[int, float]] = deque()
+        for ranks in pipelines:
+            groups = [dist.new_group(list(ranks), backend="gloo") for _ in range(3)] if len(ranks) > 1 else []
+            if rank in ranks and groups:
+                self._open(list(ranks), list(ranks).index(rank), groups, plan)
+
+    def _open(self, ranks: list[int], stage: int, groups: list[Any], plan: DDGPlan) -> None:
+        def ends(group: Any, other: int) -> tuple[Any, int, str]:
+            return group, ranks[other], f"stage {other} (rank {ranks[other]})"
+
+        down, up, across = groups
+        last = len(ranks) - 1
+        # An Outbox waits for its oldest message beyond `depth`, so depth is what may still be unread by the receiver:
+        # the gradient of n tells that the activation of n was read; the activation of n, that the stage before has
+        # used the gradient that its tick n - 1 needs; being in call t, that every stage has read loss t - L - 1.
+        if stage > 0:
+            self.activations_in = Inbox(*ends(down, stage - 1))
+            self.gradients_out = Outbox(*ends(up, stage - 1), depth=plan.delay(stage - 1) - plan.delay(stage) + 1)
+        if stage < last:
+            self.activations_out = Outbox(*ends(down, stage + 1), depth=plan.activations(stage))
+            self.gradients_in = Inbox(*ends(up, stage + 1))
+            self._losses_in = Inbox(*ends(across, last))
+        else:
+            self._losses_out = [Outbox(*ends(across, k), depth=plan.delay(0) + 1) for k in range(last)]
+
+    def begin(self, here: dict[str, Any], ready: bool) -> Kind:
+        """Start a call on this stage as on the one before; END instead of BEGIN if the first stage has no data.
+
+        Args:
+            here: what this stage is about to do; must be the same on every stage.
+            ready: whether this stage has its data (matters on the first).
+
+        Raises:
+            RuntimeError: the stage before is doing something else.
+        """
+        kind = Kind.BEGIN if ready else Kind.END
+        if self.activations_in is not None:
+            message = self.activations_in.take(Kind.BEGIN, Kind.END, what=f"the start of {here['what']}")
+            kind = message.kind
+            if message.info != here:
+                raise RuntimeError(
+                    f"the ranks are out of step: this stage is in {here}, {self.activations_in.name} in {message.info}; "
+                    "make the same calls in the same order on every rank"
+                )
+        if self.activations_out is not None:
+            self.activations_out.post(kind, **here)
+        return kind
+
+    def tell_loss(self, call: int, loss: float) -> None:
+        """On the last stage: let every stage know the loss of a call."""
+        self._own_losses.append((call, loss))
+        for outbox in self._losses_out:
+            outbox.post(Kind.DATA, call=call, loss=loss)
+
+    def next_loss(self) -> tuple[int, float]:
+        """The oldest ``(call, loss)`` not taken yet; waits for it."""
+        if self._losses_in is None:
+            return self._own_losses.popleft()
+        info = self._losses_in.take(Kind.DATA, what="a loss").info
+        return info["call"], info["loss"]
+
+    def park(self) -> None:
+        """With all stages drained: wait until everything sent has arrived, and release the posted receives."""
+        for outbox in self._outboxes():
+            outbox.park()
+        for inbox in self._inboxes():
+            inbox.take(Kind.PARK, what="the end of a drain")
+
+    def tell_failure(self, text: str) -> None:
+        """Let the neighbours (from the last stage: all) know that this stage failed; they pass it on."""
+        for outbox in self._outboxes():
+            outbox.post_error(text)
+
+    @property
+    def pending(self) -> int:
+        """Messages sent and not known to have arrived, and losses not yet taken."""
+        return sum(outbox.pending for outbox in self._outboxes()) + len(self._own_losses)
+
+    def _outboxes(self) -> list[Outbox]:
+        return [box for box in (self.activations_out, self.gradients_out, *self._losses_out) if box is not None]
+
+    def _inboxes(self) -> list[Inbox]:
+        return [box for box in (self.activations_in, self.gradients_in, self._losses_in) if box is not None]

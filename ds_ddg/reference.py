@@ -1,0 +1,172 @@
+"""The oracle: DDG of all stages in one process, from the equation. The engine must equal it bit for bit.
+
+With g_j = grad f(w^{j//M}; x_j), the exact gradient at the weights that the forward of micro-batch j saw on every stage,
+
+    w_k^{t+1} = w_k^t - lr_t * (1/M) * sum over n = tM..tM+M-1 of [g_{n - d_k}]_k       (terms with n < d_k are absent)
+
+Since the forward of call t sees w^t everywhere, g_j is plain autograd over the whole model, taken at once; the delay is
+a queue. That is ``weights="stash"``, with either setting of `activations`. For ``weights="current"`` the backward
+itself waits, and the two variants differ in what it finds: old activations ("keep") or a forward run again
+("recompute", Features Replay).
+
+It shares no code with the engine. Run it on your own layers to check what DDG computes, or to try a delay without GPUs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+__all__ = ["Reference"]
+
+_Values = tuple[Tensor, ...]
+
+
+class Reference:
+    """Mirrors the engine: ``train_batch(data_iter)`` and ``drain()``.
+
+    Args:
+        stages: the model in K parts; each maps a tensor or tuple of tensors to the same.
+        loss_fn: ``loss_fn(outputs, labels)`` to a scalar.
+        optimizers: one for each stage.
+        micro_batches: M, micro-batches per call.
+        slack: extra micro-batches of delay per hop.
+        weights: "stash" or "current".
+        activations: "keep" or "recompute"; only matters with "current".
+        clip: largest gradient norm of a stage; 0 for none.
+        schedulers: learning-rate schedulers, stepped once per call.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[nn.Module],
+        loss_fn: Callable[[Any, Any], Tensor],
+        optimizers: Sequence[torch.optim.Optimizer],
+        micro_batches: int = 1,
+        slack: int = 0,
+        weights: str = "stash",
+        activations: str = "keep",
+        clip: float = 0.0,
+        schedulers: Sequence[Any] = (),
+    ) -> None:
+        self.stages, self.loss_fn, self.optimizers, self.schedulers = stages, loss_fn, optimizers, schedulers
+        self.micro_batches, self.clip = micro_batches, clip
+        self.delays = [(len(stages) - 1 - k) * (1 + slack) for k in range(len(stages))]
+        self.backward = {"stash": self._gradient_now, "current": self._gradient_later}[weights]
+        self.replay = activations == "recompute"
+        # Each stage is a process with random numbers of its own.
+        self.rng = [torch.get_rng_state() for _ in stages]
+        self.waiting: list[deque[Callable[[], None]]] = [deque() for _ in stages]
+
+    def train_batch(self, data_iter: Iterator[tuple[Any, Any]]) -> Tensor:
+        """One call: M ticks on every stage, one update; the mean loss of this call, 0-dim."""
+        total = torch.zeros(())
+        arrived = set()
+        for _ in range(self.micro_batches):
+            inputs, labels = next(data_iter)
+            total = total + self.backward(_as_tuple(inputs), labels)
+            for k, delay in enumerate(self.delays):
+                if len(self.waiting[k]) > delay:
+                    self.waiting[k].popleft()()
+                    arrived.add(k)
+        for k in arrived:
+            self._update(k)
+        for scheduler in self.schedulers:
+            scheduler.step()
+        return total / self.micro_batches
+
+    def drain(self) -> None:
+        """What is in flight, an update whenever M gradients have come in and once for the rest."""
+        for k in reversed(range(len(self.stages))):
+            while self.waiting[k]:
+                for _ in range(min(self.micro_batches, len(self.waiting[k]))):
+                    self.waiting[k].popleft()()
+                self._update(k)
+
+    def _update(self, k: int) -> None:
+        if self.clip > 0:
+            gradients = [p.grad for p in self.stages[k].parameters() if p.grad is not None]
+            norm = torch.stack([g.norm(2.0) for g in gradients]).pow(2.0).sum().pow(0.5)
+            for gradient in gradients:
+                gradient.mul_(torch.clamp(self.clip / (norm + 1e-6), max=1.0))
+        self.optimizers[k].step()
+        self.optimizers[k].zero_grad()
+
+    def _gradient_now(self, inputs: _Values, labels: Any) -> Tensor:
+        """Plain autograd over the whole model; each stage's part of the gradient joins its queue."""
+        values = inputs
+        for k in range(len(self.stages)):
+            values = self._forward(k, values)
+        loss = self._loss(values, labels)
+        parameters = [[p for p in stage.parameters() if p.requires_grad] for stage in self.stages]
+        flat = torch.autograd.grad(loss / self.micro_batches, sum(parameters, []), allow_unused=True)
+        gradients = iter(flat)
+        for k, own in enumerate(parameters):
+            self.waiting[k].append(lambda own=own, g=[next(gradients) for _ in own]: _accumulate(own, g))
+        return loss.detach()
+
+    def _gradient_later(self, inputs: _Values, labels: Any) -> Tensor:
+        """Forward now; each stage's backward joins its queue and takes the error of the stage behind when it runs."""
+        errors: list[Any] = [None] * len(self.stages)
+        values = inputs
+        for k, stage in enumerate(self.stages):
+            last = k == len(self.stages) - 1
+            leaves = tuple(v.detach().requires_grad_(v.is_floating_point() and k > 0) for v in values)
+            copies = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in stage.named_parameters()}
+            random = self.rng[k]
+            values = self._forward(k, leaves, copies)
+            start = self._loss(values, labels) if last else None
+
+            def run(k=k, stage=stage, leaves=leaves, copies=copies, random=random, values=values, start=start) -> None:
+                with torch.no_grad():
+                    for name, parameter in stage.named_parameters():
+                        copies[name].data.copy_(parameter)
+                if start is not None:
+                    (start / self.micro_batches).backward()
+                else:
+                    if self.replay:
+                        values = self._forward_again(k, leaves, copies, random)
+                    pairs = [(v, e) for v, e in zip(values, errors[k], strict=True) if v.requires_grad and e is not None]
+                    torch.autograd.backward([v for v, _ in pairs], [e for _, e in pairs])
+                if k > 0:
+                    errors[k - 1] = [leaf.grad for leaf in leaves]
+                _accumulate(stage.parameters(), [copies[name].grad for name, _ in stage.named_parameters()])
+
+            self.waiting[k].append(run)
+        return start.detach()
+
+    def _forward(self, k: int, values: _Values, parameters: dict[str, Tensor] | None = None) -> _Values:
+        present = torch.get_rng_state()
+        torch.set_rng_state(self.rng[k])
+        value = values if len(values) > 1 else values[0]
+        output = self.stages[k](value) if parameters is None else functional_call(self.stages[k], parameters, (value,))
+        self.rng[k] = torch.get_rng_state()
+        torch.set_rng_state(present)
+        return _as_tuple(output)
+
+    def _forward_again(self, k: int, leaves: _Values, copies: dict[str, Tensor], random: Tensor) -> _Values:
+        """With the random numbers of the first time, and no second trace in the running statistics."""
+        after, self.rng[k] = self.rng[k], random
+        stage, self.stages = self.stages, [copy.deepcopy(stage) for stage in self.stages]
+        output = self._forward(k, leaves, copies)
+        self.stages, self.rng[k] = stage, after
+        return output
+
+    def _loss(self, values: _Values, labels: Any) -> Tensor:
+        return self.loss_fn(values if len(values) > 1 else values[0], labels)
+
+
+def _as_tuple(value: Any) -> _Values:
+    return (value,) if torch.is_tensor(value) else tuple(value)
+
+
+def _accumulate(parameters: Any, gradients: Any) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient

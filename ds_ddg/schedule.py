@@ -1,0 +1,87 @@
+"""The plan in DeepSpeed's words: a ``PipeSchedule`` whose instructions the engine's dispatch map executes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from deepspeed.runtime.pipe.schedule import (
+    BackwardPass,
+    ForwardPass,
+    LoadMicroBatch,
+    OptimizerStep,
+    PipeInstruction,
+    PipeSchedule,
+    RecvActivation,
+    RecvGrad,
+    ReduceGrads,
+    SendActivation,
+    SendGrad,
+)
+
+from ds_ddg.plan import BACKWARD, FORWARD, UPDATE, Op, Plan
+
+__all__ = ["AdvanceClocks", "DDGSchedule", "UpdateWeights"]
+
+
+class AdvanceClocks(PipeInstruction):
+    """End a call in which no gradient arrived: learning rate and step counts move on, the weights stay.
+
+    Roughly ``OptimizerStep`` without ``optimizer.step()``: no weight decay, no momentum, no Adam count.
+    """
+
+
+class UpdateWeights(PipeInstruction):
+    """Step the optimizer outside a call: the weights move on, learning rate and step counts stay.
+
+    Roughly ``OptimizerStep`` without the bookkeeping of a call; only a drain needs it.
+    """
+
+
+class DDGSchedule(PipeSchedule):
+    """Executes `ops` of one stage; micro-batch n lives in pipe buffer n modulo the number in flight.
+
+    Args:
+        plan: the plan that `ops` come from.
+        stage_id: this stage.
+        ops: what ``plan.call`` or ``plan.drain`` says the stage has to do.
+        draining: the operations finish what is in flight and belong to no call.
+    """
+
+    def __init__(self, plan: Plan, stage_id: int, ops: Sequence[Op], draining: bool = False) -> None:
+        super().__init__(plan.micro_batches, plan.num_stages, stage_id)
+        self.plan = plan
+        self.ops = ops
+        self.draining = draining
+        self.current: Op | None = None
+        """The operation being executed: what an error message points at."""
+
+    def num_pipe_buffers(self) -> int:
+        """One buffer for each micro-batch that can be in flight: d_k + 1."""
+        return self.plan.activations(self.stage_id)
+
+    def steps(self) -> Iterator[list[PipeInstruction]]:
+        """Yield the instructions of one operation at a time."""
+        for self.current in self.ops:
+            yield self._instructions(self.current)
+        if not self.draining and all(op.kind != UPDATE for op in self.ops):
+            yield [AdvanceClocks()]
+
+    def _instructions(self, op: Op) -> list[PipeInstruction]:
+        buffer_id = op.micro_batch % self.num_pipe_buffers()
+        instructions: list[tuple[bool, type[PipeInstruction]]]
+        if op.kind == FORWARD:
+            instructions = [
+                (self.is_first_stage or self.is_last_stage, LoadMicroBatch),
+                (not self.is_first_stage, RecvActivation),
+                (True, ForwardPass),
+                (not self.is_last_stage, SendActivation),
+            ]
+        elif op.kind == BACKWARD:
+            instructions = [
+                (not self.is_last_stage, RecvGrad),
+                (True, BackwardPass),
+                (not self.is_first_stage, SendGrad),
+            ]
+        else:
+            return [ReduceGrads(), UpdateWeights() if self.draining else OptimizerStep()]
+        return [instruction(buffer_id) for wanted, instruction in instructions if wanted]

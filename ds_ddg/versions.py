@@ -1,0 +1,93 @@
+"""Which weights a micro-batch saw: remember at its forward, use at its delayed backward, forget afterwards.
+
+A delayed backward runs after its stage has updated its weights, and autograd does not make that safe: an optimizer
+that writes through ``.data`` or a fused kernel leaves autograd's version counter alone, so a late backward silently
+mixes old activations with new weights, differently for each layer type (a Linear saves a *view* of its weight, a
+convolution the parameter itself). One that bumps the counter makes the late backward fail. Both are settled here.
+
+Stashing is copy-on-write. Before an update, parameters whose current values an unfinished micro-batch still needs
+move to a fresh copy, and the old storage stays behind with the graphs that saved it. So a stage holds exactly the
+versions in flight plus the newest one: at most ceil(d_k / M) + 1, no copy at all on the last stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+__all__ = ["WeightVersions"]
+
+
+class WeightVersions:
+    """Weight versions of one stage, by the micro-batches that saw them.
+
+    Args:
+        parameters: the stage's parameters; frozen ones never change and need no versions.
+        stash: True: a backward sees the weights of its own forward (the paper's eq. 6-9). False: the newest ones.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], stash: bool = True) -> None:
+        self._parameters = tuple(p for p in parameters if p.requires_grad)
+        self._stash = stash
+        self._seen: dict[int, int] = {}
+        self._old: dict[int, list[Tensor]] = {}
+        self.version = 0
+        """Number of updates that the weights have seen."""
+
+    @property
+    def alive(self) -> int:
+        """Copies of the weights in memory, the newest included."""
+        return len(self._old) + 1
+
+    @property
+    def in_flight(self) -> int:
+        """Micro-batches that have been remembered and not forgotten."""
+        return len(self._seen)
+
+    def remember(self, key: int) -> None:
+        """The forward of micro-batch `key` is about to run on the newest weights."""
+        assert key not in self._seen, f"slot {key} is still in flight"
+        self._seen[key] = self.version
+
+    @contextmanager
+    def using(self, key: int) -> Iterator[None]:
+        """Inside this block the parameters hold the weights that micro-batch `key` is to be differentiated at."""
+        old = self._old.get(self._seen[key])
+        if old is None:
+            yield
+            return
+        newest = [p.data for p in self._parameters]
+        self._point_to(old)
+        try:
+            yield
+        finally:
+            self._point_to(newest)
+
+    def forget(self, key: int) -> None:
+        """The backward of micro-batch `key` is done; its weights go when no other micro-batch needs them."""
+        version = self._seen.pop(key)
+        if version not in self._seen.values():
+            self._old.pop(version, None)
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """The optimizer may write into the weights inside this block; micro-batches in flight do not notice."""
+        if self._stash and self.version in self._seen.values():
+            self._old[self.version] = [p.data for p in self._parameters]
+            self._point_to([weight.clone() for weight in self._old[self.version]])
+        # An optimizer that bumps the counter would make autograd refuse every graph still in flight, though what
+        # those graphs saved is intact ("stash") or meant to be new ("current").
+        with torch.autograd._unsafe_preserve_version_counter(self._parameters):
+            yield
+        self.version += 1
+
+    def assert_empty(self) -> None:
+        """Nothing in flight, one copy of the weights."""
+        assert not self._seen and not self._old, f"in flight: {self._seen}, old versions: {list(self._old)}"
+
+    def _point_to(self, weights: list[Tensor]) -> None:
+        for parameter, weight in zip(self._parameters, weights, strict=True):
+            parameter.data = weight
