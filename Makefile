@@ -27,11 +27,12 @@ $(STAMP): setup.py pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --editable '.[recipes,test]'
 	@touch $@
 
-# On CPU whether there are GPUs or not: the engine doesn't support them yet.
+# The launcher as a module: its script starts with the path of .venv, which breaks when the project is moved or the
+# path has a space. On CPU whether there are GPUs or not: the engine doesn't support them yet.
 demo: export DS_ACCELERATOR := cpu
 demo: export OMP_NUM_THREADS := 1
 demo: setup
-	@$(BIN)/deepspeed --quiet --num_gpus 2 recipes/resnet/train.py \
+	@$(BIN)/python -m deepspeed.launcher.runner --quiet --num_gpus 2 recipes/resnet/train.py \
 		--deepspeed_config configs/resnet20_digits.json $(ARGS)
 
 test: lint
@@ -40,7 +41,7 @@ test: lint
 lint: setup
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
-	@$(BIN)/mypy
+	@$(BIN)/python -m mypy
 
 clean:
 	rm -rf build dist runs *.egg-info .mypy_cache .pytest_cache .ruff_cache

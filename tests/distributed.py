@@ -47,8 +47,17 @@ GRACE = 10.0
 LINGER = 1.0
 LOG_TAIL = 6000
 
-# `pytest` is here because test modules import it; `MASTER_*` because DeepSpeed looks for an MPI job without them.
-_PRELOAD = ["torch", "numpy", "deepspeed", "deepspeed.runtime.pipe.engine", "pytest"]
+# What the ranks import sooner or later, the last two not before DeepSpeed builds its first engine and optimizer.
+_PRELOAD = [
+    "numpy",
+    "pytest",
+    "torch",
+    "deepspeed",
+    "deepspeed.runtime.pipe.engine",
+    "deepspeed.module_inject.auto_ep_layer",
+    "torch._dynamo",
+]
+# Without `MASTER_*` DeepSpeed looks for an MPI job.
 _ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "DS_ACCELERATOR": "cpu",
