@@ -235,7 +235,9 @@ def _encode(kind: Kind, spec: Spec, standing: bool, info: dict[str, Any]) -> Ten
     info = {key: value[:_TEXT_LIMIT] if isinstance(value, str) else value for key, value in info.items()}
     text = json.dumps([kind.value, spec, standing, info]).encode()
     if len(text) > _HEADER_BYTES:
-        raise ValueError(f"a message of {len(spec)} tensors needs a header of {len(text)} bytes, at most {_HEADER_BYTES}")
+        raise ValueError(
+            f"a message of {len(spec)} tensors needs a header of {len(text)} bytes, at most {_HEADER_BYTES}"
+        )
     header = torch.zeros(_HEADER_BYTES, dtype=torch.uint8)
     header[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     return header

@@ -58,7 +58,9 @@ def _explain(problem: Mapping[str, Any]) -> str:
         return f'"ddg" must be a block of settings such as {{"enabled": true}}, got {problem["input"]!r}'
     key = str(problem["loc"][0])
     if problem["type"] == "extra_forbidden":
-        return f'"ddg": unknown key {key!r} (value {problem["input"]!r}); known keys: {", ".join(DDGConfig.model_fields)}'
+        return (
+            f'"ddg": unknown key {key!r} (value {problem["input"]!r}); known keys: {", ".join(DDGConfig.model_fields)}'
+        )
     return f'"ddg": {{"{key}": {problem["input"]!r}}} is not valid: {problem["msg"]}'
 
 

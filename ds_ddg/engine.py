@@ -146,7 +146,9 @@ class DDGMixin(Executor):
             refuse_unsupported(self._config, self.module)
         self.drain()
         self._schedule = name
-        self._INSTRUCTION_MAP = self._ddg_instruction_map() if name == "ddg" else type(self)._INSTRUCTION_MAP
+        self.__dict__.pop("_INSTRUCTION_MAP", None)  # the class's own, for DeepSpeed's schedule
+        if name == "ddg":
+            self._INSTRUCTION_MAP = self._ddg_instruction_map()
         self._filled_at = self._calls * self.micro_batches
         self.pipe_buffers = {column: [None] * self.num_pipe_buffers for column in self.pipe_buffers}
         self.reset_activation_shape()

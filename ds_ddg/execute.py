@@ -15,7 +15,7 @@ One micro-batch on stage k, top to bottom; each tensor is put once, taken once, 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -23,26 +23,18 @@ import torch
 from deepspeed.runtime.pipe import schedule as instructions
 from torch import Tensor
 
-from ds_ddg.channel import Kind
 from ds_ddg.config import DDGConfig
-from ds_ddg.links import Links
+from ds_ddg.links import Links, as_tuple
 from ds_ddg.local import IdleOptimizer, clip_stage_gradients, fold_buffers_back
 from ds_ddg.schedule import AdvanceClocks, UpdateWeights
 from ds_ddg.versions import WeightVersions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from deepspeed.runtime.pipe.engine import PipelineEngine as _Host
+    from typing import Any as _Host  # DeepSpeed's engine is untyped
 else:
     _Host = object
 
-__all__ = ["Executor", "as_tuple"]
-
-
-def as_tuple(tensors: Any) -> tuple[Tensor, ...]:
-    """A pipeline value, tensor or tuple, as a tuple."""
-    return (tensors,) if torch.is_tensor(tensors) else tuple(tensors)
+__all__ = ["Executor"]
 
 
 class _Join(torch.autograd.Function):
@@ -67,6 +59,16 @@ class Executor(_Host):
     ddg: DDGConfig
     versions: WeightVersions
     _links: Links
+
+    # The host's state that the instructions share with it.
+    _INSTRUCTION_MAP: Any
+    grad_layer: Any
+    loss: Tensor
+    mpu: Any
+    num_pipe_buffers: int
+    optimizer: Any
+    pipe_buffers: dict[str, list[Any]]
+
     _activation_spec: Any = None
 
     def _ddg_instruction_map(self) -> dict[type, Callable[..., None]]:
@@ -90,11 +92,10 @@ class Executor(_Host):
         return self.ddg.activations == "recompute" and not self.is_last_stage()
 
     def _exec_recv_activations(self, buffer_id: int) -> None:
-        message = self._links.activations_in.take(Kind.DATA, what="an activation")
-        for tensor in message.tensors:
+        inputs = self._links.recv_activations()
+        for tensor in as_tuple(inputs):
             tensor.requires_grad_(tensor.is_floating_point())
-        is_tuple = message.info["tuple"]
-        self.pipe_buffers["inputs"][buffer_id] = message.tensors if is_tuple else message.tensors[0]
+        self.pipe_buffers["inputs"][buffer_id] = inputs
 
     def _exec_forward_pass(self, buffer_id: int) -> None:
         if not torch.is_grad_enabled():
@@ -109,12 +110,12 @@ class Executor(_Host):
     def _exec_send_activations(self, buffer_id: int) -> None:
         outputs = self.pipe_buffers["outputs"][buffer_id]
         self._check_activation(outputs)
-        self._links.activations_out.post(Kind.DATA, as_tuple(outputs), tuple=isinstance(outputs, tuple))
+        self._links.send_activations(outputs)
         if self._recomputes or not torch.is_grad_enabled():
             self.pipe_buffers["outputs"][buffer_id] = None
 
     def _exec_recv_grads(self, buffer_id: int) -> None:
-        self.pipe_buffers["grads"][buffer_id] = self._links.gradients_in.take(Kind.DATA, what="a gradient").tensors
+        self.pipe_buffers["grads"][buffer_id] = self._links.recv_grads()
 
     def _exec_backward_pass(self, buffer_id: int) -> None:
         with self.versions.using(buffer_id):
@@ -151,7 +152,7 @@ class Executor(_Host):
     def _exec_send_grads(self, buffer_id: int) -> None:
         inputs = as_tuple(self.pipe_buffers["inputs"][buffer_id])
         self.pipe_buffers["inputs"][buffer_id] = None
-        self._links.gradients_out.post(Kind.DATA, [tensor.grad for tensor in inputs])
+        self._links.send_grads([tensor.grad for tensor in inputs])
 
     def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
         with self.versions.updating():

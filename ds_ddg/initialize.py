@@ -30,7 +30,7 @@ _SEAMS = {
         "reset_activation_shape",
     ),
     deepspeed: ("PipelineEngine",),
-    torch.autograd: ("_unsafe_preserve_version_counter",),
+    torch.autograd.grad_mode: ("_unsafe_preserve_version_counter",),
 }
 
 
@@ -73,7 +73,9 @@ def _engine_class(engine_class: type) -> Iterator[None]:
 
 
 def _check_seams() -> None:
-    missing = [f"{owner.__name__}.{name}" for owner, names in _SEAMS.items() for name in names if not hasattr(owner, name)]
+    missing = [
+        f"{owner.__name__}.{name}" for owner, names in _SEAMS.items() for name in names if not hasattr(owner, name)
+    ]
     if missing:
         raise RuntimeError(
             f"ds_ddg is built on parts of DeepSpeed and torch that deepspeed {deepspeed.__version__} with torch "

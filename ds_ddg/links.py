@@ -11,11 +11,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from ds_ddg.channel import Inbox, Kind, Outbox
 from ds_ddg.plan import DDGPlan
 
-__all__ = ["Links"]
+__all__ = ["Links", "as_tuple"]
+
+
+def as_tuple(tensors: Any) -> tuple[Tensor, ...]:
+    """What travels between stages, a tensor or a tuple of tensors, as a tuple."""
+    return (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
 
 
 class Links:
@@ -28,10 +34,10 @@ class Links:
     """
 
     def __init__(self, pipelines: Sequence[Sequence[int]], rank: int, plan: DDGPlan) -> None:
-        self.activations_in: Inbox | None = None
-        self.activations_out: Outbox | None = None
-        self.gradients_in: Inbox | None = None
-        self.gradients_out: Outbox | None = None
+        self._activations_in: Inbox | None = None
+        self._activations_out: Outbox | None = None
+        self._gradients_in: Inbox | None = None
+        self._gradients_out: Outbox | None = None
         self._losses_in: Inbox | None = None
         self._losses_out: list[Outbox] = []
         self._own_losses: deque[tuple[int, float]] = deque()
@@ -50,11 +56,11 @@ class Links:
         # the gradient of n tells that the activation of n was read; the activation of n, that the stage before has
         # used the gradient that its tick n - 1 needs; being in call t, that every stage has read loss t - L - 1.
         if stage > 0:
-            self.activations_in = Inbox(*ends(down, stage - 1))
-            self.gradients_out = Outbox(*ends(up, stage - 1), depth=plan.delay(stage - 1) - plan.delay(stage) + 1)
+            self._activations_in = Inbox(*ends(down, stage - 1))
+            self._gradients_out = Outbox(*ends(up, stage - 1), depth=plan.delay(stage - 1) - plan.delay(stage) + 1)
         if stage < last:
-            self.activations_out = Outbox(*ends(down, stage + 1), depth=plan.activations(stage))
-            self.gradients_in = Inbox(*ends(up, stage + 1))
+            self._activations_out = Outbox(*ends(down, stage + 1), depth=plan.activations(stage))
+            self._gradients_in = Inbox(*ends(up, stage + 1))
             self._losses_in = Inbox(*ends(across, last))
         else:
             self._losses_out = [Outbox(*ends(across, k), depth=plan.delay(0) + 1) for k in range(last)]
@@ -70,17 +76,38 @@ class Links:
             RuntimeError: the stage before is doing something else.
         """
         kind = Kind.BEGIN if ready else Kind.END
-        if self.activations_in is not None:
-            message = self.activations_in.take(Kind.BEGIN, Kind.END, what=f"the start of {here['what']}")
+        if self._activations_in is not None:
+            message = self._activations_in.take(Kind.BEGIN, Kind.END, what=f"the start of {here['what']}")
             kind = message.kind
             if message.info != here:
                 raise RuntimeError(
-                    f"the ranks are out of step: this stage is in {here}, {self.activations_in.name} in {message.info}; "
-                    "make the same calls in the same order on every rank"
+                    f"the ranks are out of step: this stage is in {here}, {self._activations_in.name} is in "
+                    f"{message.info}; make the same calls in the same order on every rank"
                 )
-        if self.activations_out is not None:
-            self.activations_out.post(kind, **here)
+        if self._activations_out is not None:
+            self._activations_out.post(kind, **here)
         return kind
+
+    def send_activations(self, outputs: Any) -> None:
+        """Post what this stage put out, a tensor or a tuple of tensors, to the next stage."""
+        assert self._activations_out is not None
+        self._activations_out.post(Kind.DATA, as_tuple(outputs), tuple=isinstance(outputs, tuple))
+
+    def recv_activations(self) -> Any:
+        """Wait for what the stage before put out; tensors and container as it sent them, in memory of their own."""
+        assert self._activations_in is not None
+        message = self._activations_in.take(Kind.DATA, what="an activation")
+        return message.tensors if message.info["tuple"] else message.tensors[0]
+
+    def send_grads(self, gradients: Sequence[Tensor | None]) -> None:
+        """Post the gradient of each input tensor (None: it has none) to the stage before."""
+        assert self._gradients_out is not None
+        self._gradients_out.post(Kind.DATA, gradients)
+
+    def recv_grads(self) -> tuple[Tensor | None, ...]:
+        """Wait for the gradient of each output tensor, None where there is none."""
+        assert self._gradients_in is not None
+        return self._gradients_in.take(Kind.DATA, what="a gradient").tensors
 
     def tell_loss(self, call: int, loss: float) -> None:
         """On the last stage: let every stage know the loss of a call."""
@@ -113,7 +140,7 @@ class Links:
         return sum(outbox.pending for outbox in self._outboxes()) + len(self._own_losses)
 
     def _outboxes(self) -> list[Outbox]:
-        return [box for box in (self.activations_out, self.gradients_out, *self._losses_out) if box is not None]
+        return [box for box in (self._activations_out, self._gradients_out, *self._losses_out) if box is not None]
 
     def _inboxes(self) -> list[Inbox]:
-        return [box for box in (self.activations_in, self.gradients_in, self._losses_in) if box is not None]
+        return [box for box in (self._activations_in, self._gradients_in, self._losses_in) if box is not None]

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-__all__ = ["FORWARD", "BACKWARD", "UPDATE", "DDGPlan", "OneFOneBPlan", "Op", "Plan"]
+__all__ = ["BACKWARD", "FORWARD", "UPDATE", "DDGPlan", "OneFOneBPlan", "Op", "Plan"]
 
 FORWARD, BACKWARD, UPDATE = "F", "B", "U"
 

@@ -1,20 +1,23 @@
 """The oracle: DDG of all stages in one process, from the equation. The engine must equal it bit for bit.
 
-With g_j = grad f(w^{j//M}; x_j), the exact gradient at the weights that the forward of micro-batch j saw on every stage,
+With g_j = grad f(w^{j//M}; x_j), the exact gradient at the weights that the forward of micro-batch j saw on every
+stage,
 
-    w_k^{t+1} = w_k^t - lr_t * (1/M) * sum over n = tM..tM+M-1 of [g_{n - d_k}]_k       (terms with n < d_k are absent)
+    w_k^{t+1} = w_k^t - lr_t * (1/M) * sum over n = tM..tM+M-1 of [g_{n - d_k}]_k      (terms with n < d_k are absent)
 
-Since the forward of call t sees w^t everywhere, g_j is plain autograd over the whole model, taken at once; the delay is
-a queue. That is ``weights="stash"``, with either setting of `activations`. For ``weights="current"`` the backward
+Since the forward of call t sees w^t everywhere, g_j is plain autograd over the whole model, taken at once; the delay
+is a queue. That is ``weights="stash"``, with either setting of `activations`. For ``weights="current"`` the backward
 itself waits, and the two variants differ in what it finds: old activations ("keep") or a forward run again
 ("recompute", Features Replay).
 
-It shares no code with the engine. Run it on your own layers to check what DDG computes, or to try a delay without GPUs.
+It shares no code with the engine. Run it on your own layers to check what DDG computes, or to try a delay without
+a pipeline.
 """
 
 from __future__ import annotations
 
-import copy
+import functools
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -26,6 +29,7 @@ from torch.func import functional_call
 __all__ = ["Reference"]
 
 _Values = tuple[Tensor, ...]
+_Weights = dict[str, Tensor]
 
 
 class Reference:
@@ -105,10 +109,10 @@ class Reference:
             values = self._forward(k, values)
         loss = self._loss(values, labels)
         parameters = [[p for p in stage.parameters() if p.requires_grad] for stage in self.stages]
-        flat = torch.autograd.grad(loss / self.micro_batches, sum(parameters, []), allow_unused=True)
+        flat = torch.autograd.grad(loss / self.micro_batches, tuple(itertools.chain(*parameters)), allow_unused=True)
         gradients = iter(flat)
         for k, own in enumerate(parameters):
-            self.waiting[k].append(lambda own=own, g=[next(gradients) for _ in own]: _accumulate(own, g))
+            self.waiting[k].append(functools.partial(_accumulate, own, [next(gradients) for _ in own]))
         return loss.detach()
 
     def _gradient_later(self, inputs: _Values, labels: Any) -> Tensor:
@@ -116,47 +120,49 @@ class Reference:
         errors: list[Any] = [None] * len(self.stages)
         values = inputs
         for k, stage in enumerate(self.stages):
-            last = k == len(self.stages) - 1
             leaves = tuple(v.detach().requires_grad_(v.is_floating_point() and k > 0) for v in values)
-            copies = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in stage.named_parameters()}
+            weights = {
+                name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in stage.named_parameters()
+            }
             random = self.rng[k]
-            values = self._forward(k, leaves, copies)
-            start = self._loss(values, labels) if last else None
+            values = self._forward(k, leaves, weights)
+            if k == len(self.stages) - 1:
+                loss = self._loss(values, labels)
+                values, errors[k] = (loss / self.micro_batches,), (torch.ones(()),)
+            self.waiting[k].append(functools.partial(self._backward, k, leaves, weights, random, values, errors))
+        return loss.detach()
 
-            def run(k=k, stage=stage, leaves=leaves, copies=copies, random=random, values=values, start=start) -> None:
-                with torch.no_grad():
-                    for name, parameter in stage.named_parameters():
-                        copies[name].data.copy_(parameter)
-                if start is not None:
-                    (start / self.micro_batches).backward()
-                else:
-                    if self.replay:
-                        values = self._forward_again(k, leaves, copies, random)
-                    pairs = [(v, e) for v, e in zip(values, errors[k], strict=True) if v.requires_grad and e is not None]
-                    torch.autograd.backward([v for v, _ in pairs], [e for _, e in pairs])
-                if k > 0:
-                    errors[k - 1] = [leaf.grad for leaf in leaves]
-                _accumulate(stage.parameters(), [copies[name].grad for name, _ in stage.named_parameters()])
+    def _backward(
+        self, k: int, leaves: _Values, weights: _Weights, random: Tensor, values: _Values, errors: list[Any]
+    ) -> None:
+        """One stage's backward at its newest weights, which take the place of those that the forward saw."""
+        parameters = dict(self.stages[k].named_parameters())
+        for name, parameter in parameters.items():
+            weights[name].data.copy_(parameter.data)
+        if self.replay and self.delays[k] > 0:
+            values = self._forward_again(k, leaves, weights, random)
+        pairs = [(v, e) for v, e in zip(values, errors[k], strict=True) if v.requires_grad and e is not None]
+        torch.autograd.backward([v for v, _ in pairs], [e for _, e in pairs])
+        if k > 0:
+            errors[k - 1] = [leaf.grad for leaf in leaves]
+        _accumulate(parameters.values(), [weights[name].grad for name in parameters])
 
-            self.waiting[k].append(run)
-        return start.detach()
-
-    def _forward(self, k: int, values: _Values, parameters: dict[str, Tensor] | None = None) -> _Values:
+    def _forward(self, k: int, values: _Values, weights: _Weights | None = None) -> _Values:
         present = torch.get_rng_state()
         torch.set_rng_state(self.rng[k])
         value = values if len(values) > 1 else values[0]
-        output = self.stages[k](value) if parameters is None else functional_call(self.stages[k], parameters, (value,))
+        output = self.stages[k](value) if weights is None else functional_call(self.stages[k], weights, (value,))
         self.rng[k] = torch.get_rng_state()
         torch.set_rng_state(present)
         return _as_tuple(output)
 
-    def _forward_again(self, k: int, leaves: _Values, copies: dict[str, Tensor], random: Tensor) -> _Values:
+    def _forward_again(self, k: int, leaves: _Values, weights: _Weights, random: Tensor) -> _Values:
         """With the random numbers of the first time, and no second trace in the running statistics."""
+        buffers = {name: buffer.clone() for name, buffer in self.stages[k].named_buffers()}
         after, self.rng[k] = self.rng[k], random
-        stage, self.stages = self.stages, [copy.deepcopy(stage) for stage in self.stages]
-        output = self._forward(k, leaves, copies)
-        self.stages, self.rng[k] = stage, after
-        return output
+        values = self._forward(k, leaves, {**weights, **buffers})
+        self.rng[k] = after
+        return values
 
     def _loss(self, values: _Values, labels: Any) -> Tensor:
         return self.loss_fn(values if len(values) > 1 else values[0], labels)

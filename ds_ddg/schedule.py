@@ -61,8 +61,9 @@ class DDGSchedule(PipeSchedule):
 
     def steps(self) -> Iterator[list[PipeInstruction]]:
         """Yield the instructions of one operation at a time."""
-        for self.current in self.ops:
-            yield self._instructions(self.current)
+        for op in self.ops:
+            self.current = op
+            yield self._instructions(op)
         if not self.draining and all(op.kind != UPDATE for op in self.ops):
             yield [AdvanceClocks()]
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 __all__ = ["WeightVersions"]
 
@@ -80,13 +81,14 @@ class WeightVersions:
             self._point_to([weight.clone() for weight in self._old[self.version]])
         # An optimizer that bumps the counter would make autograd refuse every graph still in flight, though what
         # those graphs saved is intact ("stash") or meant to be new ("current").
-        with torch.autograd._unsafe_preserve_version_counter(self._parameters):
+        with _unsafe_preserve_version_counter(self._parameters):
             yield
         self.version += 1
 
     def assert_empty(self) -> None:
         """Nothing in flight, one copy of the weights."""
-        assert not self._seen and not self._old, f"in flight: {self._seen}, old versions: {list(self._old)}"
+        assert not self._seen, f"in flight: {self._seen}"
+        assert not self._old, f"old versions: {list(self._old)}"
 
     def _point_to(self, weights: list[Tensor]) -> None:
         for parameter, weight in zip(self._parameters, weights, strict=True):

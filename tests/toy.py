@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -69,8 +70,12 @@ def layers(tuples: bool = False) -> list[nn.Module]:
     torch.manual_seed(7)
     head: list[nn.Module] = [ConvBlock(3, 6), ConvBlock(6, 6), nn.Flatten(1), nn.Linear(6 * 16, 12)]
     if tuples:
-        return [*head[:2], nn.Sequential(*head[2:], Split()), *(OnFirst(Residual(12)) for _ in range(4)),
-                nn.Sequential(First(), nn.Linear(12, 5))]
+        return [
+            *head[:2],
+            nn.Sequential(*head[2:], Split()),
+            *(OnFirst(Residual(12)) for _ in range(4)),
+            nn.Sequential(First(), nn.Linear(12, 5)),
+        ]
     return [*head, Residual(12), Residual(12), Residual(12), nn.Linear(12, 5)]
 
 
@@ -109,8 +114,9 @@ def engine(
     **more: Any,
 ) -> Any:
     """A DDG engine on the toy model over all ranks."""
-    import ds_ddg
     from deepspeed.pipe import PipelineModule
+
+    import ds_ddg
 
     net = PipelineModule(layers(tuples), num_stages=num_stages, loss_fn=loss, partition_method="uniform")
     torch.manual_seed(11)
@@ -133,7 +139,7 @@ def reference(num_stages: int, optimizer: str = "sgd", tuples: bool = False, **s
     net = layers(tuples)
     torch.manual_seed(11)
     parts = partition_uniform(len(net), num_stages)
-    stages = [nn.Sequential(*net[a:b]) for a, b in zip(parts, parts[1:], strict=False)]
+    stages = [nn.Sequential(*net[a:b]) for a, b in itertools.pairwise(parts)]
     optimizers = [OPTIMIZERS[optimizer](stage.parameters()) for stage in stages]
     return Reference(stages, loss_fn, optimizers, **settings)
 
