@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -40,7 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"ds-ddg: error: {error}", file=sys.stderr)
         return 2
-    print(answer)
+    try:
+        print(answer, flush=True)
+    except BrokenPipeError:  # the reader has seen enough ("| head"), which is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

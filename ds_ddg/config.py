@@ -84,6 +84,10 @@ def refuse_unsupported(config: Any, module: Any) -> None:
 
 
 def _refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
+    from deepspeed.accelerator import get_accelerator
+
+    device = get_accelerator().device_name()
+    yield device != "cpu", f"accelerator {device!r}", "not supported yet; run on CPU (environment DS_ACCELERATOR=cpu)"
     stage = int(config.zero_config.stage)
     yield stage >= 2, f"ZeRO stage {stage}", 'no pipeline can run it; set "zero_optimization": {"stage": 0}'
     yield stage == 1, "ZeRO stage 1", 'not supported yet; set "zero_optimization": {"stage": 0}'

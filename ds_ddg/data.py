@@ -24,26 +24,23 @@ class Feed:
     """Micro-batches of the current call on the first and the last stage; elsewhere it does nothing.
 
     Args:
-        inputs: this stage reads the inputs, ``batch[0]``.
-        labels: this stage reads the labels, ``batch[1]``, and cannot do without.
-        targets: this stage is the last, with or without need of labels.
-        fixed_shape: whether inputs must keep the shape of the first ones.
+        first: this is the first stage; it reads the inputs, ``batch[0]``.
+        last: this is the last stage; it reads the labels, ``batch[1]``.
         replicas: process group of this stage's data-parallel replicas, or None; they stop together.
         device: where `replicas` can all-reduce.
     """
 
-    def __init__(
-        self, *, inputs: bool, targets: bool, labels: bool, fixed_shape: bool, replicas: Any, device: torch.device
-    ) -> None:
-        self._inputs, self._targets, self._labels = inputs, targets, labels
-        self._fixed_shape = fixed_shape
+    def __init__(self, first: bool, last: bool, replicas: Any, device: torch.device) -> None:
+        self._first, self._last = first, last
         self._replicas, self._device = replicas, device
         self._shape: list[Any] | None = None
+        self.labels = True
+        """Whether the last stage needs labels."""
+        self.fixed_shape = True
+        """Whether inputs must keep the shape of the first ones."""
         self._batches: deque[Any] = deque()
 
-    def fetch(
-        self, data_iter: Iterator[Any] | None, count: int, batch_fn: Callable[[Any], Any] | None, training: bool
-    ) -> bool:
+    def fetch(self, data_iter: Iterator[Any] | None, count: int, batch_fn: Callable[[Any], Any] | None) -> bool:
         """Pull `count` micro-batches; False if the data ends before, here or on another replica.
 
         Raises:
@@ -51,12 +48,12 @@ class Feed:
             StageError: that happened on another replica.
         """
         self.clear()
-        if not (self._inputs or self._targets):
+        if not (self._first or self._last):
             return True
         state, error = _READY, None
         try:
             for _ in range(count):
-                self._batches.append(self._checked(self._pull(data_iter, batch_fn), training))
+                self._batches.append(self._checked(self._pull(data_iter, batch_fn)))
         except StopIteration:
             state = _ENDED
         except Exception as problem:
@@ -86,21 +83,21 @@ class Feed:
         batch = None if data_iter is None else next(data_iter)
         return batch if batch_fn is None else batch_fn(batch)
 
-    def _checked(self, batch: Any, training: bool) -> Any:
+    def _checked(self, batch: Any) -> Any:
         if not isinstance(batch, (tuple, list)) or not batch:
             raise TypeError(f"a micro-batch must be a tuple (inputs, labels), got {type(batch).__name__}")
         inputs, labels = batch[0], batch[1] if len(batch) > 1 else None
-        if self._targets and self._labels and labels is None:
+        if self._last and self.labels and labels is None:
             raise ValueError(
                 "labels are missing: the last stage needs (inputs, labels) for its loss_fn, "
                 f"got a micro-batch of {len(batch)} element(s)"
             )
-        if self._inputs:
+        if self._first:
             tensors = [inputs] if torch.is_tensor(inputs) else inputs
             if not isinstance(tensors, (tuple, list)) or not all(map(torch.is_tensor, tensors)):
                 raise TypeError(f"inputs must be a tensor or a tuple of tensors, got {type(inputs).__name__}")
             shape = [tuple(t.shape) for t in tensors]
-            if training and self._fixed_shape:
+            if self.fixed_shape:
                 if self._shape not in (None, shape):
                     raise ValueError(
                         f"the inputs changed shape from {self._shape} to {shape}; "

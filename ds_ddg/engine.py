@@ -74,10 +74,8 @@ class DDGMixin(Executor):
         self.versions = WeightVersions(self.module.parameters(), stash=self.ddg.weights == "stash")
         self.pipe_buffers.update(grads=[], rng=[])
         self._feed = Feed(
-            inputs=self.is_first_stage(),
-            targets=self.is_last_stage(),
-            labels=self.module.loss_fn is not None,
-            fixed_shape=self.num_stages > 1 and not self.dynamic_shape,
+            first=self.is_first_stage(),
+            last=self.is_last_stage(),
             replicas=self.mpu.get_data_parallel_group() if self.is_data_parallel else None,
             device=self.device,
         )
@@ -109,12 +107,24 @@ class DDGMixin(Executor):
         return super().train_batch()
 
     @_together
-    def eval_batch(self, data_iter: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
-        """Evaluate the weights of the current call on all stages. DeepSpeed's signature and result."""
-        count = kwargs.get("num_micro_batches") or self.micro_batches
-        self._begin("eval_batch", data_iter, count)
+    def eval_batch(
+        self,
+        data_iter: Iterator[Any],
+        return_logits: bool = False,
+        compute_loss: bool = True,
+        reduce_output: str | None = "avg",
+        bcast_loss: bool = True,
+        num_micro_batches: int | None = None,
+    ) -> Any:
+        """Evaluate the weights of the current call on all stages. DeepSpeed's signature and result.
+
+        Raises:
+            StopIteration: on every rank, if the data ends before `num_micro_batches` (default: M).
+        """
+        count = self.micro_batches if num_micro_batches is None else num_micro_batches
+        self._begin("eval_batch", data_iter, count, labelled=compute_loss)
         with self._buffers_of_its_own():
-            return super().eval_batch(data_iter, *args, **kwargs)
+            return super().eval_batch(data_iter, return_logits, compute_loss, reduce_output, bcast_loss, count)
 
     @_together
     def drain(self) -> None:
@@ -195,6 +205,12 @@ class DDGMixin(Executor):
         self._learn_loss(max(call - delay, 0))
         return torch.tensor(self._loss_value, device=self.device)
 
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """DeepSpeed's, after a drain: another number of micro-batches per call is another plan."""
+        self.drain()
+        super().set_train_batch_size(train_batch_size)
+        self._filled_at = self._calls * self.micro_batches
+
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         """DeepSpeed's, after a drain: what is in flight belongs to no checkpoint."""
         self.drain()
@@ -207,9 +223,11 @@ class DDGMixin(Executor):
 
     # -- between the stages -----------------------------------------------------------------------------------------
 
-    def _begin(self, what: str, data_iter: Iterator[Any] | None, micro_batches: int) -> None:
+    def _begin(self, what: str, data_iter: Iterator[Any] | None, micro_batches: int, labelled: bool = True) -> None:
         """Fetch the data of a call, then start it on every stage, or stop on every stage."""
-        ready = self._feed.fetch(data_iter, micro_batches, self.batch_fn, training=what == "train_batch")
+        self._feed.labels = labelled and self.module.loss_fn is not None
+        self._feed.fixed_shape = self.num_stages > 1 and what == "train_batch" and not self.dynamic_shape
+        ready = self._feed.fetch(data_iter, micro_batches, self.batch_fn)
         kind = self._links.begin({"what": what, "call": self._calls, "micro_batches": micro_batches}, ready)
         if kind is Kind.END:
             self._feed.clear()

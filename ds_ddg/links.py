@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
+from deepspeed.constants import default_pg_timeout
 from torch import Tensor
 
 from ds_ddg.channel import Inbox, Kind, Outbox
@@ -42,8 +43,10 @@ class Links:
         self._losses_out: list[Outbox] = []
         self._own_losses: deque[tuple[int, float]] = deque()
         for ranks in pipelines:
-            groups = [dist.new_group(list(ranks), backend="gloo") for _ in range(3)] if len(ranks) > 1 else []
-            if rank in ranks and groups:
+            if len(ranks) == 1:
+                continue
+            groups = [dist.new_group(list(ranks), default_pg_timeout, backend="gloo") for _ in range(3)]
+            if rank in ranks:
                 self._open(list(ranks), list(ranks).index(rank), groups, plan)
 
     def _open(self, ranks: list[int], stage: int, groups: list[Any], plan: DDGPlan) -> None:
