@@ -2,7 +2,7 @@
 
 ``ds_ddg.initialize`` takes the place of ``deepspeed.initialize``; the training loop stays as it is. Reading order of
 the modules, which is also their import order: plan, simulate, draw, config, versions, channel, schedule, local,
-execute, engine, initialize, reference.
+execute, engine, initialize, run, reference.
 """
 
 from __future__ import annotations
@@ -12,12 +12,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ds_ddg.config import DDGConfig
     from ds_ddg.engine import DDGEngine
-    from ds_ddg.initialize import initialize
+    from ds_ddg.initialize import ddg_engine, initialize, swap
 
-__all__ = ["DDGConfig", "DDGEngine", "initialize"]
+__all__ = ["DDGConfig", "DDGEngine", "ddg_engine", "initialize", "swap"]
 __version__ = "0.1.0"
 
-_HOME = {"DDGConfig": "config", "DDGEngine": "engine", "initialize": "initialize"}
+_HOME = {
+    "DDGConfig": "config",
+    "DDGEngine": "engine",
+    "ddg_engine": "initialize",
+    "initialize": "initialize",
+    "swap": "initialize",
+}
 
 
 def __getattr__(name: str) -> Any:

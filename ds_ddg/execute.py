@@ -163,7 +163,7 @@ class Executor(_Host):
         if self.schedule == "1f1b":
             super().clip_fp32_gradients()
         else:
-            norm = clip_stage_gradients(self.module.parameters(), self.gradient_clipping(), self.mpu)
+            norm = clip_stage_gradients(self.module.parameters(), self.gradient_clipping())
             self._global_grad_norm = norm
 
     def _exec_advance_clocks(self) -> None:

@@ -1,4 +1,9 @@
-"""``ds_ddg.initialize``: DeepSpeed's own, with the delayed engine in the place of ``PipelineEngine``."""
+"""Three ways to put the delayed engine in the place of DeepSpeed's ``PipelineEngine``; none leaves a trace.
+
+initialize(...)      instead of ``deepspeed.initialize``: one line of a script changes
+with swap(): ...     around code that calls ``deepspeed.initialize`` itself (``ds_ddg.run`` does it for a script)
+ddg_engine(Base)     on top of a project's own ``PipelineEngine`` subclass
+"""
 
 from __future__ import annotations
 
@@ -11,9 +16,9 @@ import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 
-from ds_ddg.engine import DDGEngine
+from ds_ddg.engine import DDGEngine, DDGMixin
 
-__all__ = ["initialize"]
+__all__ = ["ddg_engine", "initialize", "swap"]
 
 _SEAMS = {
     PipelineEngine: (
@@ -55,21 +60,40 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
             f"ds_ddg trains pipelines: model must be a deepspeed.pipe.PipelineModule, got {type(model).__name__}; "
             "wrap its layers in PipelineModule(layers=[...], num_stages=K, loss_fn=...)"
         )
-    _check_seams()
-    with _engine_class(DDGEngine):
+    with swap():
         engine, optimizer, loader, scheduler = deepspeed.initialize(*args, **kwargs)
     return engine, optimizer, loader, scheduler
 
 
 @contextmanager
-def _engine_class(engine_class: type) -> Iterator[None]:
-    """``deepspeed.initialize`` looks ``PipelineEngine`` up when it is called; restored even on error."""
+def swap(engine_class: type = DDGEngine) -> Iterator[None]:
+    """Inside this block ``deepspeed.initialize`` makes `engine_class` of a ``PipelineModule``.
+
+    It looks ``PipelineEngine`` up in its module when it is called; the name is restored, even on error.
+
+    Raises:
+        RuntimeError: this DeepSpeed lacks something that the engine is built on.
+    """
+    _check_seams()
     saved = deepspeed.PipelineEngine
     deepspeed.PipelineEngine = engine_class
     try:
         yield
     finally:
         deepspeed.PipelineEngine = saved
+
+
+def ddg_engine(base: type) -> type:
+    """The delayed schedule on top of `base`, a project's own ``PipelineEngine`` subclass.
+
+    Its additions to the instruction map are kept: the map is built when an engine is constructed.
+
+    Raises:
+        TypeError: `base` is not a ``PipelineEngine``, or has the schedule already.
+    """
+    if not issubclass(base, PipelineEngine) or issubclass(base, DDGMixin):
+        raise TypeError(f"ddg_engine needs a subclass of deepspeed's PipelineEngine without DDG, got {base.__name__}")
+    return type(f"DDG{base.__name__}", (DDGMixin, base), {"__module__": base.__module__})
 
 
 def _check_seams() -> None:

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from deepspeed.runtime.utils import clip_grad_norm_
 from torch import Tensor
 
 __all__ = ["IdleOptimizer", "StageLocalGrid", "clip_stage_gradients", "fold_buffers_back"]
@@ -42,16 +41,14 @@ class StageLocalGrid:
         return int(self._grid.get_slice_parallel_world_size())
 
 
-def clip_stage_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float, grid: Any) -> Tensor | None:
+def clip_stage_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> Tensor | None:
     """Clip to `max_norm` by the norm over this stage alone; returns that norm, or None if there is no gradient.
 
-    DeepSpeed's own fp32 clip counts only stage 0's gradients on every stage (deepspeed/runtime/utils.py).
+    After their all-reduce the gradients are the same on every replica, and so is their norm: nothing is communicated.
+    DeepSpeed's own fp32 clip counts only stage 0's gradients, on every stage (deepspeed/runtime/utils.py).
     """
     with_gradient = [p for p in parameters if p.grad is not None]
-    if not with_gradient:
-        return None
-    norm: Tensor = clip_grad_norm_(with_gradient, max_norm, mpu=StageLocalGrid(grid))
-    return norm
+    return torch.nn.utils.clip_grad_norm_(with_gradient, max_norm) if with_gradient else None
 
 
 class IdleOptimizer:
