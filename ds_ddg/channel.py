@@ -110,7 +110,8 @@ class Outbox:
         if kind is Kind.DATA and self._standing is None:
             self._standing = spec
         self._sent.append((kind, works))
-        while sum(sent is Kind.DATA for sent, _ in self._sent) > self.depth:
+        # A call may send no data at all (DeepSpeed's own schedule), so what announces calls is bounded as well.
+        while sum(sent is Kind.DATA for sent, _ in self._sent) > self.depth or len(self._sent) > 2 * self.depth + 2:
             self._settle_oldest()
 
     def park(self) -> None:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import logger
 
@@ -70,8 +71,9 @@ class DDGMixin(Executor):
         super().__init__(*args, **kwargs)
         self._calls = 0
         self._filled_at = 0
+        self._parked = True
         self._loss_call, self._loss_value = -1, 0.0
-        self.versions = WeightVersions(self.module.parameters(), stash=self.ddg.weights == "stash")
+        self._new_versions()
         self.pipe_buffers.update(grads=[], rng=[])
         self._feed = Feed(
             first=self.is_first_stage(),
@@ -132,14 +134,16 @@ class DDGMixin(Executor):
 
         Steps the optimizer whenever M gradients have accumulated and once for the rest, at the present learning rate.
         """
-        end = self._calls * self.micro_batches
-        if self._schedule == "1f1b" or end == self._filled_at:
+        if self._parked:
             return
-        self.module.train()
-        ops = self.plan.drain(self.stage_id, end, self._filled_at)
-        self._exec_schedule(DDGSchedule(self.plan, self.stage_id, ops, draining=True))
-        self._learn_loss(self._calls - 1)
+        end = self._calls * self.micro_batches
+        if self._schedule == "ddg" and end > self._filled_at:
+            self.module.train()
+            ops = self.plan.drain(self.stage_id, end, self._filled_at)
+            self._exec_schedule(DDGSchedule(self.plan, self.stage_id, ops, draining=True))
+            self._learn_loss(self._calls - 1)
         self._links.park()
+        self._parked = True
         self._filled_at = end
         self.versions.assert_empty()
 
@@ -159,7 +163,6 @@ class DDGMixin(Executor):
         self.__dict__.pop("_INSTRUCTION_MAP", None)  # the class's own, for DeepSpeed's schedule
         if name == "ddg":
             self._INSTRUCTION_MAP = self._ddg_instruction_map()
-        self._filled_at = self._calls * self.micro_batches
         self.pipe_buffers = {column: [None] * self.num_pipe_buffers for column in self.pipe_buffers}
         self.reset_activation_shape()
 
@@ -181,17 +184,25 @@ class DDGMixin(Executor):
         ops = self.plan.call(self.stage_id, self._calls, self._filled_at)
         return DDGSchedule(self.plan, self.stage_id, ops)
 
+    def _new_versions(self) -> None:
+        """Remember weights as suits the optimizer: DeepSpeed's wrappers write into buffers of their own."""
+        delayed = self.stage_id < self.num_stages - 1 and self.ddg.weights == "stash"
+        pinned = delayed and isinstance(self.optimizer, DeepSpeedOptimizer)
+        self.versions = WeightVersions(self.module.parameters(), stash=delayed, pinned=pinned)
+
     def _next_batch(self) -> Any:
         return self._feed.take()
 
-    def _configure_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+    def _configure_optimizer(self, *args: Any, **kwargs: Any) -> None:
         if not self.ddg.enabled:
-            return super()._configure_optimizer(*args, **kwargs)
+            super()._configure_optimizer(*args, **kwargs)
+            return
         grid, self.mpu = self.mpu, StageLocalGrid(self.mpu)
         try:
-            return super()._configure_optimizer(*args, **kwargs)
+            super()._configure_optimizer(*args, **kwargs)
         finally:
             self.mpu = grid
+        self._new_versions()  # some projects configure the optimizer only now
 
     def _aggregate_total_loss(self) -> torch.Tensor:
         call, self._calls = self._calls, self._calls + 1
@@ -225,6 +236,7 @@ class DDGMixin(Executor):
 
     def _begin(self, what: str, data_iter: Iterator[Any] | None, micro_batches: int, labelled: bool = True) -> None:
         """Fetch the data of a call, then start it on every stage, or stop on every stage."""
+        self._parked = False
         self._feed.labels = labelled and self.module.loss_fn is not None
         self._feed.fixed_shape = self.num_stages > 1 and what == "train_batch" and not self.dynamic_shape
         ready = self._feed.fetch(data_iter, micro_batches, self.batch_fn)

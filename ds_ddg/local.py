@@ -45,10 +45,17 @@ def clip_stage_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: flo
     """Clip to `max_norm` by the norm over this stage alone; returns that norm, or None if there is no gradient.
 
     After their all-reduce the gradients are the same on every replica, and so is their norm: nothing is communicated.
-    DeepSpeed's own fp32 clip counts only stage 0's gradients, on every stage (deepspeed/runtime/utils.py).
+    The arithmetic is that of DeepSpeed's fp32 clip, so that one stage equals DeepSpeed to the last bit; with several,
+    DeepSpeed counts only stage 0's gradients, on every stage (``clip_grad_norm_`` in deepspeed/runtime/utils.py).
     """
-    with_gradient = [p for p in parameters if p.grad is not None]
-    return torch.nn.utils.clip_grad_norm_(with_gradient, max_norm) if with_gradient else None
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return None
+    norm = torch.stack([gradient.norm(2.0) for gradient in gradients]).pow(2.0).sum().pow(0.5)
+    coefficient = torch.clamp(norm.new_tensor(max_norm) / (norm + 1e-6), max=1.0)
+    for gradient in gradients:
+        gradient.mul_(coefficient)
+    return norm
 
 
 class IdleOptimizer:

@@ -95,7 +95,10 @@ class Reference:
 
     def _update(self, k: int) -> None:
         if self.clip > 0:
-            nn.utils.clip_grad_norm_(self.stages[k].parameters(), self.clip)
+            gradients = [p.grad for p in self.stages[k].parameters() if p.grad is not None]
+            norm = torch.stack([g.norm(2.0) for g in gradients]).square().sum().sqrt()
+            for gradient in gradients:
+                gradient.mul_(torch.clamp(torch.tensor(self.clip) / (norm + 1e-6), max=1.0))
         self.optimizers[k].step()
         self.optimizers[k].zero_grad()
 

@@ -8,6 +8,10 @@ convolution the parameter itself). One that bumps the counter makes the late bac
 Stashing is copy-on-write. Before an update, parameters whose current values an unfinished micro-batch still needs
 move to a fresh copy, and the old storage stays behind with the graphs that saved it. So a stage holds exactly the
 versions in flight plus the newest one: at most ceil(d_k / M) + 1, no copy at all on the last stage.
+
+DeepSpeed's mixed-precision and ZeRO optimizers write into flat buffers of their own, of which the parameters are
+views; those cannot move. There it is the forward that moves: it runs on a copy of the buffer's present values, one
+more than the versions above, and the parameters return to their place for the update.
 """
 
 from __future__ import annotations
@@ -28,11 +32,14 @@ class WeightVersions:
     Args:
         parameters: the stage's parameters; frozen ones never change and need no versions.
         stash: True: a backward sees the weights of its own forward (the paper's eq. 6-9). False: the newest ones.
+        pinned: the optimizer owns the parameters' present storage, and they must be there when it updates.
     """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], stash: bool = True) -> None:
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], stash: bool = True, pinned: bool = False) -> None:
         self._parameters = tuple(p for p in parameters if p.requires_grad)
         self._stash = stash
+        self._home = [p.data for p in self._parameters] if pinned else None
+        self._away = False
         self._seen: dict[int, int] = {}
         self._old: dict[int, list[Tensor]] = {}
         self.version = 0
@@ -40,7 +47,7 @@ class WeightVersions:
 
     @property
     def alive(self) -> int:
-        """Copies of the weights in memory, the newest included."""
+        """Versions of the weights in memory, the newest included."""
         return len(self._old) + 1
 
     @property
@@ -52,6 +59,9 @@ class WeightVersions:
         """The forward of micro-batch `key` is about to run on the newest weights."""
         assert key not in self._seen, f"slot {key} is still in flight"
         self._seen[key] = self.version
+        if self._home is not None and not self._away:
+            self._point_to([weight.clone() for weight in self._home])
+            self._away = True
 
     @contextmanager
     def using(self, key: int) -> Iterator[None]:
@@ -78,7 +88,10 @@ class WeightVersions:
         """The optimizer may write into the weights inside this block; micro-batches in flight do not notice."""
         if self._stash and self.version in self._seen.values():
             self._old[self.version] = [p.data for p in self._parameters]
-            self._point_to([weight.clone() for weight in self._old[self.version]])
+            self._point_to(self._home or [weight.clone() for weight in self._old[self.version]])
+        elif self._home is not None:
+            self._point_to(self._home)
+        self._away = False
         # An optimizer that bumps the counter would make autograd refuse every graph still in flight, though what
         # those graphs saved is intact ("stash") or meant to be new ("current").
         with _unsafe_preserve_version_counter(self._parameters):
