@@ -45,7 +45,7 @@ class Kind(str, Enum):
     DATA = "data"
     """The tensors of one micro-batch, or the loss of one call."""
     BEGIN = "begin"
-    """A call begins; the receiver checks that it is in the same one."""
+    """A call begins that sends no data yet; the receiver checks that it is in the same one."""
     END = "end"
     """Instead of BEGIN: the data ended."""
     ERROR = "error"
@@ -239,9 +239,7 @@ def _encode(kind: Kind, spec: Spec, standing: bool, info: dict[str, Any]) -> Ten
         raise ValueError(
             f"a message of {len(spec)} tensors needs a header of {len(text)} bytes, at most {_HEADER_BYTES}"
         )
-    header = torch.zeros(_HEADER_BYTES, dtype=torch.uint8)
-    header[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    return header
+    return torch.frombuffer(bytearray(text.ljust(_HEADER_BYTES, b"\0")), dtype=torch.uint8)
 
 
 def _decode(header: Tensor) -> tuple[Message, Spec, bool]:

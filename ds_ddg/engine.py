@@ -16,12 +16,10 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import logger
 
@@ -30,10 +28,8 @@ from ds_ddg.config import DDGConfig, refuse_unsupported
 from ds_ddg.data import Feed
 from ds_ddg.execute import Executor
 from ds_ddg.links import Links
-from ds_ddg.local import StageLocalGrid
 from ds_ddg.plan import DDGPlan
 from ds_ddg.schedule import DDGSchedule
-from ds_ddg.versions import WeightVersions
 
 __all__ = ["DDGEngine", "DDGMixin"]
 
@@ -184,25 +180,8 @@ class DDGMixin(Executor):
         ops = self.plan.call(self.stage_id, self._calls, self._filled_at)
         return DDGSchedule(self.plan, self.stage_id, ops)
 
-    def _new_versions(self) -> None:
-        """Remember weights as suits the optimizer: DeepSpeed's wrappers write into buffers of their own."""
-        delayed = self.stage_id < self.num_stages - 1 and self.ddg.weights == "stash"
-        pinned = delayed and isinstance(self.optimizer, DeepSpeedOptimizer)
-        self.versions = WeightVersions(self.module.parameters(), stash=delayed, pinned=pinned)
-
     def _next_batch(self) -> Any:
         return self._feed.take()
-
-    def _configure_optimizer(self, *args: Any, **kwargs: Any) -> None:
-        if not self.ddg.enabled:
-            super()._configure_optimizer(*args, **kwargs)
-            return
-        grid, self.mpu = self.mpu, StageLocalGrid(self.mpu)
-        try:
-            super()._configure_optimizer(*args, **kwargs)
-        finally:
-            self.mpu = grid
-        self._new_versions()  # some projects configure the optimizer only now
 
     def _aggregate_total_loss(self) -> torch.Tensor:
         call, self._calls = self._calls, self._calls + 1
@@ -240,7 +219,10 @@ class DDGMixin(Executor):
         self._feed.labels = labelled and self.module.loss_fn is not None
         self._feed.fixed_shape = self.num_stages > 1 and what == "train_batch" and not self.dynamic_shape
         ready = self._feed.fetch(data_iter, micro_batches, self.batch_fn)
-        kind = self._links.begin({"what": what, "call": self._calls, "micro_batches": micro_batches}, ready)
+        here = {"what": what, "call": self._calls, "micro_batches": micro_batches}
+        # Evaluation has a barrier before its first activation, and DeepSpeed's schedule sends its own.
+        with_data = what == "train_batch" and self._schedule == "ddg"
+        kind = self._links.begin(here, ready, with_data)
         if kind is Kind.END:
             self._feed.clear()
             raise StopIteration
@@ -268,16 +250,6 @@ class DDGMixin(Executor):
         """Take the losses up to that of `call`; waits only if it has not arrived."""
         while self._loss_call < call:
             self._loss_call, self._loss_value = self._links.next_loss()
-
-    @contextmanager
-    def _buffers_of_its_own(self) -> Iterator[None]:
-        """For evaluation: micro-batches in flight keep their buffers."""
-        mine = self.pipe_buffers, self.num_pipe_buffers
-        self.pipe_buffers, self.num_pipe_buffers = {column: [] for column in self.pipe_buffers}, 0
-        try:
-            yield
-        finally:
-            self.pipe_buffers, self.num_pipe_buffers = mine
 
     def _fail(self, error: Exception) -> None:
         here = f"stage {self.stage_id} (rank {self.global_rank}) failed in call {self._calls}"

@@ -20,12 +20,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 from deepspeed.runtime.pipe import schedule as instructions
 from torch import Tensor
 
 from ds_ddg.config import DDGConfig
 from ds_ddg.links import Links, as_tuple
-from ds_ddg.local import IdleOptimizer, clip_stage_gradients, fold_buffers_back
+from ds_ddg.local import IdleOptimizer, StageLocalGrid, clip_stage_gradients, fold_buffers_back
 from ds_ddg.schedule import AdvanceClocks, UpdateWeights
 from ds_ddg.versions import WeightVersions
 
@@ -158,6 +159,11 @@ class Executor(_Host):
         with self.versions.updating():
             super()._exec_optimizer_step(lr_kwargs)
 
+    def _reduce_non_expert_gradients(self, gradients: Any, elements_per_buffer: int) -> None:
+        """A stage without replicas has nothing to reduce; DeepSpeed would all-reduce with itself, 2 ms a call."""
+        if self.is_data_parallel or self.schedule == "1f1b":
+            super()._reduce_non_expert_gradients(gradients, elements_per_buffer)
+
     def clip_fp32_gradients(self) -> None:
         """By the norm of this stage under DDG; DeepSpeed's own clip under 1F1B."""
         if self.schedule == "1f1b":
@@ -179,6 +185,33 @@ class Executor(_Host):
     def _exec_update_weights(self) -> None:
         with self._clocks_stopped():
             self._exec_optimizer_step()
+
+    def _configure_optimizer(self, *args: Any, **kwargs: Any) -> None:
+        if not self.ddg.enabled:
+            super()._configure_optimizer(*args, **kwargs)
+            return
+        grid, self.mpu = self.mpu, StageLocalGrid(self.mpu)
+        try:
+            super()._configure_optimizer(*args, **kwargs)
+        finally:
+            self.mpu = grid
+        self._new_versions()  # some projects configure the optimizer only now
+
+    def _new_versions(self) -> None:
+        """Remember weights as suits the optimizer: DeepSpeed's wrappers write into buffers of their own."""
+        delayed = self.stage_id < self.num_stages - 1 and self.ddg.weights == "stash"
+        pinned = delayed and isinstance(self.optimizer, DeepSpeedOptimizer)
+        self.versions = WeightVersions(self.module.parameters(), stash=delayed, pinned=pinned)
+
+    @contextmanager
+    def _buffers_of_its_own(self) -> Iterator[None]:
+        """For evaluation: micro-batches in flight keep their buffers."""
+        mine = self.pipe_buffers, self.num_pipe_buffers
+        self.pipe_buffers, self.num_pipe_buffers = {column: [] for column in self.pipe_buffers}, 0
+        try:
+            yield
+        finally:
+            self.pipe_buffers, self.num_pipe_buffers = mine
 
     @contextmanager
     def _clocks_stopped(self) -> Iterator[None]:

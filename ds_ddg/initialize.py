@@ -30,6 +30,7 @@ _SEAMS = {
         "_exec_optimizer_step",
         "_exec_schedule",
         "_next_batch",
+        "_reduce_non_expert_gradients",
         "_train_schedule",
         "clip_fp32_gradients",
         "reset_activation_shape",

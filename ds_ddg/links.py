@@ -14,7 +14,7 @@ import torch.distributed as dist
 from deepspeed.constants import default_pg_timeout
 from torch import Tensor
 
-from ds_ddg.channel import Inbox, Kind, Outbox
+from ds_ddg.channel import Inbox, Kind, Message, Outbox
 from ds_ddg.plan import DDGPlan
 
 __all__ = ["Links", "as_tuple"]
@@ -42,6 +42,8 @@ class Links:
         self._losses_in: Inbox | None = None
         self._losses_out: list[Outbox] = []
         self._own_losses: deque[tuple[int, float]] = deque()
+        self._announce: dict[str, Any] | None = None
+        self._first: Message | None = None
         for ranks in pipelines:
             if len(ranks) == 1:
                 continue
@@ -68,38 +70,46 @@ class Links:
         else:
             self._losses_out = [Outbox(*ends(across, k), depth=plan.delay(0) + 1) for k in range(last)]
 
-    def begin(self, here: dict[str, Any], ready: bool) -> Kind:
-        """Start a call on this stage as on the one before; END instead of BEGIN if the first stage has no data.
+    def begin(self, here: dict[str, Any], ready: bool, with_data: bool) -> Kind:
+        """Start a call on this stage as on the one before; END if the first stage has no data.
 
         Args:
             here: what this stage is about to do; must be the same on every stage.
             ready: whether this stage has its data (matters on the first).
+            with_data: announce the call with its first activation rather than by a message of its own.
 
         Raises:
             RuntimeError: the stage before is doing something else.
         """
         kind = Kind.BEGIN if ready else Kind.END
         if self._activations_in is not None:
-            message = self._activations_in.take(Kind.BEGIN, Kind.END, what=f"the start of {here['what']}")
-            kind = message.kind
-            if message.info != here:
+            message = self._activations_in.take(
+                Kind.DATA if with_data else Kind.BEGIN, Kind.END, what=f"the start of {here['what']}"
+            )
+            if message.info["here"] != here:
                 raise RuntimeError(
                     f"the ranks are out of step: this stage is in {here}, {self._activations_in.name} is in "
-                    f"{message.info}; make the same calls in the same order on every rank"
+                    f"{message.info['here']}; make the same calls in the same order on every rank"
                 )
-        if self._activations_out is not None:
-            self._activations_out.post(kind, **here)
+            self._first = message if message.kind is Kind.DATA else None
+            kind = Kind.END if message.kind is Kind.END else Kind.BEGIN
+        self._announce = here
+        if self._activations_out is not None and (kind is Kind.END or not with_data):
+            self._activations_out.post(kind, here=here)
         return kind
 
     def send_activations(self, outputs: Any) -> None:
         """Post what this stage put out, a tensor or a tuple of tensors, to the next stage."""
         assert self._activations_out is not None
-        self._activations_out.post(Kind.DATA, as_tuple(outputs), tuple=isinstance(outputs, tuple))
+        here, self._announce = self._announce, None
+        self._activations_out.post(Kind.DATA, as_tuple(outputs), tuple=isinstance(outputs, tuple), here=here)
 
     def recv_activations(self) -> Any:
         """Wait for what the stage before put out; tensors and container as it sent them, in memory of their own."""
         assert self._activations_in is not None
-        message = self._activations_in.take(Kind.DATA, what="an activation")
+        message, self._first = self._first, None
+        if message is None:
+            message = self._activations_in.take(Kind.DATA, what="an activation")
         return message.tensors if message.info["tuple"] else message.tensors[0]
 
     def send_grads(self, gradients: Sequence[Tensor | None]) -> None:

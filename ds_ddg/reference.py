@@ -94,6 +94,9 @@ class Reference:
                 self._update(k)
 
     def _update(self, k: int) -> None:
+        for parameter in self.stages[k].parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)  # as DeepSpeed does for a parameter without use
         if self.clip > 0:
             gradients = [p.grad for p in self.stages[k].parameters() if p.grad is not None]
             norm = torch.stack([g.norm(2.0) for g in gradients]).square().sum().sqrt()
