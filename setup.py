@@ -7,14 +7,14 @@ README = Path(__file__).parent / "README.md"
 # Upper bounds are the first versions nobody has tried: the engine relies on seams inside DeepSpeed.
 RECIPES = [
     "accelerate>=1.15,<2",
-    "matplotlib",
-    "scikit-learn",
-    "tensorboard",
+    "matplotlib>=3.9,<4",
+    "scikit-learn>=1.5,<2",
+    "tensorboard>=2.18,<3",
     "torchvision>=0.26,<0.30",
-    "tqdm",
+    "tqdm>=4.66,<5",
     "transformers>=5.17,<6",
 ]
-TEST = ["mypy", "pytest", "pytest-timeout", "ruff"]
+TEST = ["mypy>=2.4,<3", "pytest>=9,<10", "pytest-timeout>=2.4,<3", "ruff>=0.17,<0.18"]
 
 setup(
     name="ds_ddg",
@@ -26,7 +26,7 @@ setup(
     packages=find_packages(include=["ds_ddg", "ds_ddg.*"]),
     package_data={"ds_ddg": ["py.typed"]},
     python_requires=">=3.10",
-    install_requires=["deepspeed>=0.19.8,<0.20", "pydantic>=2", "torch>=2.11,<2.16"],
+    install_requires=["deepspeed>=0.19.8,<0.20", "pydantic>=2,<3", "torch>=2.11,<2.16"],
     extras_require={"recipes": RECIPES, "test": RECIPES + TEST},
     entry_points={"console_scripts": ["ds-ddg = ds_ddg.cli:main"]},
     zip_safe=False,

@@ -1,6 +1,6 @@
 """How much of its time a pipeline spends working: DDG against DeepSpeed's 1F1B, stage time off the CPU.
 
-    python benchmarks/off_cpu.py                       # the whole table, about 6 minutes
+    python benchmarks/off_cpu.py                       # the whole table, about 3 minutes
     python benchmarks/off_cpu.py --stages 4 --micro-batches 1 4
 
 A stage "computes" by sleeping (30 ms forward, 60 ms backward), so many stages fit on few cores and everything that is
@@ -105,13 +105,17 @@ def run(num_stages: int, grid: list[int], seconds: float) -> list[dict[str, Any]
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            context.Process(target=rank_main, args=(rank, num_stages, grid, seconds, f"{folder}/store", results))
+            context.Process(
+                target=rank_main, args=(rank, num_stages, grid, seconds, f"{folder}/store", results), daemon=True
+            )
             for rank in range(num_stages)
         ]
         for process in ranks:
             process.start()
         multiprocessing.connection.wait([process.sentinel for process in ranks])
         measured = [results.get(timeout=60) for _ in ranks]
+        for process in ranks:
+            process.join()
     rows = []
     for index, micro_batches in enumerate(grid):
         ideal = micro_batches * (FORWARD + BACKWARD)
@@ -133,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--seconds", type=float, default=6.0, help="time to spend on each cell in steady state")
+    parser.add_argument("--seconds", type=float, default=4.0, help="time to spend on each cell in steady state")
     arguments = parser.parse_args()
     os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     os.environ.setdefault("LOG_LEVEL", "ERROR")

@@ -1,8 +1,7 @@
 """Bubble-free pipeline training for DeepSpeed: decoupled delayed gradients (DDG, Huo et al., ICML 2018).
 
 ``ds_ddg.initialize`` takes the place of ``deepspeed.initialize``; the training loop stays as it is. Reading order of
-the modules, which is also their import order: plan, simulate, draw, config, versions, channel, schedule, local,
-execute, engine, initialize, run, reference.
+the modules, which is also their import order, is in the README; the algorithm itself is ``ds_ddg.plan``.
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ds_ddg.config import DDGConfig
+    from ds_ddg.enable import ddg_engine, initialize, swap
     from ds_ddg.engine import DDGEngine
-    from ds_ddg.initialize import ddg_engine, initialize, swap
 
 __all__ = ["DDGConfig", "DDGEngine", "ddg_engine", "initialize", "swap"]
 __version__ = "0.1.0"
@@ -20,9 +19,9 @@ __version__ = "0.1.0"
 _HOME = {
     "DDGConfig": "config",
     "DDGEngine": "engine",
-    "ddg_engine": "initialize",
-    "initialize": "initialize",
-    "swap": "initialize",
+    "ddg_engine": "enable",
+    "initialize": "enable",
+    "swap": "enable",
 }
 
 

@@ -4,9 +4,12 @@ A message is a small header (JSON in a fixed number of bytes) and any number of 
 its own: the sender's live until they are sent, the receiver's belong to whoever takes the message. DeepSpeed's ``p2p``
 blocks and receives into shared buffers, so it cannot be used here.
 
-The receiver always has one header receive posted. The shape of the first data message becomes the *standing* one:
+The receiver always has one header receive posted. The shape of the first training message becomes the *standing* one:
 from then on a receive for its tensors is posted too, so that they travel while this stage computes. Messages of
 another shape (evaluation, say) are received on demand. Both sides derive which is which from the messages alone.
+
+Sends and receives go to the group itself: ``dist.isend`` and ``irecv`` check per message what never changes here, at a
+good part of the cost of a small one.
 
 A work handle of gloo must be waited on exactly once (twice hangs), so handles are popped when they are waited on.
 """
@@ -20,6 +23,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
 from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -28,11 +32,16 @@ from torch import Tensor
 __all__ = ["Inbox", "Kind", "Message", "Outbox", "StageError"]
 
 _HEADER_BYTES = 4096
-_TEXT_LIMIT = 2048
-_HEADER_TAG, _STANDING_TAG, _ON_DEMAND_TAG = 0, 1, 2
+_TEXT_BYTES = 3072
+_HEADER_TAG, _STANDING_TAG, _ON_DEMAND_TAG, _LAST_WORDS_TAG = 0, 1, 2, 3
 
 Spec = tuple[tuple[str, tuple[int, ...]] | None, ...]
 """Type and shape of each tensor of a message; None where there is none."""
+
+
+_under_way: WeakKeyDictionary[dist.ProcessGroup, list[Any]] = WeakKeyDictionary()
+"""What outboxes have sent, as long as their group lives. A send is withdrawn when its handle goes, and the peer would
+wait for ever: so handles must outlive an engine that failed, or is done, and is dropped before all has arrived."""
 
 
 class StageError(RuntimeError):
@@ -95,19 +104,29 @@ class Outbox:
     _sent: deque[tuple[Kind, list[tuple[Any, Tensor]]]] = field(default_factory=deque)
     _standing: Spec | None = None
 
+    def __post_init__(self) -> None:
+        _under_way.setdefault(self.group, []).append(self._sent)
+
     @property
     def pending(self) -> int:
         """Messages not known to have arrived."""
         return len(self._sent)
 
-    def post(self, kind: Kind, tensors: Sequence[Tensor | None] = (), **info: Any) -> None:
-        """Send one message; `tensors` must not be written to afterwards."""
-        payload = [None if t is None else t.detach().contiguous() for t in tensors]
+    def post(self, kind: Kind, tensors: Sequence[Tensor | None] = (), recurs: bool = True, **info: Any) -> None:
+        """Send one message; `tensors` must not be written to afterwards.
+
+        Args:
+            kind: what it is about.
+            tensors: its tensors; None where there is none.
+            recurs: whether more of the same shape will follow, so that it may become the standing one.
+            **info: small values that JSON can hold.
+        """
+        payload = [None if t is None else t.detach().resolve_conj().resolve_neg().contiguous() for t in tensors]
         spec = _spec_of(payload)
         standing = kind is Kind.DATA and spec == self._standing
-        works = [self._send(_encode(kind, spec, standing, info), _HEADER_TAG)]
+        works = [self._send(_encode(kind, info, spec, standing, recurs), _HEADER_TAG)]
         works += [self._send(part, _STANDING_TAG if standing else _ON_DEMAND_TAG) for part in _present(payload)]
-        if kind is Kind.DATA and self._standing is None:
+        if kind is Kind.DATA and self._standing is None and recurs:
             self._standing = spec
         self._sent.append((kind, works))
         # A call may send no data at all (DeepSpeed's own schedule), so what announces calls is bounded as well.
@@ -116,24 +135,39 @@ class Outbox:
 
     def park(self) -> None:
         """Let the receiver drop its standing receive (by filling it once more), then wait until all has arrived."""
-        works = [self._send(_encode(Kind.PARK, (), False, {}), _HEADER_TAG)]
+        works = [self._send(_encode(Kind.PARK, {}), _HEADER_TAG)]
         works += [self._send(part, _STANDING_TAG) for part in _present(_empty(self._standing or ()))]
         self._standing = None
         self._sent.append((Kind.PARK, works))
         while self._sent:
             self._settle_oldest()
 
+    def settle(self, patience: timedelta) -> None:
+        """Wait until all has arrived; not longer than `patience` for one message, and not for a peer that is gone."""
+        while self._sent:
+            for work, _ in self._sent.popleft()[1]:
+                try:
+                    work.wait(patience)
+                except RuntimeError:
+                    return
+
     def post_error(self, text: str, patience: timedelta = timedelta(seconds=5)) -> None:
-        """Tell the peer, as far as it can still be reached, that this stage failed."""
+        """Tell the peer, as far as it can still be reached, that this stage failed.
+
+        Twice: behind all messages before it, and as last words, for which a receive is always posted. Those arrive at
+        once however busy the peer is, and are read if the connection breaks before the former could be.
+        """
+        message = _encode(Kind.ERROR, {"text": _fit(text)})
         try:
-            work, _ = self._send(_encode(Kind.ERROR, (), False, {"text": text}), _HEADER_TAG)
-            work.wait(patience)
+            in_turn, last_words = (self._send(message, tag) for tag in (_HEADER_TAG, _LAST_WORDS_TAG))
+            self._sent.append((Kind.ERROR, [in_turn]))
+            last_words[0].wait(patience)
         except RuntimeError:
             return  # the peer is gone or stuck; it learns of the failure from the broken connection
 
     def _send(self, part: Tensor, tag: int) -> tuple[Any, Tensor]:
         try:
-            return dist.isend(part, self.peer, group=self.group, tag=tag), part
+            return self.group.send([part], dist.get_group_rank(self.group, self.peer), tag), part
         except RuntimeError as error:
             _raise_lost(self.name, "a message could not be sent to it", error)
 
@@ -161,6 +195,8 @@ class Inbox:
         self._standing: Spec | None = None
         self._standing_receive: tuple[list[Tensor | None], list[Any]] | None = None
         self._header = self._post_header()
+        self._last_words = torch.empty(_HEADER_BYTES, dtype=torch.uint8)
+        self._last_words_work = self._irecv(self._last_words, _LAST_WORDS_TAG)
 
     def take(self, *expected: Kind, what: str = "a message") -> Message:
         """Wait for the next message and hand it over; `what` says in errors what was waited for.
@@ -171,7 +207,7 @@ class Inbox:
         """
         header, work = self._header
         self._wait(work, what)
-        message, spec, standing = _decode(header)
+        message, spec, standing, recurs = _decode(header)
         if message.kind is Kind.ERROR:
             raise StageError(message.info["text"])
         self._header = self._post_header()
@@ -181,8 +217,9 @@ class Inbox:
         elif message.kind is Kind.DATA:
             tensors = self._take_standing(what) if standing else self._receive(spec, what)
             message = Message(message.kind, message.info, tuple(tensors))
-            self._standing = self._standing or spec
-            if self._standing_receive is None:
+            if self._standing is None and recurs:
+                self._standing = spec
+            if self._standing is not None and self._standing_receive is None:
                 self._standing_receive = self._post(self._standing, _STANDING_TAG)
         if message.kind not in expected:
             names = " or ".join(kind.name for kind in expected)
@@ -217,7 +254,7 @@ class Inbox:
 
     def _irecv(self, part: Tensor, tag: int) -> Any:
         try:
-            return dist.irecv(part, self.peer, group=self.group, tag=tag)
+            return self.group.recv([part], dist.get_group_rank(self.group, self.peer), tag)
         except RuntimeError as error:
             _raise_lost(self.name, "it cannot be listened to", error)
 
@@ -225,16 +262,33 @@ class Inbox:
         try:
             work.wait()
         except RuntimeError as error:
+            self._raise_last_words()
             _raise_lost(self.name, f"this stage waited for {what} from it", error)
+
+    def _raise_last_words(self) -> None:
+        """If the sender had time to say why it leaves, raise that."""
+        try:
+            self._last_words_work.wait(timedelta(milliseconds=1))
+        except RuntimeError:
+            return
+        raise StageError(_decode(self._last_words)[0].info["text"])
 
 
 def _raise_lost(name: str, why: str, error: RuntimeError) -> NoReturn:
-    raise StageError(f"{name} is lost: {why} ({str(error).splitlines()[0]})") from error
+    reason = str(error).splitlines()[0].partition(". This is typically")[0]
+    raise StageError(f"{name} is lost: {why} ({reason})") from error
 
 
-def _encode(kind: Kind, spec: Spec, standing: bool, info: dict[str, Any]) -> Tensor:
-    info = {key: value[:_TEXT_LIMIT] if isinstance(value, str) else value for key, value in info.items()}
-    text = json.dumps([kind.value, spec, standing, info]).encode()
+def _fit(text: str) -> str:
+    """The beginning of `text`, as much as a header holds; JSON takes up to twelve bytes for a letter."""
+    text = text[:_TEXT_BYTES]
+    while len(json.dumps(text)) > _TEXT_BYTES:
+        text = text[: -max(1, len(text) // 8)]
+    return text
+
+
+def _encode(kind: Kind, info: dict[str, Any], spec: Spec = (), standing: bool = False, recurs: bool = False) -> Tensor:
+    text = json.dumps([kind.value, info, spec, standing, recurs]).encode()
     if len(text) > _HEADER_BYTES:
         raise ValueError(
             f"a message of {len(spec)} tensors needs a header of {len(text)} bytes, at most {_HEADER_BYTES}"
@@ -242,6 +296,6 @@ def _encode(kind: Kind, spec: Spec, standing: bool, info: dict[str, Any]) -> Ten
     return torch.frombuffer(bytearray(text.ljust(_HEADER_BYTES, b"\0")), dtype=torch.uint8)
 
 
-def _decode(header: Tensor) -> tuple[Message, Spec, bool]:
-    kind, spec, standing, info = json.loads(header.numpy().tobytes().rstrip(b"\0"))
-    return Message(Kind(kind), info), tuple(s and (s[0], tuple(s[1])) for s in spec), standing
+def _decode(header: Tensor) -> tuple[Message, Spec, bool, bool]:
+    kind, info, spec, standing, recurs = json.loads(header.numpy().tobytes().rstrip(b"\0"))
+    return Message(Kind(kind), info), tuple(s and (s[0], tuple(s[1])) for s in spec), standing, recurs

@@ -53,6 +53,9 @@ class DDGConfig(BaseModel):
             raise ValueError("\n".join(_explain(problem) for problem in error.errors())) from None
 
 
+_PLANNED = [("slack", "auto"), ("clip", "global")]
+
+
 def _explain(problem: Mapping[str, Any]) -> str:
     if not problem["loc"]:
         return f'"ddg" must be a block of settings such as {{"enabled": true}}, got {problem["input"]!r}'
@@ -61,7 +64,8 @@ def _explain(problem: Mapping[str, Any]) -> str:
         return (
             f'"ddg": unknown key {key!r} (value {problem["input"]!r}); known keys: {", ".join(DDGConfig.model_fields)}'
         )
-    return f'"ddg": {{"{key}": {problem["input"]!r}}} is not valid: {problem["msg"]}'
+    later = " (that value is planned, not supported yet)" if (key, problem["input"]) in _PLANNED else ""
+    return f'"ddg": {{"{key}": {problem["input"]!r}}} is not valid: {problem["msg"]}{later}'
 
 
 def refuse_unsupported(config: Any, module: Any) -> None:

@@ -104,7 +104,7 @@ class Feed:
                         "make every micro-batch the same shape (drop_last=True, padding)"
                     )
                 self._shape = shape
-        return inputs, labels
+        return inputs if self._first else None, labels if self._last else None
 
     def _worst(self, state: int) -> int:
         if self._replicas is None:

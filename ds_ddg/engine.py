@@ -13,8 +13,10 @@ Calls count from 0 on every rank alike, and so do the learning rate and ``global
 
 from __future__ import annotations
 
+import atexit
 import functools
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -36,6 +38,14 @@ __all__ = ["DDGEngine", "DDGMixin"]
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
+def _with_its_data(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run DeepSpeed's part of a call, whose data is here already: a StopIteration is a mistake in somebody's code."""
+    try:
+        return method(*args, **kwargs)
+    except StopIteration as error:
+        raise RuntimeError("StopIteration raised inside a layer or loss_fn") from error
+
+
 def _together(method: _Method) -> _Method:
     """If this stage fails, tell the others before raising, so that no rank is left waiting."""
 
@@ -48,10 +58,21 @@ def _together(method: _Method) -> _Method:
         except StopIteration:
             raise
         except Exception as error:
-            self._fail(error)
-            raise
+            cause = self._understood(error)
+            if self._failure is None:  # a call within a call has told already
+                self._fail(cause)
+            if cause is error:
+                raise
+            raise cause from error
 
     return run  # type: ignore[return-value]
+
+
+def _settle(links: weakref.ref[Links]) -> None:
+    """At exit: a process that ends takes with it what it has sent and the others have not received yet."""
+    alive = links()
+    if alive is not None:
+        alive.settle()
 
 
 class DDGMixin(Executor):
@@ -78,8 +99,10 @@ class DDGMixin(Executor):
             device=self.device,
         )
         self._links = Links(self.grid.topology().get_axis_comm_lists("pipe"), self.global_rank, self.plan)
-        if self.ddg.enabled and self.ddg.sync_steps == 0:
+        self._ddg_from = self.ddg.sync_steps if self.ddg.enabled else None
+        if self._ddg_from == 0:
             self.schedule = "ddg"
+        atexit.register(_settle, weakref.ref(self._links))
 
     # -- life of a call ---------------------------------------------------------------------------------------------
 
@@ -97,12 +120,12 @@ class DDGMixin(Executor):
             StopIteration: on every rank, if the data ends inside this call; nothing of the call has been trained on.
             StageError: another stage failed, left or was lost.
         """
-        if self.ddg.enabled and self._calls == self.ddg.sync_steps > 0:
+        if self._ddg_from is not None and self.global_steps >= self._ddg_from:
             self.schedule = "ddg"
         if data_iter is not None:
             self.set_dataiterator(data_iter)
         self._begin("train_batch", self.data_iterator, self.micro_batches)
-        return super().train_batch()
+        return _with_its_data(super().train_batch)
 
     @_together
     def eval_batch(
@@ -121,8 +144,10 @@ class DDGMixin(Executor):
         """
         count = self.micro_batches if num_micro_batches is None else num_micro_batches
         self._begin("eval_batch", data_iter, count, labelled=compute_loss)
+        self._links.meet()  # in DeepSpeed's own barrier no stage could hear that another failed
         with self._buffers_of_its_own():
-            return super().eval_batch(data_iter, return_logits, compute_loss, reduce_output, bcast_loss, count)
+            arguments = data_iter, return_logits, compute_loss, reduce_output, bcast_loss, count
+            return _with_its_data(super().eval_batch, *arguments)
 
     @_together
     def drain(self) -> None:
@@ -136,7 +161,8 @@ class DDGMixin(Executor):
         if self._schedule == "ddg" and end > self._filled_at:
             self.module.train()
             ops = self.plan.drain(self.stage_id, end, self._filled_at)
-            self._exec_schedule(DDGSchedule(self.plan, self.stage_id, ops, draining=True))
+            with torch.enable_grad():  # it may be called from evaluation code
+                self._exec_schedule(DDGSchedule(self.plan, self.stage_id, ops, draining=True))
             self._learn_loss(self._calls - 1)
         self._links.park()
         self._parked = True
@@ -152,6 +178,9 @@ class DDGMixin(Executor):
     def schedule(self, name: str) -> None:
         if name not in ("ddg", "1f1b"):
             raise ValueError(f'schedule must be "ddg" or "1f1b", got {name!r}')
+        self._ddg_from = None  # whoever assigns it decides from here on
+        if name == self._schedule:
+            return
         if name == "ddg" and not self.ddg.enabled:
             refuse_unsupported(self._config, self.module)
         self.drain()
@@ -173,6 +202,13 @@ class DDGMixin(Executor):
         return self._loss_call + self.global_steps - self._calls
 
     # -- what DeepSpeed calls ---------------------------------------------------------------------------------------
+
+    def destroy(self) -> None:
+        """DeepSpeed's, once what was sent has arrived."""
+        links = self.__dict__.get("_links")  # DeepSpeed also calls this for an engine whose construction failed
+        if links is not None:
+            links.settle()
+        super().destroy()
 
     def _train_schedule(self) -> Any:
         if self._schedule == "1f1b":
@@ -200,6 +236,13 @@ class DDGMixin(Executor):
         self.drain()
         super().set_train_batch_size(train_batch_size)
         self._filled_at = self._calls * self.micro_batches
+
+    def _bcast_pipe_scalar(self, data: Any, src_rank: int | None = None, dtype: torch.dtype = torch.float32) -> Any:
+        """DeepSpeed's waits in a broadcast, where a stage could not hear that another failed."""
+        if src_rank not in (None, self._loss_stage_global_rank()):
+            return super()._bcast_pipe_scalar(data, src_rank, dtype)
+        value = self._links.share(float(data) if self.is_last_stage() else 0.0)
+        return torch.tensor(value, dtype=dtype, device=self.device)
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         """DeepSpeed's, after a drain: what is in flight belongs to no checkpoint."""
@@ -251,9 +294,21 @@ class DDGMixin(Executor):
         while self._loss_call < call:
             self._loss_call, self._loss_value = self._links.next_loss()
 
+    def _understood(self, error: Exception) -> Exception:
+        """`error`, or what it means to users."""
+        if not isinstance(error, StageError) and "gloo/transport" in str(error):
+            replicas = [rank for rank in self.grid.dp_group if rank != self.global_rank]
+            return StageError(
+                f"a data-parallel replica of stage {self.stage_id} (one of ranks {replicas}) is lost: rank "
+                f"{self.global_rank} waited for it in call {self._calls} ({str(error).splitlines()[0]})"
+            )
+        return error
+
     def _fail(self, error: Exception) -> None:
         here = f"stage {self.stage_id} (rank {self.global_rank}) failed in call {self._calls}"
         self._failure = str(error) if isinstance(error, StageError) else f"{here}: {type(error).__name__}: {error}"
+        # Logged at once: a launcher that has seen another rank die ends this one within a second.
+        logger.error(f"rank {self.global_rank}: {self._failure}")
         self._links.tell_failure(self._failure)
 
 

@@ -31,7 +31,7 @@ from ds_ddg.schedule import AdvanceClocks, UpdateWeights
 from ds_ddg.versions import WeightVersions
 
 if TYPE_CHECKING:
-    from typing import Any as _Host  # DeepSpeed's engine is untyped
+    from typing import Any as _Host  # DeepSpeed's engine, untyped; it comes next in the MRO of DDGEngine
 else:
     _Host = object
 
@@ -199,7 +199,8 @@ class Executor(_Host):
 
     def _new_versions(self) -> None:
         """Remember weights as suits the optimizer: DeepSpeed's wrappers write into buffers of their own."""
-        delayed = self.stage_id < self.num_stages - 1 and self.ddg.weights == "stash"
+        # Asked of the module, since DeepSpeed configures its optimizer before the engine knows its stage.
+        delayed = self.module.stage_id < self.module.num_stages - 1 and self.ddg.weights == "stash"
         pinned = delayed and isinstance(self.optimizer, DeepSpeedOptimizer)
         self.versions = WeightVersions(self.module.parameters(), stash=delayed, pinned=pinned)
 

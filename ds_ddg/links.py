@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from deepspeed.constants import default_pg_timeout
 from torch import Tensor
@@ -44,6 +46,7 @@ class Links:
         self._own_losses: deque[tuple[int, float]] = deque()
         self._announce: dict[str, Any] | None = None
         self._first: Message | None = None
+        self._failed = False
         for ranks in pipelines:
             if len(ranks) == 1:
                 continue
@@ -102,7 +105,8 @@ class Links:
         """Post what this stage put out, a tensor or a tuple of tensors, to the next stage."""
         assert self._activations_out is not None
         here, self._announce = self._announce, None
-        self._activations_out.post(Kind.DATA, as_tuple(outputs), tuple=isinstance(outputs, tuple), here=here)
+        info = {"tuple": isinstance(outputs, tuple), "here": here}
+        self._activations_out.post(Kind.DATA, as_tuple(outputs), recurs=torch.is_grad_enabled(), **info)
 
     def recv_activations(self) -> Any:
         """Wait for what the stage before put out; tensors and container as it sent them, in memory of their own."""
@@ -128,9 +132,23 @@ class Links:
         for outbox in self._losses_out:
             outbox.post(Kind.DATA, call=call, loss=loss)
 
+    def meet(self) -> None:
+        """Wait until every stage has begun this call; hears it if one could not."""
+        self.share(1.0)
+
+    def share(self, value: float) -> float:
+        """On every stage: the last one's `value`. Losses that come before it are kept for `next_loss`."""
+        for outbox in self._losses_out:
+            outbox.post(Kind.DATA, shared=value)
+        if self._losses_in is None:
+            return value
+        while "shared" not in (info := self._losses_in.take(Kind.DATA, what="the last stage").info):
+            self._own_losses.append((info["call"], info["loss"]))
+        return float(info["shared"])
+
     def next_loss(self) -> tuple[int, float]:
         """The oldest ``(call, loss)`` not taken yet; waits for it."""
-        if self._losses_in is None:
+        if self._losses_in is None or self._own_losses:
             return self._own_losses.popleft()
         info = self._losses_in.take(Kind.DATA, what="a loss").info
         return info["call"], info["loss"]
@@ -142,8 +160,17 @@ class Links:
         for inbox in self._inboxes():
             inbox.take(Kind.PARK, what="the end of a drain")
 
+    def settle(self, patience: timedelta = timedelta(seconds=60)) -> None:
+        """Before this stage leaves: give its activations time to arrive, unless something has failed.
+
+        The next stage will read them all. Of the gradients and losses, the last are read by a drain only.
+        """
+        if self._activations_out is not None and not self._failed:
+            self._activations_out.settle(patience)
+
     def tell_failure(self, text: str) -> None:
         """Let the neighbours (from the last stage: all) know that this stage failed; they pass it on."""
+        self._failed = True
         for outbox in self._outboxes():
             outbox.post_error(text)
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ds_ddg.initialize import swap
+from ds_ddg.enable import swap
 
 __all__ = ["main"]
 

@@ -30,13 +30,13 @@ class WeightVersions:
     """Weight versions of one stage, by the micro-batches that saw them.
 
     Args:
-        parameters: the stage's parameters; frozen ones never change and need no versions.
+        parameters: the stage's parameters; all versions share the storage of frozen ones.
         stash: True: a backward sees the weights of its own forward (the paper's eq. 6-9). False: the newest ones.
         pinned: the optimizer owns the parameters' present storage, and they must be there when it updates.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], stash: bool = True, pinned: bool = False) -> None:
-        self._parameters = tuple(p for p in parameters if p.requires_grad)
+        self._parameters = tuple(parameters)
         self._stash = stash
         self._home = [p.data for p in self._parameters] if pinned else None
         self._away = False
@@ -60,7 +60,7 @@ class WeightVersions:
         assert key not in self._seen, f"slot {key} is still in flight"
         self._seen[key] = self.version
         if self._home is not None and not self._away:
-            self._point_to([weight.clone() for weight in self._home])
+            self._point_to(self._copies())
             self._away = True
 
     @contextmanager
@@ -88,7 +88,7 @@ class WeightVersions:
         """The optimizer may write into the weights inside this block; micro-batches in flight do not notice."""
         if self._stash and self.version in self._seen.values():
             self._old[self.version] = [p.data for p in self._parameters]
-            self._point_to(self._home or [weight.clone() for weight in self._old[self.version]])
+            self._point_to(self._home or self._copies())
         elif self._home is not None:
             self._point_to(self._home)
         self._away = False
@@ -102,6 +102,9 @@ class WeightVersions:
         """Nothing in flight, one copy of the weights."""
         assert not self._seen, f"in flight: {self._seen}"
         assert not self._old, f"old versions: {list(self._old)}"
+
+    def _copies(self) -> list[Tensor]:
+        return [p.data.clone() if p.requires_grad else p.data for p in self._parameters]
 
     def _point_to(self, weights: list[Tensor]) -> None:
         for parameter, weight in zip(self._parameters, weights, strict=True):

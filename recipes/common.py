@@ -23,7 +23,7 @@ from matplotlib import pyplot as plt
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of every recipe, DeepSpeed's own (--deepspeed_config, --local_rank) among them."""
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
-    parser.add_argument("--schedule", choices=["ddg", "1f1b"], default="ddg", help="1f1b is DeepSpeed's own")
+    parser.add_argument("--schedule", choices=["ddg", "1f1b"], help="1f1b is DeepSpeed's own (default: as configured)")
     parser.add_argument("--stages", type=int, help="pipeline stages (default: one per process)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and augmentation")
     parser.add_argument("--output-dir", type=Path, help="for metrics.json and curves.png (default: below runs/)")
@@ -50,8 +50,8 @@ def init_distributed() -> None:
     deepspeed.init_distributed()
 
 
-def read_config(path: str | None, schedule: str) -> dict[str, Any]:
-    """The DeepSpeed JSON at `path` as a dict, with the schedule asked for on the command line."""
+def read_config(path: str | None, schedule: str | None) -> dict[str, Any]:
+    """The DeepSpeed JSON at `path` as a dict, with the schedule asked for on the command line, if any."""
     if path is None:
         raise SystemExit("--deepspeed_config is required; the recipe's own are in configs/")
     try:
@@ -60,7 +60,9 @@ def read_config(path: str | None, schedule: str) -> dict[str, Any]:
         raise SystemExit(f"--deepspeed_config: cannot read {path!r} as JSON: {error}") from None
     if not isinstance(config, dict):
         raise SystemExit(f"--deepspeed_config: {path!r} must hold a JSON object, got {type(config).__name__}")
-    if isinstance(config.setdefault("ddg", {}), dict):  # anything else is an error that ds_ddg explains
+    if schedule is not None and isinstance(
+        config.setdefault("ddg", {}), dict
+    ):  # anything else is an error that ds_ddg explains
         config["ddg"]["enabled"] = schedule == "ddg"
     return config
 
@@ -124,6 +126,7 @@ class Progress:
     def train_loss(self) -> float:
         """Mean over the last epoch's calls, as far as their losses are known: DDG's last few never are."""
         last = [loss for call, loss in self.losses.items() if call >= self.calls - self.calls_per_epoch]
+        last = last or [self.losses[max(self.losses)]]
         return float(torch.stack([loss.float().cpu() for loss in last]).mean())
 
     def finish(self, output_dir: Path, title: str, **metrics: Any) -> None:

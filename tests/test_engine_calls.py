@@ -401,3 +401,20 @@ def test_importing_the_package_imports_nothing_else() -> None:
     code = "import ds_ddg, sys; print(sorted({'torch', 'deepspeed', 'numpy', 'pydantic'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]", done.stdout
+
+
+def drain_without_grad(rank: int, world_size: int, drains_plainly: bool) -> list[torch.Tensor]:
+    engine = toy.engine(world_size, 1, ddg={"activations": "recompute"})
+    data = toy.batches(4)
+    for _ in range(4):
+        engine.train_batch(data)
+    with torch.set_grad_enabled(drains_plainly):
+        engine.drain()
+    return toy.state(engine.module)
+
+
+def test_drain_may_be_called_from_evaluation_code(ranks: GetRanks) -> None:
+    """Whoever evaluates under ``no_grad`` drains there too, and the backward passes in flight still need a graph."""
+    pairs = zip(ranks(3).run(drain_without_grad, True), ranks(3).run(drain_without_grad, False), strict=True)
+    for plain, without in pairs:
+        assert all(torch.equal(a, b) for a, b in zip(plain, without, strict=True))

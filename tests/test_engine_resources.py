@@ -134,7 +134,8 @@ def test_no_collective_crosses_stages(
     for clip, across, inside in ranks(world_size).run(collectives_of_train_batch, stages, micro_batches, ddg):
         assert clip == 1.0, "DeepSpeed's default, which is what all-reduces the norm over the stages"
         assert across == 0
-        assert inside > 0
+        # Replicas reduce their gradients; a stage without one has nothing to reduce.
+        assert (inside > 0) == (world_size > stages)
 
 
 @pytest.mark.parametrize(("stages", "world_size", "micro_batches"), LAYOUTS)
@@ -341,7 +342,7 @@ def use_of_memory(rank: int, world_size: int, name: str, calls: tuple[int, ...])
 def test_memory_is_flat(ranks: GetRanks, schedule: str) -> None:
     for stage, (early, late) in enumerate(ranks(2).run(use_of_memory, schedule, (200, 1000), timeout=120)):
         where = f"stage {stage}: after 200 calls {early}, after 1000 {late}"
-        assert early[0] == late[0], f"tensors, {where}"
+        assert late[0] <= early[0], f"tensors, {where}"
         assert abs(late[1] - early[1]) < 200, f"objects, {where}"
         assert abs(late[2] - early[2]) <= 1, f"messages, {where}"
         assert late[3] - early[3] < 3 * 2**20, f"bytes, {where}"  # the allocator settles within 2 MB

@@ -9,7 +9,7 @@ Its last line, where the speed is the machine's:
     {"schedule": "ddg", "stages": 2, "micro_batches": 2, "dataset": "digits", "depth": 20, "epochs": 10, "seed": 0,
      "test_accuracy": 0.9944444444444445, "train_loss": 0.03022, "samples_per_second": ..., "seconds": ...}
 
-The paper's recipe (Huo et al., ICML 2018, section 5.2), for two GPUs and a folder DIR with cifar-10-batches-py/ in it:
+The paper's recipe (Huo et al., ICML 2018, section 5.2), days on CPU, for a folder DIR with cifar-10-batches-py/ in it:
 
     deepspeed --quiet --num_gpus 2 recipes/resnet/train.py --deepspeed_config configs/resnet110_cifar10.json \
         --dataset cifar10 --data-dir DIR --depth 110 --epochs 300
@@ -112,11 +112,11 @@ def main() -> None:
                 engine.drain()  # the network is trained once its last gradients have arrived
         progress.evaluated(*evaluate(engine, test_batches))
 
-    output_dir = args.output_dir or Path("runs") / f"resnet{args.depth}-{args.dataset}-{args.schedule}"
+    output_dir = args.output_dir or Path("runs") / f"resnet{args.depth}-{args.dataset}-{engine.schedule}"
     progress.finish(
         output_dir,
-        title=f"ResNet-{args.depth} on {args.dataset}, {stages} stages, {args.schedule}",
-        schedule=args.schedule,
+        title=f"ResNet-{args.depth} on {args.dataset}, {stages} stages, {engine.schedule}",
+        schedule=engine.schedule,
         stages=stages,
         micro_batches=engine.gradient_accumulation_steps(),
         dataset=args.dataset,

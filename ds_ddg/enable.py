@@ -16,7 +16,10 @@ import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 
-from ds_ddg.engine import DDGEngine, DDGMixin
+try:
+    from ds_ddg.engine import DDGEngine, DDGMixin
+except ImportError as error:
+    raise RuntimeError(f"ds_ddg needs deepspeed 0.19.8, not {deepspeed.__version__}: {error}") from error
 
 __all__ = ["ddg_engine", "initialize", "swap"]
 

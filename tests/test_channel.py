@@ -1,0 +1,335 @@
+"""Messages between two ranks: what is put in comes out, in order, in buffers of its own, and nothing ever blocks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distributed import Outcome, Ranks
+from ds_ddg.channel import Inbox, Kind, Outbox, StageError
+
+GetRanks = Callable[[int], Ranks]
+TIMEOUT = 60.0
+
+DTYPES = [
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+    torch.complex128,
+]
+
+
+def link(rank: int, depth: int = 8) -> tuple[Outbox, Inbox]:
+    """This rank's two ends towards the other of two ranks: a group for each direction, as between two stages."""
+    groups = [dist.new_group([0, 1]) for _ in range(2)]
+    other = 1 - rank
+    name = f"stage {other} (rank {other})"
+    return Outbox(groups[rank], other, name, depth), Inbox(groups[other], other, name)
+
+
+def close(outbox: Outbox, inbox: Inbox) -> None:
+    outbox.park()
+    inbox.take(Kind.PARK)
+
+
+def assert_same(got: tuple[Tensor | None, ...], sent: tuple[Tensor | None, ...]) -> None:
+    assert len(got) == len(sent)
+    for received, original in zip(got, sent, strict=True):
+        if original is None or received is None:
+            assert received is original
+        else:
+            assert received.dtype == original.dtype
+            assert torch.equal(received, original.detach())
+
+
+def samples() -> list[tuple[Tensor | None, ...]]:
+    """One message for each thing that could get lost on the way; the same on both ranks."""
+    torch.manual_seed(5)
+    base = torch.randn(3, 4)
+    values = 100 * torch.randn(3, 5, dtype=torch.complex128)
+    each = [values.to(dtype) if dtype.is_complex else values.real.abs().to(dtype) for dtype in DTYPES]
+    return [
+        *((tensor,) for tensor in each),
+        tuple(each),
+        tuple(tensor[0, 0] for tensor in each),  # 0-dim
+        (torch.empty(0), torch.empty(2, 0, 3, dtype=torch.int64)),
+        (base.t(), base[:, ::2], base.expand(2, 3, 4), base[1:2, 1:1]),
+        (torch.nn.Parameter(base), (base.requires_grad_() * 2)),
+        (torch.tensor([1 + 2j, 3 - 4j]).conj(), torch.tensor([1 + 2j, 3 - 4j]).conj().imag),  # lazy in torch
+        (torch.tensor([float("nan"), float("inf"), -0.0]).nan_to_num(7.0),),
+        (None, base, None),
+        (None,),
+        (),
+    ]
+
+
+def exchange_samples(rank: int, world_size: int, standing_shape: int) -> None:
+    outbox, inbox = link(rank, depth=64)
+    messages = samples()
+    # Whichever comes first decides what is received ahead from then on; none may depend on being it or not.
+    messages = messages[standing_shape:] + messages[:standing_shape]
+    for _ in range(2):
+        for index, message in enumerate(messages):
+            outbox.post(Kind.DATA, message, index=index)
+        for index, message in enumerate(messages):
+            received = inbox.take(Kind.DATA)
+            assert received.info == {"index": index}
+            assert_same(received.tensors, message)
+            assert not any(t.requires_grad for t in received.tensors if t is not None)
+    close(outbox, inbox)
+
+
+@pytest.mark.parametrize("standing_shape", [0, 12, 14, 15, 19, 21])
+def test_every_kind_of_tensor_arrives(ranks: GetRanks, standing_shape: int) -> None:
+    ranks(2).run(exchange_samples, standing_shape, timeout=TIMEOUT)
+
+
+def interleave_shapes(rank: int, world_size: int) -> None:
+    """Standing messages (training) with others of any shape between them (evaluation), in a fixed random order."""
+    outbox, inbox = link(rank, depth=1000)
+    torch.manual_seed(1)
+    shapes = [(4, 3)] + [[(4, 3), (2, 3), (4, 3, 1), ()][i] for i in torch.randint(4, (200,)).tolist()]
+    ahead = 5
+    for n in range(len(shapes) + ahead):
+        if n < len(shapes):
+            kind = Kind.BEGIN if n % 7 == 3 else Kind.DATA
+            outbox.post(kind, [] if kind is Kind.BEGIN else [torch.full(shapes[n], float(n))], n=n)
+        if n >= ahead:
+            m = n - ahead
+            message = inbox.take(Kind.BEGIN, Kind.DATA)
+            assert message.info == {"n": m}
+            assert message.kind is (Kind.BEGIN if m % 7 == 3 else Kind.DATA)
+            if message.kind is Kind.DATA:
+                assert_same(message.tensors, (torch.full(shapes[m], float(m)),))
+    close(outbox, inbox)
+
+
+def test_other_shapes_between_standing_ones_keep_their_order(ranks: GetRanks) -> None:
+    ranks(2).run(interleave_shapes, timeout=TIMEOUT)
+
+
+def exchange_big(rank: int, world_size: int) -> None:
+    """32 MiB is far beyond what sockets buffer: with a blocking send both ranks would wait for each other."""
+    outbox, inbox = link(rank)
+    for n in range(2):
+        for part in range(2):
+            outbox.post(Kind.DATA, [torch.full((8 << 20,), float(10 * n + part + rank))])
+        for part in range(2):
+            (tensor,) = inbox.take(Kind.DATA).tensors
+            assert tensor is not None
+            assert tensor.numel() == 8 << 20
+            assert bool((tensor == float(10 * n + part + 1 - rank)).all())
+    close(outbox, inbox)
+
+
+def test_big_messages_in_both_directions_at_once(ranks: GetRanks) -> None:
+    ranks(2).run(exchange_big, timeout=TIMEOUT)
+
+
+def post_to_one_who_sleeps(rank: int, world_size: int) -> float:
+    outbox, inbox = link(rank, depth=3)
+    if rank == 1:
+        time.sleep(1.5)
+        for n in range(3):
+            assert_same(inbox.take(Kind.DATA).tensors, (torch.full((1 << 20,), float(n)),))
+        close(outbox, inbox)
+        return 0.0
+    start = time.monotonic()
+    for n in range(3):
+        tensor = torch.full((1 << 20,), float(n))
+        outbox.post(Kind.DATA, [tensor])
+        del tensor  # the outbox must keep it until it is sent; what is allocated next would take its place
+        torch.full((1 << 20,), -1.0)
+    elapsed = time.monotonic() - start
+    close(outbox, inbox)
+    return elapsed
+
+
+def test_posting_waits_for_nobody(ranks: GetRanks) -> None:
+    elapsed, _ = ranks(2).run(post_to_one_who_sleeps, timeout=TIMEOUT)
+    assert elapsed < 1.0
+
+
+def spoil_what_was_received(rank: int, world_size: int) -> None:
+    outbox, inbox = link(rank, depth=64)
+    for n in range(6):
+        outbox.post(Kind.DATA, [torch.full((100,), float(n)), torch.full((3,), n)])
+    held: list[tuple[Tensor | None, ...]] = []
+    for n in range(6):
+        tensors = inbox.take(Kind.DATA).tensors
+        assert_same(tensors, (torch.full((100,), float(n)), torch.full((3,), n)))
+        for tensor in tensors:
+            assert tensor is not None
+            tensor.fill_(-1 - n)
+        held.append(tensors)
+    for n, tensors in enumerate(held):
+        assert_same(tensors, (torch.full((100,), float(-1 - n)), torch.full((3,), -1 - n)))
+    close(outbox, inbox)
+
+
+def test_receiver_owns_what_it_took(ranks: GetRanks) -> None:
+    ranks(2).run(spoil_what_was_received, timeout=TIMEOUT)
+
+
+def count_and_park(rank: int, world_size: int) -> list[int]:
+    outbox, inbox = link(rank, depth=2)
+    pending = [outbox.pending]
+    for shape in [(4,), (2, 2, 2)]:  # after a park the first message decides anew what is standing
+        for n in range(5):
+            outbox.post(Kind.BEGIN, n=n)
+            outbox.post(Kind.DATA, [torch.full(shape, float(n))])
+            inbox.take(Kind.BEGIN)
+            assert_same(inbox.take(Kind.DATA).tensors, (torch.full(shape, float(n)),))
+            dist.barrier()
+            pending.append(outbox.pending)
+        assert inbox._standing_receive is not None, "a receive is posted ahead"
+        outbox.park()
+        pending.append(outbox.pending)
+        assert inbox.take(Kind.PARK).tensors == ()
+        assert inbox._standing_receive is None, "a parked inbox holds no buffers"
+        dist.barrier()
+    close(outbox, inbox)  # parked already: nothing to release, nothing to wait for
+    return pending
+
+
+def test_pending_and_park(ranks: GetRanks) -> None:
+    """A message stands for itself and what was sent before it, up to two data messages back."""
+    for pending in ranks(2).run(count_and_park, timeout=TIMEOUT):
+        assert pending == [0, 2, 4, 4, 4, 4, 0, 2, 4, 4, 4, 4, 0]
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+def fail_and_tell(rank: int, world_size: int, text: str) -> str:
+    outbox, inbox = link(rank)
+    if rank == 0:
+        outbox.post(Kind.DATA, [torch.ones(3)])
+        outbox.post_error(text)
+        dist.barrier()
+        return ""
+    inbox.take(Kind.DATA)  # what came before the failure is still good
+    with pytest.raises(StageError) as caught:
+        inbox.take(Kind.DATA)
+    dist.barrier()
+    return str(caught.value)
+
+
+def test_error_arrives_in_place_of_a_message(ranks: GetRanks) -> None:
+    text = "stage 0 (rank 0) failed in call 3: ValueError: no way"
+    assert ranks(2).run(fail_and_tell, text, timeout=TIMEOUT)[1] == text
+
+
+@pytest.mark.parametrize("letter", ["x", "\n", '"', "ü", "中", "\U0001f600", "\udcff"])
+def test_long_error_arrives_at_least_in_part(ranks: GetRanks, letter: str) -> None:
+    """Headers have a fixed size, and JSON can take several bytes for a letter."""
+    text = "stage 0 (rank 0) failed: " + 9999 * letter
+    received = ranks(2).run(fail_and_tell, text, timeout=TIMEOUT)[1]
+    assert received.startswith("stage 0 (rank 0) failed: ")
+    assert len(received) > 200
+
+
+def send_what_does_not_fit(rank: int, world_size: int) -> str:
+    outbox, inbox = link(rank)
+    with pytest.raises(ValueError, match="500 tensors") as caught:
+        outbox.post(Kind.DATA, [torch.ones(1)] * 500)
+    outbox.post(Kind.DATA, [torch.ones(1)])
+    assert_same(inbox.take(Kind.DATA).tensors, (torch.ones(1),))
+    close(outbox, inbox)
+    return str(caught.value)
+
+
+def test_too_many_tensors_are_refused_before_anything_is_sent(ranks: GetRanks) -> None:
+    assert "4096" in ranks(2).run(send_what_does_not_fit, timeout=TIMEOUT)[0]
+
+
+def get_out_of_step(rank: int, world_size: int) -> str:
+    outbox, inbox = link(rank)
+    outbox.post(Kind.BEGIN, what="train_batch")
+    with pytest.raises(RuntimeError) as caught:
+        inbox.take(Kind.DATA, Kind.PARK, what="an activation")
+    assert not isinstance(caught.value, StageError)
+    close(outbox, inbox)
+    return str(caught.value)
+
+
+def test_message_of_another_kind(ranks: GetRanks) -> None:
+    for rank, message in enumerate(ranks(2).run(get_out_of_step, timeout=TIMEOUT)):
+        for part in ("out of step", "an activation", "DATA or PARK", f"stage {1 - rank}", "got BEGIN", "every rank"):
+            assert part in message
+
+
+def lose_the_sender(rank: int, world_size: int, when: str) -> None:
+    outbox, inbox = link(rank)
+    outbox.post(Kind.DATA, [torch.ones(5)])
+    inbox.take(Kind.DATA)
+    dist.barrier()
+    if rank == 1:
+        if when == "waiting":
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if when == "busy":
+        time.sleep(0.5)
+    inbox.take(Kind.DATA, what="a gradient")
+
+
+def lose_the_receiver(rank: int, world_size: int) -> None:
+    outbox, _ = link(rank, depth=2)
+    dist.barrier()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    while True:
+        outbox.post(Kind.DATA, [torch.ones(5)])
+        time.sleep(0.05)
+
+
+def survivor(outcomes: list[Outcome]) -> Outcome:
+    first, killed = outcomes
+    assert killed.state == "died"
+    assert killed.exit_code == -signal.SIGKILL
+    assert (first.state, first.exc_type) == ("raised", "StageError"), str(first)
+    assert first.message.startswith("stage 1 (rank 1) is lost: ")
+    return first
+
+
+@pytest.mark.parametrize("when", ["waiting", "busy"])
+def test_lost_sender_is_named(ranks: GetRanks, when: str) -> None:
+    outcomes = ranks(2).run(lose_the_sender, when, timeout=TIMEOUT, expect_failure=True)
+    assert "waited for a gradient" in survivor(outcomes).message
+
+
+def test_lost_receiver_is_named(ranks: GetRanks) -> None:
+    survivor(ranks(2).run(lose_the_receiver, timeout=TIMEOUT, expect_failure=True))
+
+
+def tell_the_dead(rank: int, world_size: int) -> float:
+    outbox, _ = link(rank)
+    dist.barrier()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.3)
+    start = time.monotonic()
+    outbox.post_error("stage 0 (rank 0) failed too")  # must neither raise nor take long
+    elapsed = time.monotonic() - start
+    raise ValueError(f"told in {elapsed:.3f} s")
+
+
+def test_telling_one_who_is_gone_is_harmless(ranks: GetRanks) -> None:
+    first, _ = ranks(2).run(tell_the_dead, timeout=TIMEOUT, expect_failure=True)
+    assert first.exc_type == "ValueError", str(first)
+    assert float(first.message.split()[2]) < 2.0

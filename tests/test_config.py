@@ -1,0 +1,210 @@
+"""The ``"ddg"`` block and the refusals: what a user gets to read for every mistake that we could think of.
+
+Single process; that real engines raise the same on every rank is in test_failures.py.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from deepspeed.pipe import LayerSpec, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, PipeModelDataParallelTopology
+from pydantic import ValidationError
+from torch import nn
+
+from ds_ddg.config import DDGConfig, refuse_unsupported
+
+DEFAULTS = {
+    "enabled": True,
+    "weights": "stash",
+    "activations": "keep",
+    "slack": 0,
+    "clip": "stage",
+    "loss": "delayed",
+    "sync_steps": 0,
+}
+EVERYTHING = {
+    "enabled": False,
+    "weights": "current",
+    "activations": "recompute",
+    "slack": 3,
+    "clip": "stage",
+    "loss": "exact",
+    "sync_steps": 10,
+}
+
+
+def complaint(block: Any) -> str:
+    """What `block` is refused with."""
+    with pytest.raises(ValueError, match="ddg") as caught:
+        DDGConfig.parse(block)
+    assert not isinstance(caught.value, ValidationError), "a raw pydantic error is no message for users"
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("block", [None, {}])
+def test_no_block_means_defaults(block: Any) -> None:
+    assert DDGConfig.parse(block).model_dump() == DEFAULTS
+
+
+def test_reads_every_key() -> None:
+    assert DDGConfig.parse(EVERYTHING).model_dump() == EVERYTHING
+    assert set(EVERYTHING) == set(DDGConfig.model_fields)
+
+
+def test_is_frozen() -> None:
+    settings = DDGConfig.parse({"slack": 1})
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.slack = 2  # type: ignore[misc]
+    assert settings.slack == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("enabled", "yes", ["boolean"]),
+        ("enabled", 1, ["boolean"]),
+        ("enabled", None, ["boolean"]),
+        ("weights", "stach", ["'stash'", "'current'"]),
+        ("weights", ["stash"], ["'stash'", "'current'"]),
+        ("activations", "Keep", ["'keep'", "'recompute'"]),
+        ("activations", None, ["'keep'", "'recompute'"]),
+        ("slack", "1", ["integer"]),
+        ("slack", 1.5, ["integer"]),
+        ("slack", 1.0, ["integer"]),
+        ("slack", True, ["integer"]),
+        ("slack", -1, ["greater than or equal to 0"]),
+        ("slack", "auto", ["integer"]),  # announced, not available yet
+        ("clip", "global", ["'stage'"]),  # announced, not available yet
+        ("loss", "late", ["'delayed'", "'exact'"]),
+        ("sync_steps", -3, ["greater than or equal to 0"]),
+        ("sync_steps", "10", ["integer"]),
+    ],
+)
+def test_wrong_value_names_key_value_and_what_is_allowed(key: str, value: Any, allowed: list[str]) -> None:
+    message = complaint({key: value})
+    for part in ('"ddg"', f'"{key}"', repr(value), *allowed):
+        assert part in message
+    assert "\n" not in message, "one mistake, one line"
+
+
+@pytest.mark.parametrize("key", ["slak", "Slack", "stash", ""])
+def test_unknown_key_is_named_with_the_known_ones(key: str) -> None:
+    message = complaint({key: "value-of-it"})
+    for part in (repr(key), "'value-of-it'", *DDGConfig.model_fields):
+        assert part in message
+
+
+@pytest.mark.parametrize("block", [True, 5, "stash", ["slack", 1], [{"slack": 1}]])
+def test_block_that_is_no_block(block: Any) -> None:
+    message = complaint(block)
+    assert "must be a block" in message
+    assert repr(block) in message
+
+
+def test_all_mistakes_at_once() -> None:
+    message = complaint({"slak": 1, "weights": "stach", "slack": "1", "loss": None, "enabled": True})
+    assert len(message.splitlines()) == 4
+    for part in ("'slak'", "'stach'", '"slack"', '"loss"'):
+        assert part in message
+    assert '"enabled"' not in message
+
+
+# -- what DDG refuses ------------------------------------------------------------------------------------------------
+
+
+def fake_config(**changes: Any) -> Any:
+    """The part of a parsed ``DeepSpeedConfig`` that matters here; a real one needs process groups."""
+    values: dict[str, Any] = {
+        "zero_config": SimpleNamespace(stage=0),
+        "bfloat16_config": SimpleNamespace(enabled=False),
+        "float16_config": SimpleNamespace(enabled=False),
+        "torch_autocast_enabled": False,
+        "pipeline": {"activation_checkpoint_interval": 0},
+    }
+    return SimpleNamespace(**{**values, **changes})
+
+
+def fake_module(**changes: Any) -> Any:
+    """The part of a ``PipelineModule`` of four layers on two stages that matters here."""
+    values: dict[str, Any] = {
+        "activation_checkpoint_interval": 0,
+        "dynamic_shape": False,
+        "num_stages": 2,
+        "_num_layers": 4,
+        "_layer_specs": [LayerSpec(nn.Linear, 2, 2) for _ in range(4)],
+        "parts": [0, 2, 4],
+        "topology": lambda: PipeDataParallelTopology(num_pp=2, num_dp=2),
+    }
+    module = SimpleNamespace(**{**values, **changes})
+    module.stage_owner = lambda index: next(k for k in range(len(module.parts) - 1) if index < module.parts[k + 1])
+    return module
+
+
+def tied(*positions: int) -> list[Any]:
+    """Four layers, those at `positions` tied."""
+    return [
+        TiedLayerSpec("embed", nn.Linear, 2, 2) if index in positions else LayerSpec(nn.Linear, 2, 2)
+        for index in range(4)
+    ]
+
+
+def test_accepts_what_it_can_train() -> None:
+    refuse_unsupported(fake_config(), fake_module())
+
+
+def test_accepts_a_tie_inside_one_stage() -> None:
+    refuse_unsupported(fake_config(), fake_module(_layer_specs=tied(0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("config", "module", "name", "remedy"),
+    [
+        ({"zero_config": SimpleNamespace(stage=1)}, {}, "ZeRO stage 1", '"stage": 0'),
+        ({"zero_config": SimpleNamespace(stage=2)}, {}, "ZeRO stage 2", '"stage": 0'),
+        ({"zero_config": SimpleNamespace(stage=3)}, {}, "ZeRO stage 3", '"stage": 0'),
+        ({"bfloat16_config": SimpleNamespace(enabled=True)}, {}, "bf16", '"bf16": {"enabled": false}'),
+        ({"float16_config": SimpleNamespace(enabled=True)}, {}, "fp16", '"fp16": {"enabled": false}'),
+        ({"torch_autocast_enabled": True}, {}, "torch_autocast", "fp32"),
+        (
+            {"pipeline": {"activation_checkpoint_interval": 2}},
+            {},
+            "activation_checkpoint_interval=2",
+            '"activations": "recompute"',
+        ),
+        ({}, {"activation_checkpoint_interval": 1}, "activation_checkpoint_interval=1", '"activations": "recompute"'),
+        ({}, {"dynamic_shape": True}, "dynamic_shape=True", "pad"),
+        ({}, {"_layer_specs": tied(1, 2)}, "'embed' on stages [0, 1]", "untie"),
+        ({}, {"num_stages": 5, "parts": [0, 1, 2, 3, 4, 4]}, "5 stages for 4 layers", "at most 4 stages"),
+        ({}, {"parts": [0, 4, 4]}, "stages without a layer: [1] (partition [0, 4, 4])", "uniform"),
+        (
+            {},
+            {"topology": lambda: PipeModelDataParallelTopology(num_pp=2, num_mp=2, num_dp=1)},
+            "parallel axes ['model']",
+            "pipe and data only",
+        ),
+    ],
+)
+def test_refuses_by_name_with_what_to_do_instead(
+    config: dict[str, Any], module: dict[str, Any], name: str, remedy: str
+) -> None:
+    with pytest.raises(ValueError, match="DDG cannot train this set-up") as caught:
+        refuse_unsupported(fake_config(**config), fake_module(**module))
+    lines = [line for line in str(caught.value).splitlines() if line.startswith("- ")]
+    assert len(lines) == 1
+    assert name in lines[0]
+    assert remedy in lines[0]
+    assert '"enabled": false' in str(caught.value), "the way back to DeepSpeed's own schedule"
+
+
+def test_names_all_refusals_at_once() -> None:
+    config = fake_config(zero_config=SimpleNamespace(stage=1), bfloat16_config=SimpleNamespace(enabled=True))
+    with pytest.raises(ValueError, match="DDG cannot train") as caught:
+        refuse_unsupported(config, fake_module(dynamic_shape=True))
+    assert [line.split(":")[0] for line in str(caught.value).splitlines() if line.startswith("- ")] == [
+        "- ZeRO stage 1",
+        "- bf16",
+        "- dynamic_shape=True",
+    ]

@@ -1,0 +1,724 @@
+"""Whatever goes wrong on one rank, every rank ends its call soon, with an error that says where it went wrong.
+
+    refused    set-ups that cannot be trained exactly: the same error on every rank, before training
+    told       a stage fails and lives on: the others learn it from messages alone
+    lost       a stage is gone without a word: the others learn it from the broken connection
+    launched   both, and clean ends, as a user sees them: the `deepspeed` launcher and a script
+
+In "told" every rank catches its error and stays, so that no rank can rely on a dying process to be woken up.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ds_ddg
+from distributed import Outcome, Ranks
+
+GetRanks = Callable[[int], Ranks]
+Batch = tuple[Any, Any]
+
+TIMEOUT = 60.0
+SOON = 10.0  # generous: what is caught is a hang, and other processes may be busy on this machine
+WIDTH, SIZE, MICRO_BATCHES = 6, 4, 2
+BAD_CALL = 3
+BAD_BATCH = BAD_CALL * MICRO_BATCHES  # the first micro-batch of that call
+
+
+# -- models and data that misbehave -----------------------------------------------------------------------------------
+
+
+class ExplodeInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise ArithmeticError("no gradient for you")
+
+
+def explode(*_: Any) -> Any:
+    raise ArithmeticError("no forward for you")
+
+
+def stop(*_: Any) -> Any:
+    raise StopIteration
+
+
+def die(*_: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_later(*_: Any) -> Any:
+    time.sleep(1.0)
+    die()
+
+
+def nap(x: Tensor) -> Tensor:
+    time.sleep(1.0)
+    return x
+
+
+def to_infinity(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Not finite, yet with a finite gradient: the calls after it can be looked at."""
+    return nn.functional.mse_loss(outputs, labels) + float("inf")
+
+
+DEEDS: dict[str, Callable[..., Any]] = {
+    "explode": explode,
+    "explode in backward": ExplodeInBackward.apply,
+    "stop": stop,
+    "list": lambda x: [x],
+    "dict": lambda x: {"x": x},
+    "None": lambda x: None,
+    "mixed tuple": lambda x: (x, 3),
+    "list in tuple": lambda x: (x, [x]),
+    "fewer rows": lambda x: x[:-1],
+    "other dtype": lambda x: x.double(),
+    "one more tensor": lambda x: (x, x),
+    "die": die,
+    "die later": die_later,
+    "nap": nap,
+    "to infinity": to_infinity,
+}
+
+
+class Misbehaves(nn.Module):
+    """A linear layer, or a mean squared error; from micro-batch `start` on (`once`: only there) it does its deed."""
+
+    def __init__(self, deed: str = "", start: int = BAD_BATCH, once: bool = False) -> None:
+        super().__init__()
+        self.deed, self.start, self.once = deed, start, once
+        self.seen = 0
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        n, self.seen = self.seen, self.seen + 1
+        misbehaves = self.deed and (n == self.start if self.once else n >= self.start)
+        if labels is not None:
+            return DEEDS[self.deed](x, labels) if misbehaves else nn.functional.mse_loss(x, labels)
+        return DEEDS[self.deed](self.linear(x)) if misbehaves else self.linear(x)
+
+
+def config(**more: Any) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": SIZE,
+        "gradient_accumulation_steps": MICRO_BATCHES,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.01}},
+        "steps_per_print": 10**9,
+        **more,
+    }
+
+
+def build(
+    num_stages: int,
+    layers: list[Any] | None = None,
+    loss_fn: Any = None,
+    module: dict[str, Any] | None = None,
+    **more: Any,
+) -> Any:
+    from deepspeed.pipe import PipelineModule
+
+    layers = [Misbehaves() for _ in range(2 * num_stages)] if layers is None else layers
+    settings = {"num_stages": num_stages, "loss_fn": loss_fn or nn.functional.mse_loss, "partition_method": "uniform"}
+    net = PipelineModule(layers, **{**settings, **(module or {})})
+    return ds_ddg.initialize(model=net, config=config(**more), model_parameters=net.parameters())[0]
+
+
+def misbehaving(num_stages: int, stage: int, deed: str, other: str = "", **options: Any) -> Any:
+    """An engine whose `stage` does its `deed` in its last layer, and all others do `other` in theirs."""
+    layers = [Misbehaves() for _ in range(2 * num_stages)]
+    for k in range(num_stages):
+        layers[2 * k + 1] = Misbehaves(deed if k == stage else other, **options)
+    return build(num_stages, layers)
+
+
+def batches(count: int | None = None, bad: Callable[[Tensor, Tensor], Any] | None = None) -> Iterator[Any]:
+    """`count` (None: no end of) micro-batches; that of number BAD_BATCH as `bad` makes it of a good one."""
+    n = 0
+    while count is None or n < count:
+        x, y = torch.randn(SIZE, WIDTH), torch.randn(SIZE, WIDTH)
+        yield bad(x, y) if bad is not None and n == BAD_BATCH else (x, y)
+        n += 1
+
+
+@dataclass(frozen=True)
+class End:
+    """How a rank that stays alive came to its end."""
+
+    calls: int
+    kind: str
+    text: str
+    at: float
+    """On the clock that all processes of a machine share."""
+    again: str = ""
+    """What the next call raised."""
+
+
+def catch(action: Callable[[], Any], calls: int = 0) -> End:
+    try:
+        action()
+    except Exception as error:
+        return End(calls, type(error).__name__, str(error), time.monotonic())
+    return End(calls, "", "", time.monotonic())
+
+
+def train(engine: Any, data: Iterator[Any] | None, calls: int = 8) -> End:
+    """Train until something happens; whatever is tried then must fail at once, for the same reason."""
+    for call in range(calls):
+        end = catch(lambda: engine.train_batch(data), call)
+        if end.kind:
+            break
+    if end.kind in ("", "StopIteration"):
+        return end
+    nexts = [catch(lambda: engine.train_batch(batches())), catch(engine.drain)]
+    nexts.append(catch(lambda: engine.eval_batch(batches())))
+    assert {following.kind for following in nexts} == {"StageError"}, nexts
+    assert len({following.text for following in nexts}) == 1, nexts
+    assert nexts[-1].at - end.at < SOON
+    return End(end.calls, end.kind, end.text, end.at, again=nexts[0].text)
+
+
+def assert_told(ends: list[End], culprit: int, kind: str, *parts: str, call: int = BAD_CALL) -> None:
+    """One rank failed; all others end soon with a StageError that says which, when and why."""
+    failed = ends[culprit]
+    assert failed.kind == kind, ends
+    assert failed.calls == call, ends
+    for part in parts:
+        assert part in failed.text, ends
+    head = f"stage {culprit} (rank {culprit}) failed in call {call}: {kind}: "
+    for rank, end in enumerate(ends):
+        assert failed.text in end.again, f"rank {rank} forgot the reason: {ends}"
+        assert end.again.startswith(head), f"rank {rank} forgot the place: {ends}"
+        assert abs(end.at - failed.at) < SOON, ends
+        if rank != culprit:
+            assert end.kind == "StageError", f"rank {rank}: {ends}"
+            assert end.text == end.again, ends
+
+
+# -- refused ----------------------------------------------------------------------------------------------------------
+
+
+def tied_layers() -> list[Any]:
+    from deepspeed.pipe import TiedLayerSpec
+
+    ends = [TiedLayerSpec("embed", nn.Linear, WIDTH, WIDTH) for _ in range(2)]
+    return [ends[0], Misbehaves(), Misbehaves(), ends[1]]
+
+
+REFUSALS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
+    "unknown key": ({"ddg": {"slak": 1}}, "ValueError", ["'slak'", "slack, clip"]),
+    "wrong type": ({"ddg": {"slack": "1"}}, "ValueError", ['"slack"', "'1'", "integer"]),
+    "not yet": ({"ddg": {"clip": "global"}}, "ValueError", ['"clip"', "'global'", "'stage'"]),
+    "no block": ({"ddg": [1]}, "ValueError", ['"ddg" must be a block', "[1]"]),
+    "several": ({"ddg": {"slak": 1, "weights": 0}}, "ValueError", ["'slak'", '"weights"']),
+    "ZeRO-1": ({"zero_optimization": {"stage": 1}}, "ValueError", ["ZeRO stage 1"]),
+    "ZeRO-2": ({"zero_optimization": {"stage": 2}}, "ValueError", ["ZeRO stage 2"]),
+    "ZeRO-3": ({"zero_optimization": {"stage": 3}}, "ValueError", ["ZeRO stage 3"]),
+    "bf16": ({"bf16": {"enabled": True}}, "ValueError", ["bf16", "fp32"]),
+    "fp16": ({"fp16": {"enabled": True}}, "ValueError", ["fp16", "fp32"]),
+    "autocast": (
+        {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+        "ValueError",
+        ["torch_autocast", "fp32"],
+    ),
+    "tied": ({"layers": "tied"}, "ValueError", ["tied across stages", "'embed' on stages [0, 1]"]),
+    "checkpointing in the module": (
+        {"module": {"activation_checkpoint_interval": 1}},
+        "ValueError",
+        ["activation_checkpoint_interval=1", "recompute"],
+    ),
+    "checkpointing in the config": (
+        {"pipeline": {"activation_checkpoint_interval": 2}},
+        "ValueError",
+        ["activation_checkpoint_interval=2", "recompute"],
+    ),
+    "dynamic shape": ({"module": {"dynamic_shape": True}}, "ValueError", ["dynamic_shape=True"]),
+    "fewer layers than stages": ({"layers": 1}, "ValueError", ["2 stages for 1 layers"]),
+    "more stages than ranks": ({"num_stages": 3}, "", []),
+}
+
+
+def initialize_badly(rank: int, world_size: int, what: str) -> tuple[End, bool]:
+    import deepspeed
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    settings = {"num_stages": 2, **REFUSALS[what][0]}
+    if "layers" in settings:
+        settings["layers"] = tied_layers() if settings["layers"] == "tied" else [Misbehaves()]
+    end = catch(lambda: build(**settings))
+    return end, deepspeed.PipelineEngine is PipelineEngine
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_refuses_on_every_rank(ranks: GetRanks, what: str) -> None:
+    _, kind, parts = REFUSALS[what]
+    for end, restored in ranks(2).run(initialize_badly, what, timeout=TIMEOUT):
+        assert end.kind == kind or (not kind and end.kind), end
+        assert end.text, "an error without a word"
+        for part in parts:
+            assert part in end.text
+        assert restored, "DeepSpeed stays patched"
+
+
+def initialize_other_model(rank: int, world_size: int) -> list[End]:
+    models = [nn.Linear(2, 2), None]
+    return [catch(lambda model=model: ds_ddg.initialize(model=model, config=config())) for model in models]
+
+
+def test_refuses_a_model_that_is_no_pipeline(ranks: GetRanks) -> None:
+    for ends in ranks(2).run(initialize_other_model, timeout=TIMEOUT):
+        for end, name in zip(ends, ("Linear", "NoneType"), strict=True):
+            assert end.kind == "TypeError"
+            assert "PipelineModule" in end.text
+            assert name in end.text
+
+
+# -- told -------------------------------------------------------------------------------------------------------------
+
+DATA: dict[str, tuple[int, Callable[[Tensor, Tensor], Any], str, list[str]]] = {
+    "smaller batch": (0, lambda x, y: (x[:-1], y[:-1]), "ValueError", ["changed shape", "(4, 6)", "(3, 6)"]),
+    "no labels": (2, lambda x, y: (x, None), "ValueError", ["labels are missing"]),
+    "inputs only": (2, lambda x, y: (x,), "ValueError", ["labels are missing", "1 element"]),
+    "inputs in a dict": (0, lambda x, y: ({"x": x}, y), "TypeError", ["tensor or a tuple of tensors", "dict"]),
+    "inputs in a string": (0, lambda x, y: ("x", y), "TypeError", ["tensor or a tuple of tensors", "str"]),
+    "no tuple": (0, lambda x, y: {"x": x, "y": y}, "TypeError", ["tuple (inputs, labels)", "dict"]),
+    "empty tuple": (0, lambda x, y: (), "TypeError", ["tuple (inputs, labels)"]),
+    "loader fails": (0, explode, "ArithmeticError", ["no forward for you"]),
+}
+
+
+def train_on_bad_data(rank: int, world_size: int, what: str) -> End:
+    culprit, bad, *_ = DATA[what]
+    return train(build(3), batches(bad=bad if rank == culprit else None))
+
+
+@pytest.mark.parametrize("what", DATA)
+def test_bad_micro_batch(ranks: GetRanks, what: str) -> None:
+    culprit, _, kind, parts = DATA[what]
+    assert_told(ranks(3).run(train_on_bad_data, what, timeout=TIMEOUT), culprit, kind, *parts)
+
+
+def train_on_nothing(rank: int, world_size: int) -> End:
+    return train(build(3), None)
+
+
+def test_no_data(ranks: GetRanks) -> None:
+    """First and last stage notice it on their own; the middle one is told by the first."""
+    first, middle, last = ranks(3).run(train_on_nothing, timeout=TIMEOUT)
+    for end in (first, last):
+        assert (end.calls, end.kind) == (0, "ValueError"), end
+        assert "no data: pass an iterator" in end.text
+    assert (middle.calls, middle.kind) == (0, "StageError"), middle
+    assert "stage 0 (rank 0) failed in call 0: ValueError: no data" in middle.text
+
+
+MODELS: dict[str, tuple[int, str, list[str]]] = {
+    "explode": (1, "ArithmeticError", ["no forward for you"]),
+    "explode in backward": (1, "ArithmeticError", ["no gradient for you"]),
+    "stop": (1, "RuntimeError", ["StopIteration"]),  # not the end of anybody's data
+    "list": (1, "TypeError", ["last layer of stage 1", "list", "tuple of tensors"]),
+    "dict": (1, "TypeError", ["last layer of stage 1", "dict", "tuple of tensors"]),
+    "None": (1, "TypeError", ["last layer of stage 1", "NoneType", "tuple of tensors"]),
+    "mixed tuple": (1, "TypeError", ["last layer of stage 1", "tuple of tensors"]),
+    "list in tuple": (0, "TypeError", ["last layer of stage 0", "tuple of tensors"]),
+    "fewer rows": (1, "ValueError", ["activations of stage 1", "(4, 6)", "(3, 6)"]),
+    "other dtype": (0, "ValueError", ["activations of stage 0", "float32", "float64"]),
+    "one more tensor": (0, "ValueError", ["activations of stage 0"]),
+}
+
+
+def train_bad_model(rank: int, world_size: int, deed: str, stage: int) -> End:
+    return train(misbehaving(3, stage, deed), batches())
+
+
+@pytest.mark.parametrize("deed", MODELS)
+def test_bad_layer(ranks: GetRanks, deed: str) -> None:
+    stage, kind, parts = MODELS[deed]
+    assert_told(ranks(3).run(train_bad_model, deed, stage, timeout=TIMEOUT), stage, kind, *parts)
+
+
+def train_bad_loss(rank: int, world_size: int) -> End:
+    return train(build(3, loss_fn=Misbehaves("explode")), batches())
+
+
+def test_loss_fn_raises(ranks: GetRanks) -> None:
+    ends = ranks(3).run(train_bad_loss, timeout=TIMEOUT)
+    assert_told(ends, 2, "ArithmeticError", "no forward for you")
+
+
+def train_first_output_bad(rank: int, world_size: int, deed: str) -> End:
+    return train(misbehaving(3, 0, deed, start=0), batches())
+
+
+@pytest.mark.parametrize("deed", ["list", "None"])
+def test_bad_layer_from_the_start(ranks: GetRanks, deed: str) -> None:
+    ends = ranks(3).run(train_first_output_bad, deed, timeout=TIMEOUT)
+    assert_told(ends, 0, "TypeError", "last layer of stage 0", call=0)
+
+
+def fail_in_evaluation(rank: int, world_size: int, stage: int) -> End:
+    """Training forwards and evaluation's count alike: the first of evaluation is the bad one."""
+    engine = misbehaving(3, stage, "explode")
+    for _ in range(BAD_CALL):
+        engine.train_batch(batches())
+    end = catch(lambda: engine.eval_batch(batches()), BAD_CALL)
+    return End(end.calls, end.kind, end.text, end.at, catch(lambda: engine.train_batch(batches())).text)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_layer_fails_in_evaluation(ranks: GetRanks, stage: int) -> None:
+    ends = ranks(3).run(fail_in_evaluation, stage, timeout=20.0)
+    assert_told(ends, stage, "ArithmeticError", "no forward for you")
+
+
+def fail_far_away(rank: int, world_size: int) -> End:
+    return train(misbehaving(4, 1, "explode", other="nap", once=True), batches())
+
+
+def test_failure_reaches_stages_that_are_busy_and_not_neighbours(ranks: GetRanks) -> None:
+    ends = ranks(4).run(fail_far_away, timeout=TIMEOUT)
+    assert_told(ends, 1, "ArithmeticError", "no forward for you")
+
+
+def fail_at_length(rank: int, world_size: int) -> End:
+    def bad(x: Tensor, y: Tensor) -> Any:
+        raise ValueError("the beginning\n" + 5000 * "§\n")
+
+    return train(build(2), batches(bad=bad if rank == 0 else None))
+
+
+def test_long_message_of_many_lines(ranks: GetRanks) -> None:
+    """No neighbour may go untold because a message is long, nor may another error hide the first."""
+    first, last = ranks(2).run(fail_at_length, timeout=TIMEOUT)
+    assert first.kind == "ValueError", first
+    assert last.kind == "StageError", last
+    assert last.text.startswith(f"stage 0 (rank 0) failed in call {BAD_CALL}: ValueError: the beginning")
+
+
+# -- data that ends ---------------------------------------------------------------------------------------------------
+
+
+def run_out_of_data(rank: int, world_size: int, first: int, last: int) -> tuple[End, End]:
+    """Stage 0 has `first` micro-batches, stage 2 has `last`; then, if that was the regular end, go on with more."""
+    engine = build(3)
+    end = train(engine, batches({0: first, 2: last}.get(rank)))
+    again = train(engine, batches(), calls=2) if end.kind == "StopIteration" else end
+    if end.kind == "StopIteration":
+        engine.drain()
+    return end, again
+
+
+@pytest.mark.parametrize(("first", "last"), [(1, 1), (7, 7), (6, 6), (7, 8), (6, 20)])
+def test_data_ends_on_every_rank(ranks: GetRanks, first: int, last: int) -> None:
+    for end, again in ranks(3).run(run_out_of_data, first, last, timeout=TIMEOUT):
+        assert (end.calls, end.kind) == (first // MICRO_BATCHES, "StopIteration"), end
+        assert again.kind == "", again
+
+
+def test_data_of_the_last_stage_ends_before_that_of_the_first(ranks: GetRanks) -> None:
+    ends = [end for end, _ in ranks(3).run(run_out_of_data, 20, BAD_BATCH + 1, timeout=TIMEOUT)]
+    assert_told(ends, 2, "RuntimeError", "data of the last stage ended", "same number of micro-batches")
+
+
+# -- not finite -------------------------------------------------------------------------------------------------------
+
+
+class Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def train_to_infinity(rank: int, world_size: int) -> tuple[list[str], dict[int, float], bool]:
+    from deepspeed.utils import logger
+
+    handler = Lines()
+    logger.addHandler(handler)
+    engine = build(3, loss_fn=Misbehaves("to infinity", once=True))
+    losses = {}
+    for _ in range(8):
+        loss = engine.train_batch(batches())
+        losses[engine.loss_step] = loss.item()
+    engine.drain()
+    logger.removeHandler(handler)
+    return handler.lines, losses, all(bool(p.isfinite().all()) for p in engine.module.parameters())
+
+
+def test_loss_that_is_not_finite_is_reported_and_training_goes_on(ranks: GetRanks) -> None:
+    results = ranks(3).run(train_to_infinity, timeout=TIMEOUT)
+    for rank, (lines, losses, finite) in enumerate(results):
+        assert losses.pop(BAD_CALL) == float("inf")
+        assert len(losses) > BAD_CALL
+        assert all(loss < float("inf") for loss in losses.values())
+        assert finite
+        assert len(lines) == (rank == 2), lines
+    (line,) = results[2][0]
+    for part in ("stage 2", f"call {BAD_CALL}", "inf"):
+        assert part in line
+
+
+# -- out of step ------------------------------------------------------------------------------------------------------
+
+
+def evaluate_alone(rank: int, world_size: int, odd: int) -> End:
+    engine = build(3)
+    for _ in range(BAD_CALL):
+        engine.train_batch(batches())
+    if rank != odd:
+        return train(engine, batches())
+    return catch(lambda: engine.eval_batch(batches()))
+
+
+@pytest.mark.parametrize("odd", [0, 1, 2])
+def test_one_rank_evaluates_while_the_others_train(ranks: GetRanks, odd: int) -> None:
+    ends = ranks(3).run(evaluate_alone, odd, timeout=20.0)
+    assert {end.kind for end in ends} <= {"RuntimeError", "StageError"}, ends
+    for end in ends:
+        for part in ("out of step", "train_batch", "eval_batch", "every rank"):
+            assert part in end.text, ends
+
+
+def drain_alone(rank: int, world_size: int) -> End:
+    engine = build(2)
+    for _ in range(BAD_CALL):
+        engine.train_batch(batches())
+    return catch(engine.drain) if rank == 0 else train(engine, batches())
+
+
+def test_one_rank_drains_while_the_other_trains(ranks: GetRanks) -> None:
+    ends = ranks(2).run(drain_alone, timeout=TIMEOUT)
+    assert {end.kind for end in ends} <= {"RuntimeError", "StageError"}, ends
+    for end in ends:
+        assert "out of step" in end.text, ends
+
+
+def train_once_more(rank: int, world_size: int, odd: int) -> int:
+    engine = build(2)
+    for _ in range(BAD_CALL + (2 if rank == odd else 0)):
+        engine.train_batch(batches())
+    if rank != odd:
+        os._exit(0)  # as a script that has come to its end
+    return rank
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_one_rank_goes_on_when_the_other_has_finished(ranks: GetRanks, odd: int) -> None:
+    outcomes = ranks(2).run(train_once_more, odd, timeout=TIMEOUT, expect_failure=True)
+    assert_lost(outcomes, 1 - odd, exit_code=0)
+
+
+# -- data-parallel ----------------------------------------------------------------------------------------------------
+
+
+def train_replicas(rank: int, world_size: int, what: str, culprit: int) -> End:
+    """Two pipelines of two stages: ranks 0 and 1 are stage 0, ranks 2 and 3 stage 1."""
+    if what in DATA:
+        engine, bad = build(2), DATA[what][1]
+    else:
+        engine, bad = misbehaving(2, culprit // 2, what if rank == culprit else ""), None
+    return train(engine, batches(bad=bad if rank == culprit else None))
+
+
+@pytest.mark.parametrize(("what", "culprit"), [("smaller batch", 1), ("no labels", 2)])
+def test_bad_micro_batch_on_one_replica(ranks: GetRanks, what: str, culprit: int) -> None:
+    kind, parts = DATA[what][2:]
+    ends = ranks(4).run(train_replicas, what, culprit, timeout=TIMEOUT)
+    assert ends[culprit].kind == kind, ends
+    assert all(part in ends[culprit].text for part in parts), ends
+    for rank, end in enumerate(ends):
+        assert end.calls in (BAD_CALL, BAD_CALL + 1), ends
+        if rank != culprit:
+            assert end.kind == "StageError", ends
+            assert "data" in end.text or parts[0] in end.text, ends
+
+
+def lose_a_replica(rank: int, world_size: int, deed: str, culprit: int) -> None:
+    engine = misbehaving(2, culprit // 2, deed if rank == culprit else "")
+    data = batches()
+    for _ in range(8):
+        engine.train_batch(data)
+
+
+@pytest.mark.parametrize(("deed", "culprit"), [("explode", 1), ("die", 2)])
+def test_one_replica_fails_or_is_lost(ranks: GetRanks, deed: str, culprit: int) -> None:
+    """Replicas wait for each other in DeepSpeed's all-reduce, which ends when the process of the failed one does."""
+    outcomes = ranks(4).run(lose_a_replica, deed, culprit, timeout=TIMEOUT, grace=SOON, expect_failure=True)
+    report = "\n".join(map(str, outcomes))
+    for outcome in outcomes:
+        if outcome.rank == culprit:
+            continue
+        assert (outcome.state, outcome.exc_type) == ("raised", "StageError"), report
+        assert re.search(r"stage \d .*ranks? .*(lost|failed)", outcome.message), report
+    for other in (culprit ^ 1, (culprit + 2) % 4):  # its replica, and the other stage of its pipeline
+        assert re.search(rf"ranks? \[?{culprit}\b", outcomes[other].message), report
+
+
+# -- lost -------------------------------------------------------------------------------------------------------------
+
+
+def assert_lost(outcomes: list[Outcome], lost: int, exit_code: int = -signal.SIGKILL) -> None:
+    """One rank is gone; all others raise soon (a hung one would be reported as such) and name it."""
+    report = "\n".join(map(str, outcomes))
+    for outcome in outcomes:
+        if outcome.rank == lost:
+            assert (outcome.state, outcome.exit_code) == ("died", exit_code), report
+        else:
+            assert (outcome.state, outcome.exc_type) == ("raised", "StageError"), report
+            assert f"stage {lost} (rank {lost}) is lost" in outcome.message, report
+
+
+def lose_a_stage(rank: int, world_size: int, stage: int, deed: str, other: str) -> None:
+    engine = misbehaving(world_size, stage, deed, other)
+    data = batches()
+    for _ in range(8):
+        engine.train_batch(data)
+
+
+@pytest.mark.parametrize(
+    ("deed", "other"), [("die later", ""), ("die", "nap")], ids=["while neighbours wait", "while neighbours compute"]
+)
+@pytest.mark.parametrize(("num_stages", "stage"), [(3, 1), (4, 3)], ids=["middle", "last of four"])
+def test_killed_rank_ends_the_others(ranks: GetRanks, num_stages: int, stage: int, deed: str, other: str) -> None:
+    outcomes = ranks(num_stages).run(
+        lose_a_stage, stage, deed, other, timeout=TIMEOUT, grace=SOON, expect_failure=True
+    )
+    assert_lost(outcomes, stage)
+
+
+def lose_a_stage_in_evaluation(rank: int, world_size: int, stage: int) -> None:
+    engine = misbehaving(world_size, stage, "die")
+    for _ in range(BAD_CALL):
+        engine.train_batch(batches())
+    engine.eval_batch(batches())
+
+
+def test_killed_rank_in_evaluation(ranks: GetRanks) -> None:
+    outcomes = ranks(3).run(lose_a_stage_in_evaluation, 1, timeout=TIMEOUT, grace=SOON, expect_failure=True)
+    assert_lost(outcomes, 1)
+
+
+# -- launched ---------------------------------------------------------------------------------------------------------
+
+SCRIPT = """\
+import os
+import signal
+import sys
+
+import deepspeed
+import torch
+from deepspeed.pipe import PipelineModule
+
+import ds_ddg
+
+# DeepSpeed would compile a C++ kernel for `inference_all_reduce`, which training never calls: 45 s on first use.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+how, ddg = sys.argv[-2], sys.argv[-1]
+deepspeed.init_distributed(dist_backend="gloo")
+rank = torch.distributed.get_rank()
+layers = [torch.nn.Linear(4, 4) for _ in range(4)]
+net = PipelineModule(layers, num_stages=2, loss_fn=torch.nn.functional.mse_loss)
+config = {
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_accumulation_steps": 2,
+    "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+    "ddg": {ddg: 1},
+}
+engine, *_ = ds_ddg.initialize(model=net, config=config, model_parameters=net.parameters())
+data = iter([(torch.ones(2, 4), torch.zeros(2, 4))] * 100)
+for step in range(10):
+    if how == "killed" and step == 5 and rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    engine.train_batch(data)
+print(f"rank {rank} trained {engine.global_steps} calls")
+if "destroy engine" in how:
+    engine.destroy()
+if "destroy group" in how:
+    torch.distributed.destroy_process_group()
+"""
+
+NOISE = re.compile(r"terminate called|Traceback|Error\b|exception|core dumped|Aborted|Segmentation|\bleaked\b", re.I)
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("launched") / "train.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def launch(script: Path, how: str, ddg: str = "slack") -> tuple[int, str, float]:
+    """Exit status, output and seconds of the script on two ranks, started as a user starts it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    binaries = Path(sys.executable).parent
+    root = Path(ds_ddg.__file__).parents[1]
+    command = [str(binaries / "deepspeed"), "--num_gpus", "2", "--master_port", str(port), str(script), how, ddg]
+    environment = {
+        **os.environ,
+        "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(root),
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    start = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        cwd=script.parent,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the launcher and, as it never leaves its session, every rank
+        output, _ = process.communicate()
+        pytest.fail(f"the launcher did not end:\n{output}")
+    return process.returncode, output, time.monotonic() - start
+
+
+@pytest.mark.parametrize("how", ["just end", "destroy group", "destroy engine"])
+def test_script_ends_cleanly_with_micro_batches_in_flight(script: Path, how: str) -> None:
+    status, output, _ = launch(script, how)
+    assert status == 0, output
+    for rank in range(2):
+        assert f"rank {rank} trained 10 calls" in output
+    assert not NOISE.search(output), output
+
+
+def test_script_that_loses_a_rank(script: Path) -> None:
+    status, output, _ = launch(script, "killed")
+    assert status != 0, output
+    assert "stage 0 (rank 0) is lost" in output
+    assert "trained" not in output
+
+
+def test_script_with_a_bad_key(script: Path) -> None:
+    status, output, _ = launch(script, "just end", ddg="slak")
+    assert status != 0, output
+    for rank in range(2):
+        assert f"[rank{rank}]: ValueError: \"ddg\": unknown key 'slak'" in output, output
+    assert "trained" not in output
