@@ -1,12 +1,12 @@
 """Asynchronous messages between two stages: an outbox that never blocks and an inbox that is always listening.
 
-A message is a small header (JSON in a fixed number of bytes) and any number of tensors. Every message has buffers of
-its own: the sender's live until they are sent, the receiver's belong to whoever takes the message. DeepSpeed's ``p2p``
-blocks and receives into shared buffers, so it cannot be used here.
+Every message has buffers of its own: the sender's live until they are sent, the receiver's belong to whoever takes the
+message. DeepSpeed's ``p2p`` blocks and receives into shared buffers, so it cannot be used here.
 
 The receiver always has one header receive posted. The shape of the first training message becomes the *standing* one:
 from then on a receive for its tensors is posted too, so that they travel while this stage computes. Messages of
-another shape (evaluation, say) are received on demand. Both sides derive which is which from the messages alone.
+another shape (evaluation, say) are received on demand, and tensors of a few bytes ride in the header. Both sides
+derive which is which from the messages alone.
 
 Sends and receives go to the group itself: ``dist.isend`` and ``irecv`` check per message what never changes here, at a
 good part of the cost of a small one.
@@ -16,12 +16,10 @@ A work handle of gloo must be waited on exactly once (twice hangs), so handles a
 
 from __future__ import annotations
 
-import json
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from enum import Enum
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
@@ -29,15 +27,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Inbox", "Kind", "Message", "Outbox", "StageError"]
+from ds_ddg.message import (
+    HEADER_BYTES,
+    INLINE_BYTES,
+    Header,
+    Kind,
+    Message,
+    Spec,
+    bytes_of,
+    empty,
+    fit,
+    spec_of,
+    unpack,
+)
 
-_HEADER_BYTES = 4096
-_TEXT_BYTES = 3072
+__all__ = ["Inbox", "Outbox", "StageError"]
+
 _HEADER_TAG, _STANDING_TAG, _ON_DEMAND_TAG, _LAST_WORDS_TAG = 0, 1, 2, 3
-
-Spec = tuple[tuple[str, tuple[int, ...]] | None, ...]
-"""Type and shape of each tensor of a message; None where there is none."""
-
 
 _under_way: WeakKeyDictionary[dist.ProcessGroup, list[Any]] = WeakKeyDictionary()
 """What outboxes have sent, as long as their group lives. A send is withdrawn when its handle goes, and the peer would
@@ -46,43 +52,6 @@ wait for ever: so handles must outlive an engine that failed, or is done, and is
 
 class StageError(RuntimeError):
     """Another stage failed, left or was lost; the message says which and why."""
-
-
-class Kind(str, Enum):
-    """What a message is about."""
-
-    DATA = "data"
-    """The tensors of one micro-batch, or the loss of one call."""
-    BEGIN = "begin"
-    """A call begins that sends no data yet; the receiver checks that it is in the same one."""
-    END = "end"
-    """Instead of BEGIN: the data ended."""
-    ERROR = "error"
-    """The sender failed; `text` says how."""
-    PARK = "park"
-    """The pipeline is drained: release the standing receive."""
-
-
-@dataclass(frozen=True)
-class Message:
-    """One message as received: its kind, small values, and tensors that now belong to the receiver."""
-
-    kind: Kind
-    info: dict[str, Any]
-    tensors: tuple[Tensor | None, ...] = ()
-
-
-def _spec_of(tensors: Sequence[Tensor | None]) -> Spec:
-    return tuple(None if t is None else (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for t in tensors)
-
-
-def _empty(spec: Spec) -> list[Tensor | None]:
-    return [None if s is None else torch.empty(s[1], dtype=getattr(torch, s[0])) for s in spec]
-
-
-def _present(tensors: Iterable[Tensor | None]) -> Iterable[Tensor]:
-    """The tensors that really travel, as raw bytes: every dtype of torch goes over every back end that way."""
-    return [t.reshape(-1).view(torch.uint8) for t in tensors if t is not None and t.numel() > 0]
 
 
 @dataclass
@@ -122,12 +91,16 @@ class Outbox:
             **info: small values that JSON can hold.
         """
         payload = [None if t is None else t.detach().resolve_conj().resolve_neg().contiguous() for t in tensors]
-        spec = _spec_of(payload)
-        standing = kind is Kind.DATA and spec == self._standing
-        works = [self._send(_encode(kind, info, spec, standing, recurs), _HEADER_TAG)]
-        works += [self._send(part, _STANDING_TAG if standing else _ON_DEMAND_TAG) for part in _present(payload)]
-        if kind is Kind.DATA and self._standing is None and recurs:
-            self._standing = spec
+        spec, parts = spec_of(payload), bytes_of(payload)
+        if sum(part.numel() for part in parts) <= INLINE_BYTES:
+            inline = b"".join(part.numpy().tobytes() for part in parts)
+            works = [self._send(Header(kind, info, spec, inline=inline).encode(), _HEADER_TAG)]
+        else:
+            standing = spec == self._standing
+            works = [self._send(Header(kind, info, spec, standing, recurs).encode(), _HEADER_TAG)]
+            works += [self._send(part, _STANDING_TAG if standing else _ON_DEMAND_TAG) for part in parts]
+            if self._standing is None and recurs:
+                self._standing = spec
         self._sent.append((kind, works))
         # A call may send no data at all (DeepSpeed's own schedule), so what announces calls is bounded as well.
         while sum(sent is Kind.DATA for sent, _ in self._sent) > self.depth or len(self._sent) > 2 * self.depth + 2:
@@ -135,8 +108,8 @@ class Outbox:
 
     def park(self) -> None:
         """Let the receiver drop its standing receive (by filling it once more), then wait until all has arrived."""
-        works = [self._send(_encode(Kind.PARK, {}), _HEADER_TAG)]
-        works += [self._send(part, _STANDING_TAG) for part in _present(_empty(self._standing or ()))]
+        works = [self._send(Header(Kind.PARK, {}).encode(), _HEADER_TAG)]
+        works += [self._send(part, _STANDING_TAG) for part in bytes_of(empty(self._standing or ()))]
         self._standing = None
         self._sent.append((Kind.PARK, works))
         while self._sent:
@@ -157,7 +130,7 @@ class Outbox:
         Twice: behind all messages before it, and as last words, for which a receive is always posted. Those arrive at
         once however busy the peer is, and are read if the connection breaks before the former could be.
         """
-        message = _encode(Kind.ERROR, {"text": _fit(text)})
+        message = Header(Kind.ERROR, {"text": fit(text)}).encode()
         try:
             in_turn, last_words = (self._send(message, tag) for tag in (_HEADER_TAG, _LAST_WORDS_TAG))
             self._sent.append((Kind.ERROR, [in_turn]))
@@ -195,7 +168,7 @@ class Inbox:
         self._standing: Spec | None = None
         self._standing_receive: tuple[list[Tensor | None], list[Any]] | None = None
         self._header = self._post_header()
-        self._last_words = torch.empty(_HEADER_BYTES, dtype=torch.uint8)
+        self._last_words = torch.empty(HEADER_BYTES, dtype=torch.uint8)
         self._last_words_work = self._irecv(self._last_words, _LAST_WORDS_TAG)
 
     def take(self, *expected: Kind, what: str = "a message") -> Message:
@@ -205,22 +178,25 @@ class Inbox:
             StageError: the sender failed, or is lost, or the wait timed out.
             RuntimeError: the message is of a kind not `expected`; the ranks are out of step.
         """
-        header, work = self._header
+        received, work = self._header
         self._wait(work, what)
-        message, spec, standing, recurs = _decode(header)
-        if message.kind is Kind.ERROR:
-            raise StageError(message.info["text"])
+        header = Header.decode(received)
+        if header.kind is Kind.ERROR:
+            raise StageError(header.info["text"])
         self._header = self._post_header()
-        if message.kind is Kind.PARK:
+        tensors: list[Tensor | None] = []
+        if header.kind is Kind.PARK:
             self._take_standing(what)
             self._standing = None
-        elif message.kind is Kind.DATA:
-            tensors = self._take_standing(what) if standing else self._receive(spec, what)
-            message = Message(message.kind, message.info, tuple(tensors))
-            if self._standing is None and recurs:
-                self._standing = spec
+        elif header.inline is not None:
+            tensors = unpack(header.spec, header.inline)
+        else:
+            tensors = self._take_standing(what) if header.standing else self._receive(header.spec, what)
+            if self._standing is None and header.recurs:
+                self._standing = header.spec
             if self._standing is not None and self._standing_receive is None:
                 self._standing_receive = self._post(self._standing, _STANDING_TAG)
+        message = Message(header.kind, header.info, tuple(tensors))
         if message.kind not in expected:
             names = " or ".join(kind.name for kind in expected)
             raise RuntimeError(
@@ -230,12 +206,12 @@ class Inbox:
         return message
 
     def _post_header(self) -> tuple[Tensor, Any]:
-        header = torch.empty(_HEADER_BYTES, dtype=torch.uint8)
+        header = torch.empty(HEADER_BYTES, dtype=torch.uint8)
         return header, self._irecv(header, _HEADER_TAG)
 
     def _post(self, spec: Spec, tag: int) -> tuple[list[Tensor | None], list[Any]]:
-        tensors = _empty(spec)
-        return tensors, [self._irecv(part, tag) for part in _present(tensors)]
+        tensors = empty(spec)
+        return tensors, [self._irecv(part, tag) for part in bytes_of(tensors)]
 
     def _take_standing(self, what: str) -> list[Tensor | None]:
         if self._standing_receive is None:
@@ -271,31 +247,9 @@ class Inbox:
             self._last_words_work.wait(timedelta(milliseconds=1))
         except RuntimeError:
             return
-        raise StageError(_decode(self._last_words)[0].info["text"])
+        raise StageError(Header.decode(self._last_words).info["text"])
 
 
 def _raise_lost(name: str, why: str, error: RuntimeError) -> NoReturn:
     reason = str(error).splitlines()[0].partition(". This is typically")[0]
     raise StageError(f"{name} is lost: {why} ({reason})") from error
-
-
-def _fit(text: str) -> str:
-    """The beginning of `text`, as much as a header holds; JSON takes up to twelve bytes for a letter."""
-    text = text[:_TEXT_BYTES]
-    while len(json.dumps(text)) > _TEXT_BYTES:
-        text = text[: -max(1, len(text) // 8)]
-    return text
-
-
-def _encode(kind: Kind, info: dict[str, Any], spec: Spec = (), standing: bool = False, recurs: bool = False) -> Tensor:
-    text = json.dumps([kind.value, info, spec, standing, recurs]).encode()
-    if len(text) > _HEADER_BYTES:
-        raise ValueError(
-            f"a message of {len(spec)} tensors needs a header of {len(text)} bytes, at most {_HEADER_BYTES}"
-        )
-    return torch.frombuffer(bytearray(text.ljust(_HEADER_BYTES, b"\0")), dtype=torch.uint8)
-
-
-def _decode(header: Tensor) -> tuple[Message, Spec, bool, bool]:
-    kind, info, spec, standing, recurs = json.loads(header.numpy().tobytes().rstrip(b"\0"))
-    return Message(Kind(kind), info), tuple(s and (s[0], tuple(s[1])) for s in spec), standing, recurs

@@ -25,11 +25,12 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import logger
 
-from ds_ddg.channel import Kind, StageError
+from ds_ddg.channel import StageError
 from ds_ddg.config import DDGConfig, refuse_unsupported
 from ds_ddg.data import Feed
 from ds_ddg.execute import Executor
 from ds_ddg.links import Links
+from ds_ddg.message import Kind
 from ds_ddg.plan import DDGPlan
 from ds_ddg.schedule import DDGSchedule
 

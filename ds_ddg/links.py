@@ -16,7 +16,8 @@ import torch.distributed as dist
 from deepspeed.constants import default_pg_timeout
 from torch import Tensor
 
-from ds_ddg.channel import Inbox, Kind, Message, Outbox
+from ds_ddg.channel import Inbox, Outbox
+from ds_ddg.message import Kind, Message
 from ds_ddg.plan import DDGPlan
 
 __all__ = ["Links", "as_tuple"]

@@ -13,7 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distributed import Outcome, Ranks
-from ds_ddg.channel import Inbox, Kind, Outbox, StageError
+from ds_ddg import channel
+from ds_ddg.channel import Inbox, Outbox, StageError
+from ds_ddg.message import INLINE_BYTES, Kind
 
 GetRanks = Callable[[int], Ranks]
 TIMEOUT = 60.0
@@ -34,8 +36,12 @@ DTYPES = [
 ]
 
 
-def link(rank: int, depth: int = 8) -> tuple[Outbox, Inbox]:
-    """This rank's two ends towards the other of two ranks: a group for each direction, as between two stages."""
+def link(rank: int, depth: int = 8, inline: int = 0) -> tuple[Outbox, Inbox]:
+    """This rank's two ends towards the other of two ranks: a group for each direction, as between two stages.
+
+    Tensors of up to `inline` bytes ride in the header; with 0, what is tested is how the others travel.
+    """
+    channel.INLINE_BYTES = inline
     groups = [dist.new_group([0, 1]) for _ in range(2)]
     other = 1 - rank
     name = f"stage {other} (rank {other})"
@@ -45,6 +51,7 @@ def link(rank: int, depth: int = 8) -> tuple[Outbox, Inbox]:
 def close(outbox: Outbox, inbox: Inbox) -> None:
     outbox.park()
     inbox.take(Kind.PARK)
+    channel.INLINE_BYTES = INLINE_BYTES
 
 
 def assert_same(got: tuple[Tensor | None, ...], sent: tuple[Tensor | None, ...]) -> None:
@@ -78,8 +85,8 @@ def samples() -> list[tuple[Tensor | None, ...]]:
     ]
 
 
-def exchange_samples(rank: int, world_size: int, standing_shape: int) -> None:
-    outbox, inbox = link(rank, depth=64)
+def exchange_samples(rank: int, world_size: int, standing_shape: int, inline: int) -> None:
+    outbox, inbox = link(rank, 64, inline)
     messages = samples()
     # Whichever comes first decides what is received ahead from then on; none may depend on being it or not.
     messages = messages[standing_shape:] + messages[:standing_shape]
@@ -94,9 +101,10 @@ def exchange_samples(rank: int, world_size: int, standing_shape: int) -> None:
     close(outbox, inbox)
 
 
+@pytest.mark.parametrize("inline", [0, 32, 1024])
 @pytest.mark.parametrize("standing_shape", [0, 12, 14, 15, 19, 21])
-def test_every_kind_of_tensor_arrives(ranks: GetRanks, standing_shape: int) -> None:
-    ranks(2).run(exchange_samples, standing_shape, timeout=TIMEOUT)
+def test_every_kind_of_tensor_arrives(ranks: GetRanks, standing_shape: int, inline: int) -> None:
+    ranks(2).run(exchange_samples, standing_shape, inline, timeout=TIMEOUT)
 
 
 def interleave_shapes(rank: int, world_size: int) -> None:
