@@ -1,6 +1,6 @@
 r"""Train a CIFAR ResNet in a pipeline, with DDG or with DeepSpeed's own 1F1B schedule.
 
-On images that come with scikit-learn, nothing to download; two minutes on two cores:
+On images that come with scikit-learn, nothing to download; a minute on two cores:
 
     deepspeed --quiet --num_gpus 2 recipes/resnet/train.py --deepspeed_config configs/resnet20_digits.json
 
