@@ -230,3 +230,31 @@ def test_weights_come_back_after_a_failed_backward() -> None:
     with pytest.raises(RuntimeError, match="boom"), versions.using(0):
         fail()
     assert all(same(newest, list(net.parameters())))
+
+
+def test_an_optimizer_that_owns_the_storage_finds_the_weights_there_and_old_graphs_do_not_notice() -> None:
+    """Mixed-precision and ZeRO optimizers write into a flat buffer whose views the parameters are."""
+    torch.manual_seed(2)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 3))
+    parameters = list(net.parameters())
+    flat = torch.cat([p.data.reshape(-1) for p in parameters])
+    for p, view in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.data = view.view_as(p)
+    versions = WeightVersions(parameters, pinned=True)
+    inputs = torch.randn(6, 4, requires_grad=True)
+    expected = torch.autograd.grad(net(inputs).square().sum(), [inputs, *parameters])
+
+    versions.remember(0)
+    loss = net(inputs).square().sum()
+    for _ in range(2):
+        with versions.updating():
+            assert all(p.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr() for p in parameters)
+            flat.add_(0.5)
+    with versions.using(0):
+        loss.backward()
+    versions.forget(0)
+    versions.assert_empty()
+    for got, wanted in zip([inputs.grad, *(p.grad for p in parameters)], expected, strict=True):
+        assert got is not None
+        assert torch.equal(got, wanted)
+    assert torch.equal(torch.cat([p.data.reshape(-1) for p in parameters]), flat), "the newest weights are in place"
