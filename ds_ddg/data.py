@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ds_ddg.channel import StageError
+from ds_ddg.wire import StageError
 
 __all__ = ["Feed"]
 

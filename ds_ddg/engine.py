@@ -13,11 +13,12 @@ Calls count from 0 on every rank alike, and so do the learning rate and ``global
 
 from __future__ import annotations
 
-import atexit
 import functools
 import math
-import weakref
+import multiprocessing.util
+import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -25,7 +26,6 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import logger
 
-from ds_ddg.channel import StageError
 from ds_ddg.config import DDGConfig, refuse_unsupported
 from ds_ddg.data import Feed
 from ds_ddg.execute import Executor
@@ -33,6 +33,7 @@ from ds_ddg.links import Links
 from ds_ddg.message import Kind
 from ds_ddg.plan import DDGPlan
 from ds_ddg.schedule import DDGSchedule
+from ds_ddg.wire import StageError
 
 __all__ = ["DDGEngine", "DDGMixin"]
 
@@ -69,11 +70,10 @@ def _together(method: _Method) -> _Method:
     return run  # type: ignore[return-value]
 
 
-def _settle(links: weakref.ref[Links]) -> None:
-    """At exit: a process that ends takes with it what it has sent and the others have not received yet."""
-    alive = links()
-    if alive is not None:
-        alive.settle()
+def _farewell(links: Links) -> None:
+    """At exit: leave together, except after an error, when the launcher must hear of it at once."""
+    failed = getattr(sys, "last_value", None) is not None
+    links.farewell(timedelta(seconds=5 if failed else 300))
 
 
 class DDGMixin(Executor):
@@ -103,7 +103,8 @@ class DDGMixin(Executor):
         self._ddg_from = self.ddg.sync_steps if self.ddg.enabled else None
         if self._ddg_from == 0:
             self.schedule = "ddg"
-        atexit.register(_settle, weakref.ref(self._links))
+        # Kept alive until then, as its messages are; atexit alone would miss the processes of torch.multiprocessing.
+        multiprocessing.util.Finalize(None, _farewell, (self._links,), exitpriority=10)
 
     # -- life of a call ---------------------------------------------------------------------------------------------
 
@@ -205,10 +206,10 @@ class DDGMixin(Executor):
     # -- what DeepSpeed calls ---------------------------------------------------------------------------------------
 
     def destroy(self) -> None:
-        """DeepSpeed's, once what was sent has arrived."""
+        """DeepSpeed's; the other stages learn that this one has left."""
         links = self.__dict__.get("_links")  # DeepSpeed also calls this for an engine whose construction failed
         if links is not None:
-            links.settle()
+            links.leave()
         super().destroy()
 
     def _train_schedule(self) -> Any:
@@ -263,7 +264,7 @@ class DDGMixin(Executor):
         self._feed.labels = labelled and self.module.loss_fn is not None
         self._feed.fixed_shape = self.num_stages > 1 and what == "train_batch" and not self.dynamic_shape
         ready = self._feed.fetch(data_iter, micro_batches, self.batch_fn)
-        here = {"what": what, "call": self._calls, "micro_batches": micro_batches}
+        here = (what, self._calls, micro_batches)
         # Evaluation has a barrier before its first activation, and DeepSpeed's schedule sends its own.
         with_data = what == "train_batch" and self._schedule == "ddg"
         kind = self._links.begin(here, ready, with_data)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +37,9 @@ else:
     _Host = object
 
 __all__ = ["Executor"]
+
+
+_PLAIN = {type(None), bool, int, float, list, dict, MethodType, Tensor}
 
 
 class _Join(torch.autograd.Function):
@@ -71,6 +75,13 @@ class Executor(_Host):
     pipe_buffers: dict[str, list[Any]]
 
     _activation_spec: Any = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """An engine is a Module, which examines each value for parameters; DeepSpeed sets 40 plain ones a call."""
+        if type(value) in _PLAIN and name in self.__dict__:
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
     def _ddg_instruction_map(self) -> dict[type, Callable[..., None]]:
         """The host's map as it is now, projects' own additions included, with our methods for what differs."""

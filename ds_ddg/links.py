@@ -1,7 +1,7 @@
 """A stage's messages to the others: activations down, gradients up, losses from the last stage to all.
 
-Each direction has a process group of its own, so that a receive pending in one never delays a send in the other. All
-of it is point-to-point and asynchronous: in steady state no stage waits for another beyond what the plan needs.
+Each direction has a lane of its own, so that a receive pending in one never delays a send in the other. All of it is
+point-to-point and asynchronous: in steady state no stage waits for another beyond what the plan needs.
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ from torch import Tensor
 from ds_ddg.channel import Inbox, Outbox
 from ds_ddg.message import Kind, Message
 from ds_ddg.plan import DDGPlan
+from ds_ddg.wire import StageError, Wire
 
-__all__ = ["Links", "as_tuple"]
+__all__ = ["Here", "Links", "as_tuple"]
+
+Here = tuple[str, int, int]
+"""What a stage is about to do: the method, the number of the call, its micro-batches."""
 
 
 def as_tuple(tensors: Any) -> tuple[Tensor, ...]:
@@ -45,36 +49,37 @@ class Links:
         self._losses_in: Inbox | None = None
         self._losses_out: list[Outbox] = []
         self._own_losses: deque[tuple[int, float]] = deque()
-        self._announce: dict[str, Any] | None = None
+        self._announce: Here | None = None
         self._first: Message | None = None
         self._failed = False
+        self._left = False
         for ranks in pipelines:
             if len(ranks) == 1:
                 continue
-            groups = [dist.new_group(list(ranks), default_pg_timeout, backend="gloo") for _ in range(3)]
+            group = dist.new_group(list(ranks), default_pg_timeout, backend="gloo")
             if rank in ranks:
-                self._open(list(ranks), list(ranks).index(rank), groups, plan)
+                self._open(list(ranks), list(ranks).index(rank), group, plan)
 
-    def _open(self, ranks: list[int], stage: int, groups: list[Any], plan: DDGPlan) -> None:
-        def ends(group: Any, other: int) -> tuple[Any, int, str]:
-            return group, ranks[other], f"stage {other} (rank {ranks[other]})"
+    def _open(self, ranks: list[int], stage: int, group: Any, plan: DDGPlan) -> None:
+        def wire(lane: int, other: int) -> Wire:
+            return Wire(group, ranks[other], f"stage {other} (rank {ranks[other]})", lane)
 
-        down, up, across = groups
+        down, up, across = range(3)
         last = len(ranks) - 1
         # An Outbox waits for its oldest message beyond `depth`, so depth is what may still be unread by the receiver:
         # the gradient of n tells that the activation of n was read; the activation of n, that the stage before has
         # used the gradient that its tick n - 1 needs; being in call t, that every stage has read loss t - L - 1.
         if stage > 0:
-            self._activations_in = Inbox(*ends(down, stage - 1))
-            self._gradients_out = Outbox(*ends(up, stage - 1), depth=plan.delay(stage - 1) - plan.delay(stage) + 1)
+            self._activations_in = Inbox(wire(down, stage - 1))
+            self._gradients_out = Outbox(wire(up, stage - 1), depth=plan.delay(stage - 1) - plan.delay(stage) + 1)
         if stage < last:
-            self._activations_out = Outbox(*ends(down, stage + 1), depth=plan.activations(stage))
-            self._gradients_in = Inbox(*ends(up, stage + 1))
-            self._losses_in = Inbox(*ends(across, last))
+            self._activations_out = Outbox(wire(down, stage + 1), depth=plan.activations(stage))
+            self._gradients_in = Inbox(wire(up, stage + 1))
+            self._losses_in = Inbox(wire(across, last))
         else:
-            self._losses_out = [Outbox(*ends(across, k), depth=plan.delay(0) + 1) for k in range(last)]
+            self._losses_out = [Outbox(wire(across, k), depth=plan.delay(0) + 1) for k in range(last)]
 
-    def begin(self, here: dict[str, Any], ready: bool, with_data: bool) -> Kind:
+    def begin(self, here: Here, ready: bool, with_data: bool) -> Kind:
         """Start a call on this stage as on the one before; END if the first stage has no data.
 
         Args:
@@ -88,12 +93,12 @@ class Links:
         kind = Kind.BEGIN if ready else Kind.END
         if self._activations_in is not None:
             message = self._activations_in.take(
-                Kind.DATA if with_data else Kind.BEGIN, Kind.END, what=f"the start of {here['what']}"
+                Kind.DATA if with_data else Kind.BEGIN, Kind.END, what=f"the start of {here[0]}"
             )
-            if message.info["here"] != here:
+            if (there := tuple(message.info["here"] or ())) != here:
                 raise RuntimeError(
-                    f"the ranks are out of step: this stage is in {here}, {self._activations_in.name} is in "
-                    f"{message.info['here']}; make the same calls in the same order on every rank"
+                    f"the ranks are out of step: this stage is in {_named(here)}, {self._activations_in.wire.name} is "
+                    f"in {_named(there)}; make the same calls in the same order on every rank"
                 )
             self._first = message if message.kind is Kind.DATA else None
             kind = Kind.END if message.kind is Kind.END else Kind.BEGIN
@@ -108,6 +113,7 @@ class Links:
         here, self._announce = self._announce, None
         info = {"tuple": isinstance(outputs, tuple), "here": here}
         self._activations_out.post(Kind.DATA, as_tuple(outputs), recurs=torch.is_grad_enabled(), **info)
+        self._listen()
 
     def recv_activations(self) -> Any:
         """Wait for what the stage before put out; tensors and container as it sent them, in memory of their own."""
@@ -121,6 +127,7 @@ class Links:
         """Post the gradient of each input tensor (None: it has none) to the stage before."""
         assert self._gradients_out is not None
         self._gradients_out.post(Kind.DATA, gradients)
+        self._listen()
 
     def recv_grads(self) -> tuple[Tensor | None, ...]:
         """Wait for the gradient of each output tensor, None where there is none."""
@@ -156,18 +163,39 @@ class Links:
 
     def park(self) -> None:
         """With all stages drained: wait until everything sent has arrived, and release the posted receives."""
+        for inbox in self._inboxes():
+            inbox.listen()
         for outbox in self._outboxes():
             outbox.park()
         for inbox in self._inboxes():
             inbox.take(Kind.PARK, what="the end of a drain")
 
-    def settle(self, patience: timedelta = timedelta(seconds=60)) -> None:
-        """Before this stage leaves: give its activations time to arrive, unless something has failed.
+    def leave(self) -> None:
+        """Tell the others that this stage will send nothing more."""
+        if not (self._left or self._failed):
+            self._left = True
+            for outbox in self._outboxes():
+                outbox.post(Kind.LEAVE)
 
-        The next stage will read them all. Of the gradients and losses, the last are read by a drain only.
+    def farewell(self, patience: timedelta) -> None:
+        """At the end of the process: wait until the others leave too.
+
+        A process takes with it what it has sent and others have not received, and what others send to it fails. The
+        first stage is done long before the last, so it reads on until nobody needs it any more. Failures of others
+        are theirs to report.
+
+        Args:
+            patience: for each message of the others.
         """
-        if self._activations_out is not None and not self._failed:
-            self._activations_out.settle(patience)
+        try:
+            self.leave()
+            for inbox in [] if self._failed else self._inboxes():
+                while inbox.take(*Kind, what="the end of training", patience=patience).kind is not Kind.LEAVE:
+                    pass
+            for outbox in [] if self._failed else self._outboxes():
+                outbox.settle(patience)
+        except StageError:
+            return
 
     def tell_failure(self, text: str) -> None:
         """Let the neighbours (from the last stage: all) know that this stage failed; they pass it on."""
@@ -180,8 +208,19 @@ class Links:
         """Messages sent and not known to have arrived, and losses not yet taken."""
         return sum(outbox.pending for outbox in self._outboxes()) + len(self._own_losses)
 
+    def _listen(self) -> None:
+        """Between a send and the next wait, where it costs no other stage time: be ready for what comes next."""
+        if self._activations_in is not None:
+            self._activations_in.listen()
+        if self._gradients_in is not None:
+            self._gradients_in.listen()
+
     def _outboxes(self) -> list[Outbox]:
         return [box for box in (self._activations_out, self._gradients_out, *self._losses_out) if box is not None]
 
     def _inboxes(self) -> list[Inbox]:
         return [box for box in (self._activations_in, self._gradients_in, self._losses_in) if box is not None]
+
+
+def _named(here: tuple[Any, ...]) -> dict[str, Any]:
+    return dict(zip(("what", "call", "micro_batches"), here, strict=False))

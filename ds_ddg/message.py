@@ -5,7 +5,9 @@ The header has a fixed number of bytes: JSON, a zero byte, and the tensors thems
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -23,6 +25,8 @@ _TEXT_BYTES = 3072
 Spec = tuple[tuple[str, tuple[int, ...]] | None, ...]
 """Type and shape of each tensor of a message; None where there is none."""
 
+_Info = tuple[tuple[str, Any], ...]
+
 
 class Kind(str, Enum):
     """What a message is about."""
@@ -37,6 +41,8 @@ class Kind(str, Enum):
     """The sender failed; `text` says how."""
     PARK = "park"
     """The pipeline is drained: release the standing receive."""
+    LEAVE = "leave"
+    """The sender has done its work and will send nothing more."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +66,17 @@ def empty(spec: Spec) -> list[Tensor | None]:
 
 def unpack(spec: Spec, inline: bytes) -> list[Tensor | None]:
     """The tensors of a header that has them inline."""
-    tensors, offset = empty(spec), 0
-    for part in bytes_of(tensors):
-        end = offset + part.numel()
-        part.copy_(torch.frombuffer(bytearray(inline[offset:end]), dtype=torch.uint8))
+    tensors: list[Tensor | None] = []
+    offset = 0
+    for entry in spec:
+        if entry is None:
+            tensors.append(None)
+            continue
+        dtype, shape = getattr(torch, entry[0]), entry[1]
+        end = offset + math.prod(shape) * dtype.itemsize
+        empty = end == offset  # which frombuffer refuses
+        part = torch.empty(0, dtype=dtype) if empty else torch.frombuffer(bytearray(inline[offset:end]), dtype=dtype)
+        tensors.append(part.reshape(shape))
         offset = end
     return tensors
 
@@ -89,8 +102,9 @@ class Header:
 
     def encode(self) -> Tensor:
         """As a tensor of ``HEADER_BYTES`` bytes; ValueError if it is longer."""
-        fields = [self.kind.value, self.info, self.spec, self.standing, self.recurs, self.inline is not None]
-        header = json.dumps(fields).encode() + b"\0" + (self.inline or b"")
+        info = tuple(self.info.items())
+        text = _text(self.kind, info, self.spec, self.standing, self.recurs, self.inline is not None)
+        header = text + (self.inline or b"")
         if len(header) > HEADER_BYTES:
             raise ValueError(
                 f"a message of {len(self.spec)} tensors needs a header of {len(header)} bytes, at most {HEADER_BYTES}"
@@ -100,10 +114,24 @@ class Header:
     @classmethod
     def decode(cls, header: Tensor) -> Header:
         """Reverse of `encode`."""
-        text, _, rest = header.numpy().tobytes().partition(b"\0")  # JSON writes no such byte
-        kind, info, spec, standing, recurs, has_inline = json.loads(text)
-        shapes = tuple(entry and (entry[0], tuple(entry[1])) for entry in spec)
-        return cls(Kind(kind), info, shapes, standing, recurs, rest if has_inline else None)
+        text, _, rest = header.numpy().tobytes().partition(b"\0")
+        kind, info, spec, standing, recurs, has_inline = _parsed(text)
+        return cls(kind, dict(info), spec, standing, recurs, rest if has_inline else None)
+
+
+# Most headers of a training run say the same, and every microsecond between two stages counts.
+
+
+@functools.lru_cache(maxsize=64)
+def _text(kind: Kind, info: _Info, spec: Spec, *flags: bool) -> bytes:
+    return json.dumps([kind.value, info, spec, *flags]).encode() + b"\0"  # JSON writes no such byte
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(text: bytes) -> tuple[Kind, _Info, Spec, bool, bool, bool]:
+    kind, info, spec, *flags = json.loads(text)
+    shapes = tuple(entry and (entry[0], tuple(entry[1])) for entry in spec)
+    return Kind(kind), tuple((key, value) for key, value in info), shapes, *flags
 
 
 def fit(text: str) -> str:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from distributed import Outcome, Ranks
 from ds_ddg import channel
-from ds_ddg.channel import Inbox, Outbox, StageError
+from ds_ddg.channel import Inbox, Outbox
 from ds_ddg.message import INLINE_BYTES, Kind
+from ds_ddg.wire import StageError, Wire
 
 GetRanks = Callable[[int], Ranks]
 TIMEOUT = 60.0
@@ -37,18 +38,19 @@ DTYPES = [
 
 
 def link(rank: int, depth: int = 8, inline: int = 0) -> tuple[Outbox, Inbox]:
-    """This rank's two ends towards the other of two ranks: a group for each direction, as between two stages.
+    """This rank's two ends towards the other of two ranks: a lane for each direction, as between two stages.
 
     Tensors of up to `inline` bytes ride in the header; with 0, what is tested is how the others travel.
     """
     channel.INLINE_BYTES = inline
-    groups = [dist.new_group([0, 1]) for _ in range(2)]
+    group = dist.new_group([0, 1])
     other = 1 - rank
     name = f"stage {other} (rank {other})"
-    return Outbox(groups[rank], other, name, depth), Inbox(groups[other], other, name)
+    return Outbox(Wire(group, other, name, lane=rank), depth), Inbox(Wire(group, other, name, lane=other))
 
 
 def close(outbox: Outbox, inbox: Inbox) -> None:
+    inbox.listen()
     outbox.park()
     inbox.take(Kind.PARK)
     channel.INLINE_BYTES = INLINE_BYTES
@@ -205,6 +207,7 @@ def count_and_park(rank: int, world_size: int) -> list[int]:
             assert_same(inbox.take(Kind.DATA).tensors, (torch.full(shape, float(n)),))
             dist.barrier()
             pending.append(outbox.pending)
+        inbox.listen()
         assert inbox._standing_receive is not None, "a receive is posted ahead"
         outbox.park()
         pending.append(outbox.pending)
