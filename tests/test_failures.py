@@ -623,6 +623,7 @@ SCRIPT = """\
 import os
 import signal
 import sys
+import time
 
 import deepspeed
 import torch
@@ -635,7 +636,15 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 how, ddg = sys.argv[-2], sys.argv[-1]
 deepspeed.init_distributed(dist_backend="gloo")
 rank = torch.distributed.get_rank()
-layers = [torch.nn.Linear(4, 4) for _ in range(4)]
+
+class Slow(torch.nn.Linear):
+    def forward(self, x):
+        time.sleep(0.6)
+        return super().forward(x)
+
+
+last = Slow if "slow" in how else torch.nn.Linear  # the first stage is done long before the last
+layers = [torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), last(4, 4)]
 net = PipelineModule(layers, num_stages=2, loss_fn=torch.nn.functional.mse_loss)
 config = {
     "train_micro_batch_size_per_gpu": 2,
@@ -700,7 +709,9 @@ def launch(script: Path, how: str, ddg: str = "slack") -> tuple[int, str, float]
     return process.returncode, output, time.monotonic() - start
 
 
-@pytest.mark.parametrize("how", ["just end", "destroy group", "destroy engine"])
+@pytest.mark.parametrize(
+    "how", ["just end", "destroy group", "destroy engine", "slow", "slow, destroy group", "slow, destroy engine"]
+)
 def test_script_ends_cleanly_with_micro_batches_in_flight(script: Path, how: str) -> None:
     status, output, _ = launch(script, how)
     assert status == 0, output
