@@ -4,20 +4,26 @@
 
     python -m ds_ddg plan --stages 4 --micro-batches 6                         one schedule, as text or picture
     python -m ds_ddg simulate --stages 4,8 --micro-batches 1,4 --link 0,0.3    schedules compared under a cost model
+    python -m ds_ddg partition model.py:layers --stages 4                      layers measured, and split into stages
 
-Nothing here imports torch, so the answer comes at once.
+Nothing here imports torch, so the answer comes at once; only `partition` does, when it has layers to measure.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from itertools import product
+from pathlib import Path
 from typing import Any
 
+from .balance import LayerCost, balance, load, table
+from .balance import save as save_profile
 from .draw import clock, save, text
 from .plan import DDGPlan, OneFOneBPlan, Plan
 from .simulate import Cost, Timeline, replay
@@ -30,11 +36,12 @@ Record = dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status. Bad arguments end with status 2 and a message, as in argparse."""
     parser = argparse.ArgumentParser(
-        prog="ds-ddg", description="Decoupled delayed gradients for DeepSpeed pipelines: plan and simulate."
+        prog="ds-ddg", description="Decoupled delayed gradients for DeepSpeed pipelines: plan, simulate, partition."
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="command")
     _add_plan(commands.add_parser("plan", help="show one schedule: what each stage does, keeps and waits for"))
     _add_simulate(commands.add_parser("simulate", help="compare schedules under a cost model, over lists of settings"))
+    _add_partition(commands.add_parser("partition", help="split layers into stages of equal time, as measured"))
     options = parser.parse_args(arguments)
     try:
         answer: str = options.run(options)
@@ -85,6 +92,19 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     _add_output(parser)
 
 
+def _add_partition(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_partition)
+    parser.add_argument(
+        "source",
+        metavar="FILE.py:FUNCTION|PROFILE.json",
+        help="a function that returns (layers, sample) or (layers, sample, loss_fn), where sample is a micro-batch "
+        "(inputs, labels); or what --out has written, which needs no torch",
+    )
+    parser.add_argument("--stages", type=int, required=True, metavar="K", help="pipeline stages")
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+    parser.add_argument("--out", metavar="FILE", help="also write what was measured (.json), to split it again")
+
+
 def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
     parser.add_argument("--out", metavar="FILE", help="also write a picture (.svg, .png) or a Perfetto trace (.json)")
@@ -125,7 +145,7 @@ def _plan(options: argparse.Namespace) -> str:
     legend = "F forward, B backward, with the number of the micro-batch"
     legend += "; one column per forward time" if options.clock else "; * update" if plan.micro_batches > 1 else ""
     return "\n".join(
-        [_title(plan), "", picture, legend, "", _table(stages), "", f"bubble in steady state: {bubble:.1%}"]
+        [_title(plan), "", picture, legend, "", table(stages), "", f"bubble in steady state: {bubble:.1%}"]
     )
 
 
@@ -145,7 +165,51 @@ def _simulate(options: argparse.Namespace) -> str:
     if options.json:
         return json.dumps(records)
     note = "speedup: over one device; efficiency: share of the devices' time spent on work; activations: on stage 0"
-    return "\n".join([_table(records), "", note])
+    return "\n".join([table(records), "", note])
+
+
+def _partition(options: argparse.Namespace) -> str:
+    if options.stages < 1:
+        raise ValueError(f"--stages must be 1 or more, got {options.stages}")
+    if options.out and not options.out.endswith(".json"):
+        raise ValueError(f"--out {options.out!r} must end in .json, to be read again")
+    layers = load(options.source) if options.source.endswith(".json") else _measured(options.source)
+    if options.out:
+        save_profile(layers, options.out)
+    found = balance(layers, options.stages)
+    return json.dumps(found.record()) if options.json else str(found)
+
+
+def _measured(source: str) -> list[LayerCost]:
+    path, _, name = source.rpartition(":")
+    if not path.endswith(".py"):
+        raise ValueError(f"{source!r} is neither FILE.py:FUNCTION nor a saved profile, which ends in .json")
+    # What DeepSpeed and the user's file print must not get between the lines of the answer.
+    with redirect_stdout(sys.stderr):
+        from .measure import profile
+
+        answer = _function(path, name)()
+        if not isinstance(answer, tuple) or len(answer) not in (2, 3):
+            got = f"{len(answer)} values" if isinstance(answer, tuple) else type(answer).__name__
+            raise ValueError(f"{source} must return (layers, sample) or (layers, sample, loss_fn), got {got}")
+        return profile(*answer)
+
+
+def _function(path: str, name: str) -> Callable[[], Any]:
+    """`name` of the file `path`, which runs next to its own neighbours, as a script would."""
+    # A name of our own: a file called queue.py must not take the place of the standard library's.
+    spec = importlib.util.spec_from_file_location("__ds_ddg_partition__", path)
+    assert spec is not None, path
+    assert spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(Path(path).resolve().parent))
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ValueError(f"{path} has no function {name!r}; it has {', '.join(known) or 'none'}")
+    function: Callable[[], Any] = getattr(module, name)
+    return function
 
 
 def _record(plan: Plan, cost: Cost) -> Record:
@@ -182,14 +246,6 @@ def _shown(plan: Plan) -> int:
 def _title(plan: Plan) -> str:
     slack = f", slack {plan.slack}" if isinstance(plan, DDGPlan) and plan.slack else ""
     return f"{plan.name}, K = {plan.num_stages} stages, M = {plan.micro_batches}{slack}"
-
-
-def _table(records: Sequence[Record]) -> str:
-    """Records of equal keys, as aligned columns."""
-    rows = [list(records[0])] + [["-" if v is None else f"{v:g}" if isinstance(v, float) else str(v)
-                                  for v in record.values()] for record in records]  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
 def _list_of(number: Callable[[str], Any]) -> Callable[[str], list[Any]]:
