@@ -5,8 +5,9 @@ message. DeepSpeed's ``p2p`` blocks and receives into shared buffers, so it cann
 
 The receiver has a receive posted for the next header. The shape of the first training message becomes the *standing*
 one: from then on a receive for its tensors is posted too, so that they travel while this stage computes. Messages of
-another shape (evaluation, say) are received on demand, and tensors of a few bytes ride in the header. Both sides
-derive which is which from the messages alone.
+another shape (evaluation, say) are received on demand, and tensors of a few bytes ride in the header. When training
+has gone over to another shape for good, that becomes the standing one. Both sides derive which is which from the
+messages alone.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ from ds_ddg.wire import StageError, Wire
 
 __all__ = ["Inbox", "Outbox"]
 
+_SETTLED = 4
+"""So many messages of one other shape in a row, and it becomes the standing one; that costs one message of the old."""
+
 _HEADER_TAG, _STANDING_TAG, _ON_DEMAND_TAG, _LAST_WORDS_TAG = 0, 1, 2, 3
 
 _under_way: WeakKeyDictionary[dist.ProcessGroup, list[Any]] = WeakKeyDictionary()
@@ -61,6 +65,8 @@ class Outbox:
     _sent: deque[tuple[Kind, list[tuple[Any, Tensor]]]] = field(default_factory=deque)
     _data: int = 0
     _standing: Spec | None = None
+    _other: Spec | None = None
+    _others: int = 0
 
     def __post_init__(self) -> None:
         _under_way.setdefault(self.wire.group, []).append(self._sent)
@@ -85,8 +91,9 @@ class Outbox:
             inline = b"".join(part.numpy().tobytes() for part in parts)
             works = [self._send(Header(kind, info, spec, inline=inline).encode(), _HEADER_TAG)]
         else:
+            works = self._reshape(spec) if recurs else []
             standing = spec == self._standing
-            works = [self._send(Header(kind, info, spec, standing, recurs).encode(), _HEADER_TAG)]
+            works += [self._send(Header(kind, info, spec, standing, recurs).encode(), _HEADER_TAG)]
             works += [self._send(part, _STANDING_TAG if standing else _ON_DEMAND_TAG) for part in parts]
             if self._standing is None and recurs:
                 self._standing = spec
@@ -95,6 +102,17 @@ class Outbox:
         self._data += kind is Kind.DATA
         while self._data > self.depth or len(self._sent) > 2 * self.depth + 2:
             self._settle_oldest()
+
+    def _reshape(self, spec: Spec) -> list[tuple[Any, Tensor]]:
+        """If messages are of another shape by now, let the receiver drop its standing receive."""
+        self._others = self._others + 1 if spec == self._other else 1
+        self._other = spec
+        if self._standing in (None, spec) or self._others < _SETTLED:
+            return []
+        works = [self._send(Header(Kind.RESHAPE, {}).encode(), _HEADER_TAG)]
+        works += [self._send(part, _STANDING_TAG) for part in bytes_of(empty(self._standing or ()))]
+        self._standing = None
+        return works
 
     def park(self) -> None:
         """Let the receiver drop its standing receive (by filling it once more), then wait until all has arrived.
@@ -179,14 +197,11 @@ class Inbox:
             StageError: the sender failed, or has left, or is lost, or the wait timed out.
             RuntimeError: the message is of a kind not `expected`; the ranks are out of step.
         """
-        self.listen(what)
-        assert self._header is not None
-        received, work = self._header
-        self._header = None
-        self._wait([work], what, patience)
-        header = Header.decode(received)
-        if header.kind is Kind.ERROR:
-            raise StageError(header.info["text"])
+        header = self._take_header(what, patience)
+        if header.kind is Kind.RESHAPE:
+            self._take_standing(what)
+            self._standing = None
+            header = self._take_header(what, patience)
         tensors: list[Tensor | None] = []
         if header.kind is Kind.PARK:
             self._take_standing(what)
@@ -200,6 +215,17 @@ class Inbox:
         if header.kind not in expected:
             self._refuse(header.kind, expected, what)
         return Message(header.kind, header.info, tuple(tensors))
+
+    def _take_header(self, what: str, patience: timedelta | None) -> Header:
+        self.listen(what)
+        assert self._header is not None
+        received, work = self._header
+        self._header = None
+        self._wait([work], what, patience)
+        header = Header.decode(received)
+        if header.kind is Kind.ERROR:
+            raise StageError(header.info["text"])
+        return header
 
     def _refuse(self, kind: Kind, expected: Sequence[Kind], what: str) -> None:
         if kind is Kind.LEAVE:

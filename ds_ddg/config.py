@@ -31,8 +31,9 @@ class DDGConfig(BaseModel):
     slack: int = Field(default=0, ge=0)
     """Extra micro-batches in flight per hop: hides the latency of the links, costs staleness."""
 
-    clip: Literal["stage"] = "stage"
-    """``gradient_clipping`` by the stage's own norm, so that no stage waits for another's."""
+    clip: Literal["stage", "global"] = "stage"
+    """``gradient_clipping`` by the stage's own norm, or by that of the whole pipeline in the newest call for which
+    every stage can know it without a wait: call t - L - 2 in call t, with L = ceil(d_0 / M)."""
 
     loss: Literal["delayed", "exact"] = "delayed"
     """What train_batch returns: the newest loss known without a wait, or this call's own (costs the overlap)."""
@@ -53,7 +54,7 @@ class DDGConfig(BaseModel):
             raise ValueError("\n".join(_explain(problem) for problem in error.errors())) from None
 
 
-_PLANNED = [("slack", "auto"), ("clip", "global")]
+_PLANNED = [("slack", "auto")]
 
 
 def _explain(problem: Mapping[str, Any]) -> str:
@@ -94,23 +95,29 @@ def _refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
     yield device != "cpu", f"accelerator {device!r}", "not supported yet; run on CPU (environment DS_ACCELERATOR=cpu)"
     stage = int(config.zero_config.stage)
     yield stage >= 2, f"ZeRO stage {stage}", 'no pipeline can run it; set "zero_optimization": {"stage": 0}'
-    yield stage == 1, "ZeRO stage 1", 'not supported yet; set "zero_optimization": {"stage": 0}'
-    yield bool(config.bfloat16_config.enabled), "bf16", 'not supported yet; train in fp32 ("bf16": {"enabled": false})'
-    yield bool(config.float16_config.enabled), "fp16", 'not supported yet; train in fp32 ("fp16": {"enabled": false})'
-    autocast = getattr(config, "torch_autocast_enabled", False)
-    yield bool(autocast), "torch_autocast", "not supported yet; train in fp32"
-
-    tied = {key: stages for key, stages in _tied_across_stages(module).items() if len(stages) > 1}
-    where = "; ".join(f"{key!r} on stages {sorted(stages)}" for key, stages in tied.items())
-    yield bool(tied), f"a layer tied across stages ({where})", "not supported yet; untie it, or keep it in one stage"
-
-    interval = max(module.activation_checkpoint_interval, config.pipeline.get("activation_checkpoint_interval", 0))
+    offload = config.zero_config.offload_optimizer
     yield (
-        interval > 0,
-        f"activation_checkpoint_interval={interval}",
-        'not supported yet; set it to 0 and use "ddg": {"activations": "recompute"}',
+        stage == 1 and offload is not None and str(getattr(offload.device, "value", offload.device)) != "none",
+        "ZeRO's offload_optimizer",
+        "no pipeline can run it; remove the block",
     )
-    yield bool(module.dynamic_shape), "dynamic_shape=True", "not supported yet; pad every batch to one shape"
+    wrappers = {
+        "ZeRO-1": stage == 1,
+        "bf16": config.bfloat16_config.enabled,
+        "fp16": config.float16_config.enabled,
+    }
+    wrapped = [name for name, on in wrappers.items() if on]
+    yield (
+        bool(wrapped) and DDGConfig.parse(config._param_dict.get("ddg")).clip == "global",
+        f'"clip": "global" with {" and ".join(wrapped)}',
+        'DeepSpeed clips inside its optimizer there; use "clip": "stage"',
+    )
+    yield (
+        bool(config.torch_autocast_enabled) and str(config.torch_autocast_dtype) == "torch.float16",
+        "torch_autocast in float16",
+        'not supported yet; use "dtype": "bfloat16"',
+    )
+    yield from _checkpointing_refusals(config, module)
     if module.num_stages > module._num_layers:
         yield (
             True,
@@ -124,16 +131,37 @@ def _refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
             f"stages without a layer: {empty} (partition {list(module.parts)})",
             'use fewer stages or another partition_method, such as "uniform"',
         )
-    axes = set(module.topology().get_axis_names()) - {"pipe", "data"}
+    axes = set(module.topology().get_axis_names()) - {"pipe", "data", "model"}
     wide = [axis for axis in sorted(axes) if module.topology().get_dim(axis) > 1]
-    yield bool(wide), f"parallel axes {wide}", "not supported yet; use pipe and data only"
+    yield bool(wide), f"parallel axes {wide}", "use PipeModelDataParallelTopology: pipe, data and model"
+    pipeline = config._param_dict.get("pipeline") or {}  # as given: DeepSpeed's own default is true
+    asked = [key for key in ("pipe_partitioned", "grad_partitioned") if pipeline.get(key)]
+    yield (
+        bool(asked) and module.topology().get_dim("model") > 1,
+        f"{' and '.join(asked)} with tensor parallelism",
+        "each tensor slice sends whole activations to its own successor; leave it out, or set it to false",
+    )
 
 
-def _tied_across_stages(module: Any) -> dict[str, set[int]]:
-    from deepspeed.runtime.pipe.module import TiedLayerSpec
+def _checkpointing_refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
+    from deepspeed.runtime.activation_checkpointing import checkpointing
 
-    stages: dict[str, set[int]] = {}
-    for index, spec in enumerate(module._layer_specs):
-        if isinstance(spec, TiedLayerSpec):
-            stages.setdefault(spec.key, set()).add(module.stage_owner(index))
-    return stages
+    if max(module.activation_checkpoint_interval, config.pipeline.get("activation_checkpoint_interval", 0)) <= 0:
+        return
+    ddg = DDGConfig.parse(config._param_dict.get("ddg"))
+    yield (
+        (ddg.weights, ddg.activations) == ("current", "keep"),
+        'activation checkpointing with "weights": "current" and "activations": "keep"',
+        'what is run again would see other weights than what was kept; use "stash" or "recompute"',
+    )
+    settings = config.activation_checkpointing_config
+    for name, wanted, configured in (
+        ("contiguous_memory_optimization", settings.contiguous_memory_optimization, "CONTIGUOUS_CHECKPOINTING"),
+        ("partition_activations", settings.partition_activations, "PARTITION_ACTIVATIONS"),
+        ("cpu_checkpointing", settings.cpu_checkpointing, "CPU_CHECKPOINT"),
+    ):
+        yield (
+            bool(wanted or getattr(checkpointing, configured)),
+            f"activation checkpointing with {name}",
+            "its buffers hold one micro-batch, and several are in flight; set it to false",
+        )

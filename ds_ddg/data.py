@@ -7,7 +7,7 @@ means that data which ends, is malformed or changes shape stops the call before 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,13 +26,14 @@ class Feed:
     Args:
         first: this is the first stage; it reads the inputs, ``batch[0]``.
         last: this is the last stage; it reads the labels, ``batch[1]``.
-        replicas: process group of this stage's data-parallel replicas, or None; they stop together.
-        device: where `replicas` can all-reduce.
+        groups: process groups that together join all ranks of this stage, its data-parallel replicas and its tensor
+            slices; they stop together.
+        device: where `groups` can all-reduce.
     """
 
-    def __init__(self, first: bool, last: bool, replicas: Any, device: torch.device) -> None:
+    def __init__(self, first: bool, last: bool, groups: Sequence[Any], device: torch.device) -> None:
         self._first, self._last = first, last
-        self._replicas, self._device = replicas, device
+        self._groups, self._device = groups, device
         self._shape: list[Any] | None = None
         self.labels = True
         """Whether the last stage needs labels."""
@@ -41,31 +42,31 @@ class Feed:
         self._batches: deque[Any] = deque()
 
     def fetch(self, data_iter: Iterator[Any] | None, count: int, batch_fn: Callable[[Any], Any] | None) -> bool:
-        """Pull `count` micro-batches; False if the data ends before, here or on another replica.
+        """Pull `count` micro-batches; False if the data ends before, here or on another rank of this stage.
 
         Raises:
             ValueError, TypeError: the data is not what a pipeline can use.
-            StageError: that happened on another replica.
+            StageError: that happened on another rank of this stage.
         """
         self.clear()
         if not (self._first or self._last):
             return True
-        state, error = _READY, None
-        try:
-            for _ in range(count):
-                self._batches.append(self._checked(self._pull(data_iter, batch_fn)))
-        except StopIteration:
-            state = _ENDED
-        except Exception as problem:
-            state, error = _FAILED, problem
-        state = self._worst(state)
-        if error is not None:
-            raise error
-        if state == _FAILED:
-            raise StageError("the data of another data-parallel replica of this stage is not usable; see its message")
-        if state == _ENDED:
-            self.clear()
-        return state == _READY
+        pulled: list[Any] = []
+
+        def pull() -> None:
+            if data_iter is None and batch_fn is None:
+                raise ValueError(
+                    "no data: pass an iterator to train_batch(data_iter=...), or training_data=... to initialize()"
+                )
+            pulled.extend([None if data_iter is None else next(data_iter) for _ in range(count)])
+
+        def prepare() -> None:
+            self._batches.extend([self._checked(b if batch_fn is None else batch_fn(b)) for b in pulled])
+
+        if batch_fn is None:
+            return self._agree(pull, prepare)
+        # A batch_fn may broadcast from the one tensor slice that reads: it must not be called if the data ended there.
+        return self._agree(pull) and self._agree(prepare)
 
     def take(self) -> Any:
         """The next micro-batch of the call, ``(inputs, labels)``."""
@@ -75,13 +76,28 @@ class Feed:
         """Drop what a call that did not happen has left."""
         self._batches.clear()
 
-    def _pull(self, data_iter: Iterator[Any] | None, batch_fn: Callable[[Any], Any] | None) -> Any:
-        if data_iter is None and batch_fn is None:
-            raise ValueError(
-                "no data: pass an iterator to train_batch(data_iter=...), or training_data=... to initialize()"
-            )
-        batch = None if data_iter is None else next(data_iter)
-        return batch if batch_fn is None else batch_fn(batch)
+    def reset_shape(self) -> None:
+        """The next inputs may have another shape."""
+        self._shape = None
+
+    def _agree(self, *steps: Callable[[], None]) -> bool:
+        """Take the steps on all ranks of this stage; False if the data ended on one of them."""
+        state, error = _READY, None
+        try:
+            for step in steps:
+                step()
+        except StopIteration:
+            state = _ENDED
+        except Exception as problem:
+            state, error = _FAILED, problem
+        state = self._worst(state)
+        if error is not None:
+            raise error
+        if state == _FAILED:
+            raise StageError("the data of another rank of this stage is not usable; see its message")
+        if state == _ENDED:
+            self.clear()
+        return state == _READY
 
     def _checked(self, batch: Any) -> Any:
         if not isinstance(batch, (tuple, list)) or not batch:
@@ -101,14 +117,16 @@ class Feed:
                 if self._shape not in (None, shape):
                     raise ValueError(
                         f"the inputs changed shape from {self._shape} to {shape}; "
-                        "make every micro-batch the same shape (drop_last=True, padding)"
+                        "make every micro-batch the same shape (drop_last=True, padding), build the PipelineModule "
+                        "with dynamic_shape=True, or call engine.reset_activation_shape() before the shape changes"
                     )
                 self._shape = shape
         return inputs if self._first else None, labels if self._last else None
 
     def _worst(self, state: int) -> int:
-        if self._replicas is None:
+        if not self._groups:
             return state
         worst = torch.tensor([state], device=self._device)
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self._replicas)
+        for group in self._groups:
+            dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=group)
         return int(worst.item())

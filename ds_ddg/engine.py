@@ -13,102 +13,65 @@ Calls count from 0 on every rank alike, and so do the learning rate and ``global
 
 from __future__ import annotations
 
-import functools
-import math
 import multiprocessing.util
-import sys
-from collections.abc import Callable, Iterator
-from datetime import timedelta
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from deepspeed.utils import logger
 
 from ds_ddg.config import DDGConfig, refuse_unsupported
 from ds_ddg.data import Feed
-from ds_ddg.execute import Executor
-from ds_ddg.links import Links
 from ds_ddg.message import Kind
-from ds_ddg.plan import DDGPlan
+from ds_ddg.report import Reporter
 from ds_ddg.schedule import DDGSchedule
-from ds_ddg.wire import StageError
+from ds_ddg.tied import Ties
+from ds_ddg.together import Together, farewell, together, with_its_data
+from ds_ddg.watch import WatchedLinks
 
 __all__ = ["DDGEngine", "DDGMixin"]
 
-_Method = TypeVar("_Method", bound=Callable[..., Any])
+_CHECKPOINT_KEY = "ds_ddg"
 
 
-def _with_its_data(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run DeepSpeed's part of a call, whose data is here already: a StopIteration is a mistake in somebody's code."""
-    try:
-        return method(*args, **kwargs)
-    except StopIteration as error:
-        raise RuntimeError("StopIteration raised inside a layer or loss_fn") from error
-
-
-def _together(method: _Method) -> _Method:
-    """If this stage fails, tell the others before raising, so that no rank is left waiting."""
-
-    @functools.wraps(method)
-    def run(self: DDGMixin, *args: Any, **kwargs: Any) -> Any:
-        if self._failure is not None:
-            raise StageError(self._failure)
-        try:
-            return method(self, *args, **kwargs)
-        except StopIteration:
-            raise
-        except Exception as error:
-            cause = self._understood(error)
-            if self._failure is None:  # a call within a call has told already
-                self._fail(cause)
-            if cause is error:
-                raise
-            raise cause from error
-
-    return run  # type: ignore[return-value]
-
-
-def _farewell(links: Links) -> None:
-    """At exit: leave together, except after an error, when the launcher must hear of it at once."""
-    failed = getattr(sys, "last_value", None) is not None
-    links.farewell(timedelta(seconds=5 if failed else 300))
-
-
-class DDGMixin(Executor):
+class DDGMixin(Reporter, Together):
     """The delayed schedule on top of any ``PipelineEngine``; see the module's docstring."""
-
-    _failure: str | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.ddg = DDGConfig.parse(kwargs["config_class"]._param_dict.get("ddg"))
         if self.ddg.enabled:
             refuse_unsupported(kwargs["config_class"], kwargs["model"])
         self._schedule = "1f1b"
+        self._ties = Ties(kwargs["model"])
         super().__init__(*args, **kwargs)
         self._calls = 0
         self._filled_at = 0
         self._parked = True
-        self._loss_call, self._loss_value = -1, 0.0
         self._new_versions()
         self.pipe_buffers.update(grads=[], rng=[])
         self._feed = Feed(
             first=self.is_first_stage(),
             last=self.is_last_stage(),
-            replicas=self.mpu.get_data_parallel_group() if self.is_data_parallel else None,
+            groups=[
+                *([self.mpu.get_data_parallel_group()] if self.is_data_parallel else []),
+                *([self.mpu.get_slice_parallel_group()] if self.is_model_parallel else []),
+            ],
             device=self.device,
         )
-        self._links = Links(self.grid.topology().get_axis_comm_lists("pipe"), self.global_rank, self.plan)
+        self._links = WatchedLinks(self.grid.topology().get_axis_comm_lists("pipe"), self.global_rank, self.plan)
+        self._start_reports()
+        if self.fp16_enabled():
+            self._links.loss_scale = lambda: float(self.optimizer.loss_scale)
+        self._ties.connect(self._links, self.stage_id, self.plan)
         self._ddg_from = self.ddg.sync_steps if self.ddg.enabled else None
         if self._ddg_from == 0:
             self.schedule = "ddg"
         # Kept alive until then, as its messages are; atexit alone would miss the processes of torch.multiprocessing.
-        multiprocessing.util.Finalize(None, _farewell, (self._links,), exitpriority=10)
+        multiprocessing.util.Finalize(None, farewell, (self._links,), exitpriority=10)
 
     # -- life of a call ---------------------------------------------------------------------------------------------
 
-    @_together
+    @together
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
         """One call: M ticks and at most one update. DeepSpeed's signature and, but for its age, its result.
 
@@ -127,9 +90,12 @@ class DDGMixin(Executor):
         if data_iter is not None:
             self.set_dataiterator(data_iter)
         self._begin("train_batch", self.data_iterator, self.micro_batches)
-        return _with_its_data(super().train_batch)
+        with self._reported():
+            loss = with_its_data(super().train_batch)
+        if self._schedule == "1f1b" and self.ddg.enabled:
+            self._share_tied_weights()
+        return loss
 
-    @_together
     def eval_batch(
         self,
         data_iter: Iterator[Any],
@@ -143,15 +109,16 @@ class DDGMixin(Executor):
 
         Raises:
             StopIteration: on every rank, if the data ends before `num_micro_batches` (default: M).
+            ValueError, NotImplementedError: on every rank, if these arguments have no result.
         """
+        if reduce_output is not None and reduce_output.lower() != "avg":
+            raise NotImplementedError(f'reduce_output must be "avg" or None, got {reduce_output!r}')
+        if reduce_output is None and compute_loss and bcast_loss:
+            raise ValueError("reduce_output=None gives a list, and only a mean is sent to all: pass bcast_loss=False")
         count = self.micro_batches if num_micro_batches is None else num_micro_batches
-        self._begin("eval_batch", data_iter, count, labelled=compute_loss)
-        self._links.meet()  # in DeepSpeed's own barrier no stage could hear that another failed
-        with self._buffers_of_its_own():
-            arguments = data_iter, return_logits, compute_loss, reduce_output, bcast_loss, count
-            return _with_its_data(super().eval_batch, *arguments)
+        return self._evaluate(data_iter, return_logits, compute_loss, reduce_output, bcast_loss, count)
 
-    @_together
+    @together
     def drain(self) -> None:
         """Finish every backward pass in flight. Nothing is left in flight or retained; twice does nothing.
 
@@ -163,9 +130,11 @@ class DDGMixin(Executor):
         if self._schedule == "ddg" and end > self._filled_at:
             self.module.train()
             ops = self.plan.drain(self.stage_id, end, self._filled_at)
-            with torch.enable_grad():  # it may be called from evaluation code
+            with torch.enable_grad(), self._in_silence():  # it may be called from evaluation code
                 self._exec_schedule(DDGSchedule(self.plan, self.stage_id, ops, draining=True))
+                self._share_tied_weights()
             self._learn_loss(self._calls - 1)
+            self._gauge.forget()
         self._links.park()
         self._parked = True
         self._filled_at = end
@@ -185,6 +154,8 @@ class DDGMixin(Executor):
             return
         if name == "ddg" and not self.ddg.enabled:
             refuse_unsupported(self._config, self.module)
+            if self._ties.held:
+                raise ValueError('tied weights: set "ddg": {"enabled": true} and switch to "1f1b" instead')
         self.drain()
         self._schedule = name
         self.__dict__.pop("_INSTRUCTION_MAP", None)  # the class's own, for DeepSpeed's schedule
@@ -193,15 +164,25 @@ class DDGMixin(Executor):
         self.pipe_buffers = {column: [None] * self.num_pipe_buffers for column in self.pipe_buffers}
         self.reset_activation_shape()
 
-    @property
-    def plan(self) -> DDGPlan:
-        """The plan of the delayed schedule at the present number of micro-batches."""
-        return DDGPlan(self.num_stages, self.micro_batches, self.ddg.slack)
+    # -- checkpoints ------------------------------------------------------------------------------------------------
 
-    @property
-    def loss_step(self) -> int:
-        """The call (0-based, as ``global_steps`` counts them) that the loss last returned belongs to."""
-        return self._loss_call + self.global_steps - self._calls
+    def save_checkpoint(
+        self, save_dir: str, tag: Any = None, client_state: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """DeepSpeed's, after a drain: what is in flight belongs to no checkpoint."""
+        self.drain()
+        client_state = {**(client_state or {}), _CHECKPOINT_KEY: self._losses.known()}
+        return super().save_checkpoint(save_dir, tag, client_state, *args, **kwargs)
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """DeepSpeed's, after a drain: gradients in flight belong to the weights that are given up."""
+        self.drain()
+        path, client_state = super().load_checkpoint(*args, **kwargs)
+        if path is not None:
+            known = client_state.pop(_CHECKPOINT_KEY, None)
+            if "global_steps" not in client_state:  # there is what DeepSpeed has not loaded: the weights alone
+                self._restart_losses(known)
+        return path, client_state
 
     # -- what DeepSpeed calls ---------------------------------------------------------------------------------------
 
@@ -225,13 +206,9 @@ class DDGMixin(Executor):
         call, self._calls = self._calls, self._calls + 1
         if self._schedule == "1f1b":
             loss = super()._aggregate_total_loss()
-            self._loss_call, self._loss_value = call, float(loss)
+            self._note_loss(call, loss)
             return loss
-        if self.is_last_stage():
-            self._links.tell_loss(call, self._mean_loss())
-        delay = 0 if self.ddg.loss == "exact" else self.plan.staleness(0)
-        self._learn_loss(max(call - delay, 0))
-        return torch.tensor(self._loss_value, device=self.device)
+        return self._end_call(call, known=call - (0 if self.ddg.loss == "exact" else self.plan.staleness(0)))
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """DeepSpeed's, after a drain: another number of micro-batches per call is another plan."""
@@ -239,24 +216,19 @@ class DDGMixin(Executor):
         super().set_train_batch_size(train_batch_size)
         self._filled_at = self._calls * self.micro_batches
 
-    def _bcast_pipe_scalar(self, data: Any, src_rank: int | None = None, dtype: torch.dtype = torch.float32) -> Any:
-        """DeepSpeed's waits in a broadcast, where a stage could not hear that another failed."""
-        if src_rank not in (None, self._loss_stage_global_rank()):
-            return super()._bcast_pipe_scalar(data, src_rank, dtype)
-        value = self._links.share(float(data) if self.is_last_stage() else 0.0)
-        return torch.tensor(value, dtype=dtype, device=self.device)
-
-    def save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        """DeepSpeed's, after a drain: what is in flight belongs to no checkpoint."""
-        self.drain()
-        return super().save_checkpoint(*args, **kwargs)
-
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        """DeepSpeed's, after a drain: gradients in flight belong to the weights that are given up."""
-        self.drain()
-        return super().load_checkpoint(*args, **kwargs)
-
     # -- between the stages -----------------------------------------------------------------------------------------
+
+    @together
+    def _evaluate(self, data_iter: Any, return_logits: bool, compute_loss: bool, reduce: Any, *args: Any) -> Any:
+        *_, count = args
+        self._begin("eval_batch", data_iter, count, labelled=compute_loss)
+        self._links.meet()  # in DeepSpeed's own barrier no stage could hear that another failed
+        with self._buffers_of_its_own(), self._evaluating(compute_loss and reduce is not None):
+            return with_its_data(super().eval_batch, data_iter, return_logits, compute_loss, reduce, *args)
+
+    def _share_tied_weights(self) -> None:
+        self._ties.send_weights()
+        self._ties.recv_weights()
 
     def _begin(self, what: str, data_iter: Iterator[Any] | None, micro_batches: int, labelled: bool = True) -> None:
         """Fetch the data of a call, then start it on every stage, or stop on every stage."""
@@ -276,42 +248,6 @@ class DDGMixin(Executor):
                 f"the data of the last stage ended in call {self._calls}, that of the first stage did not; "
                 "give both the same number of micro-batches"
             )
-
-    def _mean_loss(self) -> float:
-        """Mean loss of this call over micro-batches and replicas, on the last stage."""
-        if self.module.get_additional_losses() is not None:
-            raise NotImplementedError("additional losses are not supported yet; add them up in loss_fn")
-        loss = self._scale_loss_by_gas(self.total_loss).detach().clone()
-        self.dp_group_loss = loss.clone()
-        if self.is_data_parallel:
-            dist.all_reduce(loss, group=self.mpu.get_data_parallel_group())
-            loss /= self.dp_world_size
-        value = float(loss)
-        if not math.isfinite(value) and math.isfinite(self._loss_value):
-            logger.error(f"stage {self.stage_id}: the loss of call {self._calls - 1} is {value}; training goes on")
-        return value
-
-    def _learn_loss(self, call: int) -> None:
-        """Take the losses up to that of `call`; waits only if it has not arrived."""
-        while self._loss_call < call:
-            self._loss_call, self._loss_value = self._links.next_loss()
-
-    def _understood(self, error: Exception) -> Exception:
-        """`error`, or what it means to users."""
-        if not isinstance(error, StageError) and "gloo/transport" in str(error):
-            replicas = [rank for rank in self.grid.dp_group if rank != self.global_rank]
-            return StageError(
-                f"a data-parallel replica of stage {self.stage_id} (one of ranks {replicas}) is lost: rank "
-                f"{self.global_rank} waited for it in call {self._calls} ({str(error).splitlines()[0]})"
-            )
-        return error
-
-    def _fail(self, error: Exception) -> None:
-        here = f"stage {self.stage_id} (rank {self.global_rank}) failed in call {self._calls}"
-        self._failure = str(error) if isinstance(error, StageError) else f"{here}: {type(error).__name__}: {error}"
-        # Logged at once: a launcher that has seen another rank die ends this one within a second.
-        logger.error(f"rank {self.global_rank}: {self._failure}")
-        self._links.tell_failure(self._failure)
 
 
 class DDGEngine(DDGMixin, PipelineEngine):

@@ -14,27 +14,21 @@ One micro-batch on stage k, top to bottom; each tensor is put once, taken once, 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 from deepspeed.runtime.pipe import schedule as instructions
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
-from ds_ddg.config import DDGConfig
+from ds_ddg.data import Feed
 from ds_ddg.links import Links, as_tuple
-from ds_ddg.local import IdleOptimizer, StageLocalGrid, clip_stage_gradients, fold_buffers_back
+from ds_ddg.local import fold_buffers_back, never_detached
 from ds_ddg.schedule import AdvanceClocks, UpdateWeights
-from ds_ddg.versions import WeightVersions
-
-if TYPE_CHECKING:
-    from typing import Any as _Host  # DeepSpeed's engine, untyped; it comes next in the MRO of DDGEngine
-else:
-    _Host = object
+from ds_ddg.update import Updater
 
 __all__ = ["Executor"]
 
@@ -58,20 +52,28 @@ class _Join(torch.autograd.Function):
         return (None, *ctx.gradients)
 
 
-class Executor(_Host):
+def _drop(_: Any) -> Any:
+    """For a graph that runs no backward: save nothing."""
+
+
+def _without_graph(outputs: Any) -> Any:
+    """Tensors that still say whether they require a gradient."""
+    if isinstance(outputs, tuple):
+        return tuple(map(_without_graph, outputs))
+    return outputs.detach().requires_grad_(outputs.requires_grad) if torch.is_tensor(outputs) else outputs
+
+
+class Executor(Updater):
     """Mixed into a ``PipelineEngine``: the instructions of a delayed call."""
 
-    ddg: DDGConfig
-    versions: WeightVersions
+    _feed: Feed
     _links: Links
 
     # The host's state that the instructions share with it.
     _INSTRUCTION_MAP: Any
     grad_layer: Any
     loss: Tensor
-    mpu: Any
     num_pipe_buffers: int
-    optimizer: Any
     pipe_buffers: dict[str, list[Any]]
 
     _activation_spec: Any = None
@@ -85,6 +87,8 @@ class Executor(_Host):
 
     def _ddg_instruction_map(self) -> dict[type, Callable[..., None]]:
         """The host's map as it is now, projects' own additions included, with our methods for what differs."""
+        # Each tensor slice sends whole activations to its own successor; DeepSpeed's default is a part and a gather.
+        self.is_pipe_partitioned = self.is_grad_partitioned = False
         return {
             **type(self)._INSTRUCTION_MAP,
             instructions.ForwardPass: Executor._exec_forward_pass,
@@ -93,6 +97,7 @@ class Executor(_Host):
             instructions.RecvActivation: Executor._exec_recv_activations,
             instructions.SendGrad: Executor._exec_send_grads,
             instructions.RecvGrad: Executor._exec_recv_grads,
+            instructions.ReduceGrads: Executor._exec_reduce_grads,
             instructions.OptimizerStep: Executor._exec_optimizer_step,
             AdvanceClocks: Executor._exec_advance_clocks,
             UpdateWeights: Executor._exec_update_weights,
@@ -104,37 +109,57 @@ class Executor(_Host):
         return self.ddg.activations == "recompute" and not self.is_last_stage()
 
     def _exec_recv_activations(self, buffer_id: int) -> None:
-        inputs = self._links.recv_activations()
-        for tensor in as_tuple(inputs):
-            tensor.requires_grad_(tensor.is_floating_point())
-        self.pipe_buffers["inputs"][buffer_id] = inputs
+        self.pipe_buffers["inputs"][buffer_id] = self._links.recv_activations()
 
     def _exec_forward_pass(self, buffer_id: int) -> None:
         if not torch.is_grad_enabled():
             super()._exec_forward_pass(buffer_id)
             return
         self.versions.remember(buffer_id)
-        if self._recomputes:
-            self.pipe_buffers["rng"][buffer_id] = torch.get_rng_state()
-        with torch.set_grad_enabled(not self._recomputes):
+        if not self._recomputes:
+            self._forward(buffer_id)
+            return
+        self.pipe_buffers["rng"][buffer_id] = torch.get_rng_state(), self.module.micro_offset
+        # Autograd is on, though nothing is kept: the kernels must be those of the second time (attention has several),
+        # and which outputs require a gradient must be known now.
+        with saved_tensors_hooks(_drop, _drop):
+            self._forward(buffer_id)
+        self.pipe_buffers["outputs"][buffer_id] = _without_graph(self.pipe_buffers["outputs"][buffer_id])
+
+    def _forward(self, buffer_id: int) -> None:
+        with never_detached(self.module) if self._reentrant_activation_checkpointing() else nullcontext():
             super()._exec_forward_pass(buffer_id)
 
     def _exec_send_activations(self, buffer_id: int) -> None:
         outputs = self.pipe_buffers["outputs"][buffer_id]
         self._check_activation(outputs)
-        self._links.send_activations(outputs)
+        self._links.send_activations(self._with_own_memory(outputs))
         if self._recomputes or not torch.is_grad_enabled():
             self.pipe_buffers["outputs"][buffer_id] = None
+
+    def _with_own_memory(self, outputs: Any) -> Any:
+        """Copies of outputs that are a weight or a buffer: those change while a message is still on its way."""
+        # Results of an operation have memory of their own, unless they are views.
+        if not any(t.is_leaf or t._base is not None for t in as_tuple(outputs)):
+            return outputs
+        state = {t.untyped_storage().data_ptr() for t in (*self.module.parameters(), *self.module.buffers())} - {0}
+        own = [t.clone() if t.untyped_storage().data_ptr() in state else t for t in as_tuple(outputs)]
+        return tuple(own) if isinstance(outputs, tuple) else own[0]
 
     def _exec_recv_grads(self, buffer_id: int) -> None:
         self.pipe_buffers["grads"][buffer_id] = self._links.recv_grads()
 
     def _exec_backward_pass(self, buffer_id: int) -> None:
+        checkpoints = self.module.activation_checkpoint_interval > 0
         with self.versions.using(buffer_id):
             if self._recomputes:
                 self._recompute(buffer_id)
-            if self.is_last_stage() or self._join_outputs(buffer_id):
-                super()._exec_backward_pass(buffer_id)
+            if self.is_last_stage():
+                self.loss = self._scaled(self.loss)
+            with fold_buffers_back(self.module) if checkpoints else nullcontext():
+                if self.is_last_stage() or self._join_outputs(buffer_id):
+                    super()._exec_backward_pass(buffer_id)
+        self._ties.send_gradients()
         self.versions.forget(buffer_id)
         self.grad_layer = None
         self.loss = self.loss.detach()
@@ -148,6 +173,7 @@ class Executor(_Host):
         outputs = as_tuple(self.pipe_buffers["outputs"][buffer_id])
         received = self.pipe_buffers["grads"][buffer_id]
         pairs = [(o, g) for o, g in zip(outputs, received, strict=True) if o.requires_grad and g is not None]
+        pairs += self._ties.recv_gradients()
         if not pairs:
             return False
         starts, gradients = zip(*pairs, strict=True)
@@ -157,63 +183,17 @@ class Executor(_Host):
 
     def _recompute(self, buffer_id: int) -> None:
         """Run the forward again as it ran the first time: same input, same random numbers, no trace in the buffers."""
+        newest = self.module.micro_offset
         with torch.random.fork_rng(devices=[]), fold_buffers_back(self.module):
-            torch.set_rng_state(self.pipe_buffers["rng"][buffer_id])
-            super()._exec_forward_pass(buffer_id)
+            state, self.module.micro_offset = self.pipe_buffers["rng"][buffer_id]
+            torch.set_rng_state(state)
+            self._forward(buffer_id)
+        self.module.micro_offset = newest
 
     def _exec_send_grads(self, buffer_id: int) -> None:
         inputs = as_tuple(self.pipe_buffers["inputs"][buffer_id])
         self.pipe_buffers["inputs"][buffer_id] = None
         self._links.send_grads([tensor.grad for tensor in inputs])
-
-    def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
-        with self.versions.updating():
-            super()._exec_optimizer_step(lr_kwargs)
-
-    def _reduce_non_expert_gradients(self, gradients: Any, elements_per_buffer: int) -> None:
-        """A stage without replicas has nothing to reduce; DeepSpeed would all-reduce with itself, 2 ms a call."""
-        if self.is_data_parallel or self.schedule == "1f1b":
-            super()._reduce_non_expert_gradients(gradients, elements_per_buffer)
-
-    def clip_fp32_gradients(self) -> None:
-        """By the norm of this stage under DDG; DeepSpeed's own clip under 1F1B."""
-        if self.schedule == "1f1b":
-            super().clip_fp32_gradients()
-        else:
-            norm = clip_stage_gradients(self.module.parameters(), self.gradient_clipping())
-            self._global_grad_norm = norm
-
-    def _exec_advance_clocks(self) -> None:
-        self.optimizer, optimizer = IdleOptimizer(self.optimizer), self.optimizer
-        try:
-            with warnings.catch_warnings():
-                # torch warns when a scheduler steps before its optimizer; here that is the meaning of a warm-up call.
-                warnings.filterwarnings("ignore", message=r".*lr_scheduler\.step\(\).*before.*optimizer\.step\(\)")
-                super()._exec_optimizer_step()
-        finally:
-            self.optimizer = optimizer
-
-    def _exec_update_weights(self) -> None:
-        with self._clocks_stopped():
-            self._exec_optimizer_step()
-
-    def _configure_optimizer(self, *args: Any, **kwargs: Any) -> None:
-        if not self.ddg.enabled:
-            super()._configure_optimizer(*args, **kwargs)
-            return
-        grid, self.mpu = self.mpu, StageLocalGrid(self.mpu)
-        try:
-            super()._configure_optimizer(*args, **kwargs)
-        finally:
-            self.mpu = grid
-        self._new_versions()  # some projects configure the optimizer only now
-
-    def _new_versions(self) -> None:
-        """Remember weights as suits the optimizer: DeepSpeed's wrappers write into buffers of their own."""
-        # Asked of the module, since DeepSpeed configures its optimizer before the engine knows its stage.
-        delayed = self.module.stage_id < self.module.num_stages - 1 and self.ddg.weights == "stash"
-        pinned = delayed and isinstance(self.optimizer, DeepSpeedOptimizer)
-        self.versions = WeightVersions(self.module.parameters(), stash=delayed, pinned=pinned)
 
     @contextmanager
     def _buffers_of_its_own(self) -> Iterator[None]:
@@ -225,30 +205,26 @@ class Executor(_Host):
         finally:
             self.pipe_buffers, self.num_pipe_buffers = mine
 
-    @contextmanager
-    def _clocks_stopped(self) -> Iterator[None]:
-        clocks = ("global_steps", "global_samples", "lr_scheduler")
-        saved = {name: getattr(self, name) for name in clocks}
-        self.lr_scheduler = None
-        try:
-            yield
-        finally:
-            for name, value in saved.items():
-                setattr(self, name, value)
+    def reset_activation_shape(self) -> None:
+        """DeepSpeed's: from here on another shape. Messages say theirs, so what is in flight does not mind."""
+        super().reset_activation_shape()
+        self._activation_spec = None
+        self._feed.reset_shape()
 
     def _check_activation(self, outputs: Any) -> None:
-        """What leaves a stage is a tensor or a tuple of tensors, in training always of one shape."""
+        """What leaves a stage is a tensor or a tuple of tensors, in training of one shape unless told otherwise."""
         if not torch.is_tensor(outputs) and not (isinstance(outputs, tuple) and all(map(torch.is_tensor, outputs))):
             raise TypeError(
                 f"the last layer of stage {self.stage_id} returned {type(outputs).__name__}; "
                 "what goes to the next stage must be a tensor or a tuple of tensors"
             )
-        if not torch.is_grad_enabled():
+        if self.dynamic_shape or not torch.is_grad_enabled():
             return
         spec = [(t.dtype, tuple(t.shape)) for t in as_tuple(outputs)]
         if self._activation_spec not in (None, spec):
             raise ValueError(
                 f"the activations of stage {self.stage_id} changed from {self._activation_spec} to {spec}; "
-                "make every micro-batch the same shape (drop_last=True, padding)"
+                "make every micro-batch the same shape (drop_last=True, padding), build the PipelineModule with "
+                "dynamic_shape=True, or call engine.reset_activation_shape() on every rank before the shape changes"
             )
         self._activation_spec = spec

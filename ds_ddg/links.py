@@ -7,7 +7,7 @@ point-to-point and asynchronous: in steady state no stage waits for another beyo
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -48,9 +48,12 @@ class Links:
         self._gradients_out: Outbox | None = None
         self._losses_in: Inbox | None = None
         self._losses_out: list[Outbox] = []
-        self._own_losses: deque[tuple[int, float]] = deque()
+        self._more: list[tuple[Outbox, Inbox]] = []
+        self._own_losses: deque[dict[str, Any]] = deque()
         self._announce: Here | None = None
         self._first: Message | None = None
+        self.loss_scale: Callable[[], float] = lambda: 1.0
+        """What this stage's gradients are multiplied with now (fp16); each stage has a scale of its own."""
         self._failed = False
         self._left = False
         for ranks in pipelines:
@@ -64,6 +67,7 @@ class Links:
         def wire(lane: int, other: int) -> Wire:
             return Wire(group, ranks[other], f"stage {other} (rank {ranks[other]})", lane)
 
+        self._wire = wire
         down, up, across = range(3)
         last = len(ranks) - 1
         # An Outbox waits for its oldest message beyond `depth`, so depth is what may still be unread by the receiver:
@@ -78,6 +82,11 @@ class Links:
             self._losses_in = Inbox(wire(across, last))
         else:
             self._losses_out = [Outbox(wire(across, k), depth=plan.delay(0) + 1) for k in range(last)]
+
+    def open(self, stage: int, lane_out: int, lane_in: int, depth: int) -> tuple[Outbox, Inbox]:
+        """Another pair of channels to `stage`, which opens it with the lanes exchanged; lanes below 3 are taken."""
+        self._more.append((Outbox(self._wire(lane_out, stage), depth), Inbox(self._wire(lane_in, stage))))
+        return self._more[-1]
 
     def begin(self, here: Here, ready: bool, with_data: bool) -> Kind:
         """Start a call on this stage as on the one before; END if the first stage has no data.
@@ -107,38 +116,53 @@ class Links:
             self._activations_out.post(kind, here=here)
         return kind
 
-    def send_activations(self, outputs: Any) -> None:
-        """Post what this stage put out, a tensor or a tuple of tensors, to the next stage."""
+    def send_activations(self, outputs: Any, more: dict[str, Any] | None = None) -> None:
+        """Post what this stage put out, a tensor or a tuple of tensors, to the next stage; `more` rides along."""
         assert self._activations_out is not None
         here, self._announce = self._announce, None
-        info = {"tuple": isinstance(outputs, tuple), "here": here}
-        self._activations_out.post(Kind.DATA, as_tuple(outputs), recurs=torch.is_grad_enabled(), **info)
+        tensors = as_tuple(outputs)
+        needed = "".join("01"[t.requires_grad] for t in tensors)
+        info = {"tuple": isinstance(outputs, tuple), "needed": needed, "here": here, **(more or {})}
+        self._activations_out.post(Kind.DATA, tensors, recurs=torch.is_grad_enabled(), **info)
         self._listen()
 
     def recv_activations(self) -> Any:
-        """Wait for what the stage before put out; tensors and container as it sent them, in memory of their own."""
+        """Wait for what the stage before put out; container and tensors as it sent them, in memory of their own.
+
+        A tensor requires a gradient where it did there: some operations take another path, or none, if one does.
+        """
         assert self._activations_in is not None
         message, self._first = self._first, None
         if message is None:
             message = self._activations_in.take(Kind.DATA, what="an activation")
+        for tensor, needed in zip(message.tensors, message.info["needed"], strict=True):
+            assert tensor is not None
+            tensor.requires_grad_(needed == "1")
         return message.tensors if message.info["tuple"] else message.tensors[0]
 
     def send_grads(self, gradients: Sequence[Tensor | None]) -> None:
         """Post the gradient of each input tensor (None: it has none) to the stage before."""
         assert self._gradients_out is not None
-        self._gradients_out.post(Kind.DATA, gradients)
+        self._gradients_out.post(Kind.DATA, gradients, scale=self.loss_scale())
         self._listen()
 
     def recv_grads(self) -> tuple[Tensor | None, ...]:
         """Wait for the gradient of each output tensor, None where there is none."""
         assert self._gradients_in is not None
-        return self._gradients_in.take(Kind.DATA, what="a gradient").tensors
+        return self.rescaled(self._gradients_in.take(Kind.DATA, what="a gradient"))
 
-    def tell_loss(self, call: int, loss: float) -> None:
-        """On the last stage: let every stage know the loss of a call."""
-        self._own_losses.append((call, loss))
+    def rescaled(self, message: Message) -> tuple[Tensor | None, ...]:
+        """Gradients with this stage's loss scale in place of that of their sender."""
+        factor = self.loss_scale() / message.info["scale"]
+        if factor == 1.0:
+            return message.tensors
+        return tuple(None if t is None else (t.float() * factor).to(t.dtype) for t in message.tensors)
+
+    def tell_loss(self, **values: Any) -> None:
+        """On the last stage: let every stage know what a call's loss is; hashable values that JSON can hold."""
+        self._own_losses.append(values)
         for outbox in self._losses_out:
-            outbox.post(Kind.DATA, call=call, loss=loss)
+            outbox.post(Kind.DATA, **values)
 
     def meet(self) -> None:
         """Wait until every stage has begun this call; hears it if one could not."""
@@ -151,15 +175,14 @@ class Links:
         if self._losses_in is None:
             return value
         while "shared" not in (info := self._losses_in.take(Kind.DATA, what="the last stage").info):
-            self._own_losses.append((info["call"], info["loss"]))
+            self._own_losses.append(info)
         return float(info["shared"])
 
-    def next_loss(self) -> tuple[int, float]:
-        """The oldest ``(call, loss)`` not taken yet; waits for it."""
+    def next_loss(self) -> dict[str, Any]:
+        """What the last stage told first of what is not taken yet, tuples as lists; waits for it."""
         if self._losses_in is None or self._own_losses:
             return self._own_losses.popleft()
-        info = self._losses_in.take(Kind.DATA, what="a loss").info
-        return info["call"], info["loss"]
+        return self._losses_in.take(Kind.DATA, what="a loss").info
 
     def park(self) -> None:
         """With all stages drained: wait until everything sent has arrived, and release the posted receives."""
@@ -216,10 +239,12 @@ class Links:
             self._gradients_in.listen()
 
     def _outboxes(self) -> list[Outbox]:
-        return [box for box in (self._activations_out, self._gradients_out, *self._losses_out) if box is not None]
+        boxes = self._activations_out, self._gradients_out, *self._losses_out, *(outbox for outbox, _ in self._more)
+        return [box for box in boxes if box is not None]
 
     def _inboxes(self) -> list[Inbox]:
-        return [box for box in (self._activations_in, self._gradients_in, self._losses_in) if box is not None]
+        boxes = self._activations_in, self._gradients_in, self._losses_in, *(inbox for _, inbox in self._more)
+        return [box for box in boxes if box is not None]
 
 
 def _named(here: tuple[Any, ...]) -> dict[str, Any]:

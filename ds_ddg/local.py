@@ -9,14 +9,23 @@ The engine's own ``mpu`` must stay the real grid: checkpoint file names come fro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import Tensor
 
-__all__ = ["IdleOptimizer", "StageLocalGrid", "clip_stage_gradients", "fold_buffers_back"]
+__all__ = [
+    "IdleOptimizer",
+    "StageLocalGrid",
+    "clip_stage_gradients",
+    "fold_buffers_back",
+    "never_detached",
+    "with_a_parameter",
+]
 
 
 class StageLocalGrid:
@@ -41,25 +50,43 @@ class StageLocalGrid:
         return int(self._grid.get_slice_parallel_world_size())
 
 
-def clip_stage_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> Tensor | None:
-    """Clip to `max_norm` by the norm over this stage alone; returns that norm, or None if there is no gradient.
+def clip_stage_gradients(
+    parameters: Iterable[torch.nn.Parameter], max_norm: float, slices: StageLocalGrid, known: float | None = None
+) -> Tensor | None:
+    """Clip to `max_norm` by the norm over this stage, or by the `known` one; the stage's, None without gradient.
 
-    After their all-reduce the gradients are the same on every replica, and so is their norm: nothing is communicated.
+    After their all-reduce the gradients are the same on every replica, and so is their norm: only the tensor slices of
+    a stage communicate. What they do not share out (``model_parallel``, as DeepSpeed reads it) counts once.
     The arithmetic is that of DeepSpeed's fp32 clip, so that one stage equals DeepSpeed to the last bit; with several,
     DeepSpeed counts only stage 0's gradients, on every stage (``clip_grad_norm_`` in deepspeed/runtime/utils.py).
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
-        return None
-    norm = torch.stack([gradient.norm(2.0) for gradient in gradients]).pow(2.0).sum().pow(0.5)
-    coefficient = torch.clamp(norm.new_tensor(max_norm) / (norm + 1e-6), max=1.0)
+    having = [p for p in parameters if p.grad is not None]
+    gradients = [p.grad for p in having if p.grad is not None]
+    if slices.get_model_parallel_world_size() == 1:
+        if not gradients:
+            return None
+        square = _square_norm(gradients)
+    else:
+        first = slices.get_model_parallel_rank() == 0
+        own = [p.grad for p in having if p.grad is not None and (first or is_model_parallel_parameter(p))]
+        square = _square_norm(own) if own else torch.zeros(())
+        dist.all_reduce(square, group=slices.get_model_parallel_group())
+    norm = square.pow(0.5)
+    largest = norm if known is None else norm.new_tensor(known)
+    coefficient = torch.clamp(norm.new_tensor(max_norm) / (largest + 1e-6), max=1.0)
     for gradient in gradients:
         gradient.mul_(coefficient)
     return norm
 
 
+def _square_norm(gradients: Sequence[Tensor]) -> Tensor:
+    return torch.stack([gradient.norm(2.0) for gradient in gradients]).pow(2.0).sum()
+
+
 class IdleOptimizer:
     """Stands in for an optimizer that has no gradient to step on; all else is the real one's."""
+
+    overflow = False
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
@@ -89,3 +116,47 @@ def fold_buffers_back(module: torch.nn.Module) -> Iterator[None]:
     finally:
         for owner, name, buffer in homes:
             owner._buffers[name] = buffer
+
+
+@contextmanager
+def never_detached(module: Any) -> Iterator[None]:
+    """Inside this block, layers are not checkpointed reentrantly where none of their inputs requires a gradient.
+
+    Reentrant checkpointing cuts what it returns off its parameters then: an embedding of integers, or the first layers
+    behind frozen ones, would silently stay as they are.
+    """
+    checkpoint = module.activation_checkpoint_func
+
+    def checkpoint_if_attached(function: Callable[..., Any], *args: Any) -> Any:
+        attached = any(torch.is_tensor(arg) and arg.requires_grad for arg in args)
+        return checkpoint(function, *args) if attached else function(*args)
+
+    module.activation_checkpoint_func = checkpoint_if_attached
+    try:
+        yield
+    finally:
+        module.activation_checkpoint_func = checkpoint
+
+
+def with_a_parameter(model_parameters: Any) -> Any:
+    """What an optimizer is made of, so that a stage without anything to train can have one.
+
+    torch refuses an empty list and DeepSpeed drops empty groups, with them the learning rate that callers ask for.
+    """
+    given = list(model_parameters)
+    if any(_trains(item) for item in given):
+        return given
+    nothing = torch.nn.Parameter(torch.empty(0))
+    if given and isinstance(given[0], dict):
+        return [{**given[0], "params": [nothing]}, *given[1:]]
+    return [nothing]
+
+
+def _trains(item: Any) -> bool:
+    """Whether anything of a parameter, a named one or a group of them can be trained."""
+    if torch.is_tensor(item):
+        return item.requires_grad
+    if isinstance(item, dict):
+        item["params"] = item["params"] if torch.is_tensor(item["params"]) else list(item["params"])
+        return _trains(item["params"])
+    return not isinstance(item, str) and any(map(_trains, item))

@@ -41,6 +41,8 @@ class Kind(str, Enum):
     """The sender failed; `text` says how."""
     PARK = "park"
     """The pipeline is drained: release the standing receive."""
+    RESHAPE = "reshape"
+    """Release the standing receive, for one of another shape; the message itself follows."""
     LEAVE = "leave"
     """The sender has done its work and will send nothing more."""
 

@@ -64,6 +64,10 @@ class Plan:
         """
         raise NotImplementedError
 
+    def updates(self, stage: int, call: int, start: int = 0) -> bool:
+        """Whether `stage` updates its weights in `call`: not before the first gradient has come back."""
+        return (call + 1) * self.micro_batches - self.delay(stage) > start
+
     def drain(self, stage: int, end: int, start: int = 0) -> list[Op]:
         """Operations that finish what `stage` still has in flight when `end` micro-batches have gone forward."""
         return []

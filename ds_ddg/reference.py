@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +32,16 @@ __all__ = ["Reference"]
 
 _Values = tuple[Tensor, ...]
 _Weights = dict[str, Tensor]
+
+
+@dataclass
+class _Between:
+    """What the stages hand back to those before them, for one micro-batch."""
+
+    errors: list[Any]
+    """Gradient of each stage's output."""
+    ties: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    """Gradients of parameters that belong to an earlier stage."""
 
 
 class Reference:
@@ -43,7 +55,9 @@ class Reference:
         slack: extra micro-batches of delay per hop.
         weights: "stash" or "current".
         activations: "keep" or "recompute"; only matters with "current".
-        clip: largest gradient norm of a stage; 0 for none.
+        clip: largest gradient norm; 0 for none.
+        clip_by: "stage": the norm of each stage. "global": that of all stages, in the newest call whose norm every
+            stage can know: call t - L - 2 in call t, with L = ceil(d_0 / M); until there is one, as "stage".
         schedulers: learning-rate schedulers, stepped once per call.
     """
 
@@ -57,13 +71,25 @@ class Reference:
         weights: str = "stash",
         activations: str = "keep",
         clip: float = 0.0,
+        clip_by: str = "stage",
         schedulers: Sequence[Any] = (),
     ) -> None:
         self.stages, self.loss_fn, self.optimizers, self.schedulers = stages, loss_fn, optimizers, schedulers
         self.micro_batches, self.clip = micro_batches, clip
+        self.clip_globally = clip_by == "global"
+        self.norms: list[float] = []
+        """Of all stages, call by call."""
+        self.told = -1
+        """The newest call whose loss, and the norm of the call before, every stage knows."""
         self.delays = [(len(stages) - 1 - k) * (1 + slack) for k in range(len(stages))]
         self.backward = {"stash": self._gradient_now, "current": self._gradient_later}[weights]
         self.replay = activations == "recompute"
+        # A tied parameter belongs to the earliest stage that holds it, and has the delay of that stage.
+        seen: set[nn.Parameter] = set()
+        self.owned: list[list[nn.Parameter]] = []
+        for stage in stages:
+            self.owned.append([p for p in stage.parameters() if p not in seen])
+            seen.update(self.owned[-1])
         # Each stage is a process with random numbers of its own.
         self.rng = [torch.get_rng_state() for _ in stages]
         self.waiting: list[deque[Callable[[], None]]] = [deque() for _ in stages]
@@ -79,8 +105,9 @@ class Reference:
                 if len(self.waiting[k]) > delay:
                     self.waiting[k].popleft()()
                     arrived.add(k)
-        for k in arrived:
-            self._update(k)
+        call = len(self.norms)
+        self.norms.append(math.sqrt(sum(self._update(k) for k in sorted(arrived))))
+        self.told = max(self.told, 0, call - -(-self.delays[0] // self.micro_batches))
         for scheduler in self.schedulers:
             scheduler.step()
         return total / self.micro_batches
@@ -92,18 +119,25 @@ class Reference:
                 for _ in range(min(self.micro_batches, len(self.waiting[k]))):
                     self.waiting[k].popleft()()
                 self._update(k)
+        self.told = len(self.norms) - 1
 
-    def _update(self, k: int) -> None:
-        for parameter in self.stages[k].parameters():
+    def _update(self, k: int) -> float:
+        """Clip, step; the square of the norm of stage k's gradients."""
+        for parameter in self.owned[k]:
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)  # as DeepSpeed does for a parameter without use
-        if self.clip > 0:
-            gradients = [p.grad for p in self.stages[k].parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.owned[k] if p.grad is not None]
+        norm = torch.zeros(())
+        if gradients:
             norm = torch.stack([g.norm(2.0) for g in gradients]).square().sum().sqrt()
+        if self.clip > 0:
+            known = self.norms[self.told - 1] if self.clip_globally and self.told > 0 else 0.0
+            largest = torch.tensor(known) if known > 0 else norm
             for gradient in gradients:
-                gradient.mul_(torch.clamp(torch.tensor(self.clip) / (norm + 1e-6), max=1.0))
+                gradient.mul_(torch.clamp(torch.tensor(self.clip) / (largest + 1e-6), max=1.0))
         self.optimizers[k].step()
         self.optimizers[k].zero_grad()
+        return float(norm) ** 2
 
     def _gradient_now(self, inputs: _Values, labels: Any) -> Tensor:
         """Plain autograd over the whole model; each stage's part of the gradient joins its queue."""
@@ -111,7 +145,7 @@ class Reference:
         for k in range(len(self.stages)):
             values = self._forward(k, values)
         loss = self._loss(values, labels)
-        parameters = [[p for p in stage.parameters() if p.requires_grad] for stage in self.stages]
+        parameters = [[p for p in owned if p.requires_grad] for owned in self.owned]
         flat = torch.autograd.grad(loss / self.micro_batches, tuple(itertools.chain(*parameters)), allow_unused=True)
         gradients = iter(flat)
         for k, own in enumerate(parameters):
@@ -120,10 +154,10 @@ class Reference:
 
     def _gradient_later(self, inputs: _Values, labels: Any) -> Tensor:
         """Forward now; each stage's backward joins its queue and takes the error of the stage behind when it runs."""
-        errors: list[Any] = [None] * len(self.stages)
+        between = _Between([None] * len(self.stages))
         values = inputs
         for k, stage in enumerate(self.stages):
-            leaves = tuple(v.detach().requires_grad_(v.is_floating_point() and k > 0) for v in values)
+            leaves = tuple(v.detach().requires_grad_(v.requires_grad) for v in values)
             weights = {
                 name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in stage.named_parameters()
             }
@@ -131,12 +165,12 @@ class Reference:
             values = self._forward(k, leaves, weights)
             if k == len(self.stages) - 1:
                 loss = self._loss(values, labels)
-                values, errors[k] = (loss / self.micro_batches,), (torch.ones(()),)
-            self.waiting[k].append(functools.partial(self._backward, k, leaves, weights, random, values, errors))
+                values, between.errors[k] = (loss / self.micro_batches,), (torch.ones(()),)
+            self.waiting[k].append(functools.partial(self._backward, k, leaves, weights, random, values, between))
         return loss.detach()
 
     def _backward(
-        self, k: int, leaves: _Values, weights: _Weights, random: Tensor, values: _Values, errors: list[Any]
+        self, k: int, leaves: _Values, weights: _Weights, random: Tensor, values: _Values, between: _Between
     ) -> None:
         """One stage's backward at its newest weights, which take the place of those that the forward saw."""
         parameters = dict(self.stages[k].named_parameters())
@@ -144,11 +178,20 @@ class Reference:
             weights[name].data.copy_(parameter.data)
         if self.replay and self.delays[k] > 0:
             values = self._forward_again(k, leaves, weights, random)
-        pairs = [(v, e) for v, e in zip(values, errors[k], strict=True) if v.requires_grad and e is not None]
-        torch.autograd.backward([v for v, _ in pairs], [e for _, e in pairs])
+        errors = between.errors[k]
+        pairs = [(v, e) for v, e in zip(values, errors, strict=True) if v.requires_grad and e is not None]
+        if pairs:  # nothing to train up to here, or nothing behind that depends on it
+            torch.autograd.backward([v for v, _ in pairs], [e for _, e in pairs])
         if k > 0:
-            errors[k - 1] = [leaf.grad for leaf in leaves]
-        _accumulate(parameters.values(), [weights[name].grad for name in parameters])
+            between.errors[k - 1] = [leaf.grad for leaf in leaves]
+        for name, parameter in parameters.items():
+            gradient = weights[name].grad
+            if parameter in between.ties and gradient is not None:
+                gradient = between.ties[parameter] + gradient
+            if parameter in set(self.owned[k]):
+                _accumulate([parameter], [gradient])
+            elif gradient is not None:
+                between.ties[parameter] = gradient
 
     def _forward(self, k: int, values: _Values, weights: _Weights | None = None) -> _Values:
         present = torch.get_rng_state()

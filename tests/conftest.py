@@ -3,14 +3,26 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+
+import matrix
 
 # Before anything imports DeepSpeed, which picks its accelerator once.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from distributed import Ranks
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--matrix", type=Path, help="write the support matrix of the tests that pass to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if path := config.getoption("--matrix"):
+        config.pluginmanager.register(matrix.Plugin(path))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

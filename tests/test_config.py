@@ -9,8 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
-from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, PipeModelDataParallelTopology
+from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, ProcessTopology
 from pydantic import ValidationError
 from torch import nn
 
@@ -77,7 +78,6 @@ def test_is_frozen() -> None:
         ("slack", True, ["integer"]),
         ("slack", -1, ["greater than or equal to 0"]),
         ("slack", "auto", ["integer"]),  # announced, not available yet
-        ("clip", "global", ["'stage'"]),  # announced, not available yet
         ("loss", "late", ["'delayed'", "'exact'"]),
         ("sync_steps", -3, ["greater than or equal to 0"]),
         ("sync_steps", "10", ["integer"]),
@@ -115,14 +115,23 @@ def test_all_mistakes_at_once() -> None:
 # -- what DDG refuses ------------------------------------------------------------------------------------------------
 
 
+def zero(stage: int, offload: str | None = None) -> Any:
+    return SimpleNamespace(stage=stage, offload_optimizer=offload and SimpleNamespace(device=offload))
+
+
 def fake_config(**changes: Any) -> Any:
     """The part of a parsed ``DeepSpeedConfig`` that matters here; a real one needs process groups."""
     values: dict[str, Any] = {
-        "zero_config": SimpleNamespace(stage=0),
+        "_param_dict": {},
+        "zero_config": zero(0),
         "bfloat16_config": SimpleNamespace(enabled=False),
         "float16_config": SimpleNamespace(enabled=False),
         "torch_autocast_enabled": False,
+        "torch_autocast_dtype": torch.float16,
         "pipeline": {"activation_checkpoint_interval": 0},
+        "activation_checkpointing_config": SimpleNamespace(
+            contiguous_memory_optimization=False, partition_activations=False, cpu_checkpointing=False
+        ),
     }
     return SimpleNamespace(**{**values, **changes})
 
@@ -155,35 +164,52 @@ def test_accepts_what_it_can_train() -> None:
     refuse_unsupported(fake_config(), fake_module())
 
 
-def test_accepts_a_tie_inside_one_stage() -> None:
-    refuse_unsupported(fake_config(), fake_module(_layer_specs=tied(0, 1)))
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"zero_config": zero(1)},
+        {"zero_config": zero(1, "none")},
+        {"bfloat16_config": SimpleNamespace(enabled=True)},
+        {"float16_config": SimpleNamespace(enabled=True)},
+        {"_param_dict": {"ddg": {"clip": "global"}}},
+        {"torch_autocast_enabled": True, "torch_autocast_dtype": torch.bfloat16},
+    ],
+)
+def test_accepts_formats(config: dict[str, Any]) -> None:
+    refuse_unsupported(fake_config(**config), fake_module())
+
+
+@pytest.mark.parametrize("module", [{"dynamic_shape": True}, {"_layer_specs": tied(0, 3)}])
+def test_accepts_models(module: dict[str, Any]) -> None:
+    refuse_unsupported(fake_config(), fake_module(**module))
 
 
 @pytest.mark.parametrize(
     ("config", "module", "name", "remedy"),
     [
-        ({"zero_config": SimpleNamespace(stage=1)}, {}, "ZeRO stage 1", '"stage": 0'),
-        ({"zero_config": SimpleNamespace(stage=2)}, {}, "ZeRO stage 2", '"stage": 0'),
-        ({"zero_config": SimpleNamespace(stage=3)}, {}, "ZeRO stage 3", '"stage": 0'),
-        ({"bfloat16_config": SimpleNamespace(enabled=True)}, {}, "bf16", '"bf16": {"enabled": false}'),
-        ({"float16_config": SimpleNamespace(enabled=True)}, {}, "fp16", '"fp16": {"enabled": false}'),
-        ({"torch_autocast_enabled": True}, {}, "torch_autocast", "fp32"),
+        ({"zero_config": zero(2)}, {}, "ZeRO stage 2", '"stage": 0'),
+        ({"zero_config": zero(3)}, {}, "ZeRO stage 3", '"stage": 0'),
+        ({"zero_config": zero(1, "cpu")}, {}, "offload_optimizer", "remove"),
         (
-            {"pipeline": {"activation_checkpoint_interval": 2}},
+            {"float16_config": SimpleNamespace(enabled=True), "_param_dict": {"ddg": {"clip": "global"}}},
             {},
-            "activation_checkpoint_interval=2",
-            '"activations": "recompute"',
+            '"clip": "global" with fp16',
+            '"clip": "stage"',
         ),
-        ({}, {"activation_checkpoint_interval": 1}, "activation_checkpoint_interval=1", '"activations": "recompute"'),
-        ({}, {"dynamic_shape": True}, "dynamic_shape=True", "pad"),
-        ({}, {"_layer_specs": tied(1, 2)}, "'embed' on stages [0, 1]", "untie"),
+        (
+            {"zero_config": zero(1), "_param_dict": {"ddg": {"clip": "global"}}},
+            {},
+            '"clip": "global" with ZeRO-1',
+            '"clip": "stage"',
+        ),
+        ({"torch_autocast_enabled": True}, {}, "torch_autocast in float16", "bfloat16"),
         ({}, {"num_stages": 5, "parts": [0, 1, 2, 3, 4, 4]}, "5 stages for 4 layers", "at most 4 stages"),
         ({}, {"parts": [0, 4, 4]}, "stages without a layer: [1] (partition [0, 4, 4])", "uniform"),
         (
             {},
-            {"topology": lambda: PipeModelDataParallelTopology(num_pp=2, num_mp=2, num_dp=1)},
-            "parallel axes ['model']",
-            "pipe and data only",
+            {"topology": lambda: ProcessTopology(axes=["pipe", "expert"], dims=[2, 2])},
+            "parallel axes ['expert']",
+            "pipe, data and model",
         ),
     ],
 )
@@ -200,11 +226,11 @@ def test_refuses_by_name_with_what_to_do_instead(
 
 
 def test_names_all_refusals_at_once() -> None:
-    config = fake_config(zero_config=SimpleNamespace(stage=1), bfloat16_config=SimpleNamespace(enabled=True))
+    config = fake_config(zero_config=zero(2), torch_autocast_enabled=True)
     with pytest.raises(ValueError, match="DDG cannot train") as caught:
-        refuse_unsupported(config, fake_module(dynamic_shape=True))
+        refuse_unsupported(config, fake_module(parts=[0, 4, 4]))
     assert [line.split(":")[0] for line in str(caught.value).splitlines() if line.startswith("- ")] == [
-        "- ZeRO stage 1",
-        "- bf16",
-        "- dynamic_shape=True",
+        "- ZeRO stage 2",
+        "- torch_autocast in float16",
+        "- stages without a layer",
     ]

@@ -1,0 +1,222 @@
+"""What is said about a call, by name: its number, its loss, what its stages measured.
+
+DeepSpeed takes the loss that a call returns for the loss of that call, and prints and records it as such. Under the
+delayed schedule it is that of an earlier call, so here each loss is recorded once, with the samples of its own call,
+and the printed line says which step it belongs to. All else DeepSpeed goes on reporting itself.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
+from deepspeed.utils import logger
+from deepspeed.utils.logging import print_dist
+from torch import Tensor
+
+from ds_ddg.execute import Executor
+from ds_ddg.losses import Loss, Losses, Update
+from ds_ddg.watch import MEASURED, Gauge, WatchedLinks
+
+__all__ = ["Reporter"]
+
+_NO_MONITOR = SimpleNamespace(enabled=False)
+
+
+class Reporter(Executor):
+    """Mixed into a ``PipelineEngine``: losses, measurements, and what is printed and recorded of them."""
+
+    _calls: int
+    _links: WatchedLinks
+    _schedule: str
+
+    # The host's state that reports are about.
+    agg_additional_losses: dict[str, Tensor] | None
+    agg_train_loss: Tensor | None
+    engine_timers: Any
+    is_pipe_parallel: bool
+    monitor: Any
+    total_additional_losses: Any
+    total_loss: Any
+
+    _last_update = Update()
+    _silenced = False
+
+    def _start_reports(self) -> None:
+        self._losses = Losses(self._links)
+        self._samples: dict[int, int] = {}
+        self._gauge = Gauge(self.stage_id, self._links)
+        self._seconds_printed: dict[str, float] = {}
+        if not self.is_last_stage():
+            # There DeepSpeed 0.19.8 starts these timers twice, in the pipeline's backward and in hooks, and fails.
+            self.engine_timers.backward_timers = []
+            self.engine_timers.backward_inner_timers = []
+
+    @property
+    def loss_step(self) -> int:
+        """The call (0-based, as ``global_steps`` counts them) that the loss last returned belongs to."""
+        return self._losses.newest.call + self.global_steps - self._calls
+
+    def ddg_stats(self) -> dict[str, Any]:
+        """What this stage measures: the values that a monitor gets as ``Train/DDG/stage{k}/...``, as of now.
+
+        Returns:
+            `stage`; `staleness`, the updates made since the oldest micro-batch in flight went forward, which is how
+            old the next gradient will be; `busy`, the share of the last call's time not spent waiting for other
+            stages; `micro_batches_in_flight`; `weight_versions`, how many are in memory.
+        """
+        return dict(zip(("stage", *MEASURED), self._gauge.now(self.versions, self.micro_batches), strict=True))
+
+    def steps_per_print(self) -> int | None:
+        """DeepSpeed's; practically never while it must not print."""
+        period: int | None = super().steps_per_print()
+        return sys.maxsize if self._silenced and period is not None else period
+
+    # -- losses -----------------------------------------------------------------------------------------------------
+
+    def _note_loss(self, call: int, loss: Tensor) -> None:
+        """DeepSpeed's own schedule has told every stage, and reports it."""
+        self._losses.note(Loss(call, float(loss), self._additional()))
+
+    def _end_call(self, call: int, known: int) -> Tensor:
+        """Tell the loss of `call`, learn that of `known`, and keep DeepSpeed from taking the one for the other."""
+        self._samples[call] = self.global_samples
+        if self.is_last_stage():
+            self._tell_loss(call)
+        loss = self._learn_loss(known)
+        self._call_end.enter_context(self._in_silence())
+        return loss
+
+    def _tell_loss(self, call: int) -> None:
+        mean = float(self._mean_loss())
+        if not math.isfinite(mean) and math.isfinite(self._losses.newest.mean):
+            logger.error(f"stage {self.stage_id}: the loss of call {call} is {mean}; training goes on")
+        self._losses.tell(Loss(call, mean, self._additional(), self._links.rows, self._links.update))
+
+    def _learn_loss(self, call: int) -> Tensor:
+        """Take and record the losses up to that of `call`; the newest, which waits only if it has not arrived."""
+        for loss in self._losses.learn(call):
+            self._record(loss)
+            self._learn_update(loss.update)
+        return self._publish_loss()
+
+    def _publish_loss(self) -> Tensor:
+        """Put the newest loss where DeepSpeed has it."""
+        newest = self._losses.newest
+        named = [(name, torch.tensor(value, device=self.device)) for name, value in newest.additional or ()]
+        self.agg_additional_losses = None if newest.additional is None else OrderedDict(named)
+        self.agg_train_loss = loss = torch.tensor(newest.mean, device=self.device)
+        return loss
+
+    def _mean_loss(self) -> Tensor:
+        """DeepSpeed's mean over micro-batches and replicas, on the last stage, without its broadcast to the others."""
+        pipe_parallel, self.is_pipe_parallel = self.is_pipe_parallel, False
+        try:
+            return super()._aggregate_total_loss()
+        finally:
+            self.is_pipe_parallel = pipe_parallel
+
+    def _additional(self) -> tuple[tuple[str, float], ...] | None:
+        losses = self.agg_additional_losses
+        return None if losses is None else tuple((name, float(loss)) for name, loss in losses.items())
+
+    def _bcast_pipe_scalar(self, data: Any, src_rank: int | None = None, dtype: torch.dtype = torch.float32) -> Any:
+        """DeepSpeed's waits in a broadcast, where a stage could not hear that another failed."""
+        if src_rank not in (None, self._loss_stage_global_rank()):
+            return super()._bcast_pipe_scalar(data, src_rank, dtype)
+        value = self._links.share(float(data) if self.is_last_stage() else 0.0)
+        return torch.tensor(value, dtype=dtype, device=self.device)
+
+    def _restart_losses(self, known: dict[str, Any] | None) -> None:
+        """After a checkpoint, and with the loss that it knows, if any."""
+        self._losses.restart(self._calls, known)
+        if known is not None:
+            self._publish_loss()
+
+    @contextmanager
+    def _evaluating(self, has_mean: bool) -> Iterator[None]:
+        """Around DeepSpeed's part of an evaluation; `has_mean`: its result is a mean loss, which is recorded.
+
+        DeepSpeed adds what it computes, of any shape, to the totals of the last training call.
+        """
+        totals = self.total_loss, self.total_additional_losses
+        self.total_loss = self.total_additional_losses = None
+        try:
+            with nullcontext() if has_mean else self._in_silence():
+                yield
+        finally:
+            self.total_loss, self.total_additional_losses = totals
+
+    # -- reports ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Around DeepSpeed's part of a training call."""
+        delayed = self._schedule == "ddg"
+        if delayed:
+            self._gauge.begin_call(self.versions.version)
+            self._links.update = self._links.update.plus(self._last_update)
+        with ExitStack() as self._call_end:
+            yield
+        if delayed:
+            self._last_update = self._own_update()
+            self._report_call()
+
+    @contextmanager
+    def _in_silence(self) -> Iterator[None]:
+        """Inside, DeepSpeed neither prints nor records."""
+        monitor, self.monitor, self._silenced = self.monitor, _NO_MONITOR, True
+        try:
+            yield
+        finally:
+            self.monitor, self._silenced = monitor, False
+
+    def _report_call(self) -> None:
+        """Print and measure once every ``steps_per_print`` calls; a monitor without it gets every call."""
+        self._gauge.end_call()
+        period = self.steps_per_print()
+        if self.global_steps % (period or 1):
+            return
+        if period is not None:
+            self._print()
+        if self.monitor.enabled:
+            self._gauge.end_period(self.versions, self.micro_batches)
+
+    def _record(self, loss: Loss) -> None:
+        """Send a loss and what came with it to the monitor, each with the samples of its own call."""
+        if self.global_rank == 0 and self.monitor.enabled:
+            events = [("Train/Samples/train_loss", loss.mean, self._samples[loss.call])]
+            for stage, *values in loss.rows:
+                samples = self._samples[loss.call - 1]
+                events += [(f"Train/DDG/stage{stage}/{n}", v, samples) for n, v in zip(MEASURED, values, strict=True)]
+            self.monitor.write_events(events)
+        self._samples.pop(loss.call - 1, None)
+
+    def _print(self) -> None:
+        """DeepSpeed's line, and which step its loss belongs to."""
+        timer = self.timers(TRAIN_BATCH_TIMER)
+        calls = max(1, len(timer.event_timers))
+        seconds = timer.elapsed(reset=True) / 1000.0 / calls
+        if self.global_rank != 0:
+            return
+        losses = [("loss", self._losses.newest.mean), *(self._losses.newest.additional or ())]
+        parts = [f"steps: {self.global_steps}", *(f"{name}: {value:0.4f}" for name, value in losses)]
+        parts.insert(2, f"(of step {self.loss_step + 1})")
+        rate = self.train_batch_size() / max(seconds, 1e-9)
+        print(*parts, f"iter time (s): {seconds:0.3f} samples/sec: {rate:0.3f}")
+        if self.wall_clock_breakdown():
+            self._print_waits()
+
+    def _print_waits(self) -> None:
+        """In place of DeepSpeed's pipe timers: sends wait for nobody here, receives do."""
+        seconds = dict(self._links.seconds)
+        waits = [f" | {n}: {1000 * (s - self._seconds_printed.get(n, 0.0)):.2f}" for n, s in seconds.items()]
+        print_dist("time (ms)" + "".join(waits), ranks=[0])
+        self._seconds_printed = seconds

@@ -1,0 +1,133 @@
+"""Weights that layers of several stages share (``TiedLayerSpec``), without a collective and without a wait.
+
+A tied parameter belongs to the earliest stage that holds it, its *owner*, and has that stage's delay; the later ones,
+its *holders*, have a copy. So the equation needs no special case, and messages go two ways:
+
+    holder -> owner   this stage's part of a micro-batch's gradient, after each backward; the owner's own backward of
+                      that micro-batch, which comes later, adds it to its part (d_owner > d_holder)
+    owner -> holder   the weights of the next call, after each update; the holder takes them at the end of the same
+                      call, which comes later, as every call does on a later stage
+
+The natural skew between the stages covers both, and the copies are equal at every call. The holder's optimizer knows
+nothing of them. DeepSpeed all-reduces the gradients of tied weights instead, which makes their stages wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_ddg.channel import Inbox, Outbox
+from ds_ddg.links import Links
+from ds_ddg.message import Kind
+from ds_ddg.plan import DDGPlan
+
+__all__ = ["Ties"]
+
+_GRADIENTS, _WEIGHTS = 3, 4  # lanes
+
+
+class Ties:
+    """The tied parameters of one stage.
+
+    Args:
+        module: the ``PipelineModule``.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._lent: dict[int, list[torch.nn.Parameter]] = {}
+        """What this stage owns, by holder."""
+        self._held: dict[int, list[torch.nn.Parameter]] = {}
+        """What this stage holds, by owner."""
+        self._outbox: dict[int, Outbox] = {}
+        self._inbox: dict[int, Inbox] = {}
+        for tie in module.tied_comms.values():
+            owner, *holders = (module.topology().get_coord(rank).pipe for rank in tie["ranks"])
+            tied = [module._recursive_getattr(tie["module"], name) for name in tie["weight_attr"]]
+            # DeepSpeed counts nothing of the module as a holder's own, though it ties only the attributes named.
+            for parameter in tie["module"].parameters():
+                parameter.ds_pipe_replicated = owner != module.stage_id and any(parameter is p for p in tied)
+            trained = [parameter for parameter in tied if parameter.requires_grad]
+            for holder in holders:
+                if module.stage_id == owner and trained:
+                    self._lent.setdefault(holder, []).extend(trained)
+                elif module.stage_id == holder and trained:
+                    self._held.setdefault(owner, []).extend(trained)
+
+    @property
+    def held(self) -> list[torch.nn.Parameter]:
+        """Parameters of this stage that belong to another."""
+        return [parameter for parameters in self._held.values() for parameter in parameters]
+
+    def connect(self, links: Links, stage: int, plan: DDGPlan) -> None:
+        """Open the channels to the other stages."""
+        self._links = links
+        for other in (*self._lent, *self._held):
+            apart = abs(plan.delay(stage) - plan.delay(other))
+            mine, its = (_WEIGHTS, _GRADIENTS) if other in self._lent else (_GRADIENTS, _WEIGHTS)
+            # A holder is at most `apart` ticks behind its owner, plus the one that each of them is in.
+            self._outbox[other], self._inbox[other] = links.open(other, mine, its, depth=apart + 2)
+
+    def send_gradients(self) -> None:
+        """On a holder, after a backward: this micro-batch's gradients to their owners."""
+        for owner, parameters in self._held.items():
+            gradients = [parameter.grad for parameter in parameters]
+            self._outbox[owner].post(Kind.DATA, gradients, scale=self._links.loss_scale())
+            for parameter in parameters:
+                parameter.grad = None
+
+    def recv_gradients(self) -> list[tuple[torch.nn.Parameter, Tensor]]:
+        """On an owner, before a backward: what the holders add to it, in the order in which autograd would."""
+        total: dict[torch.nn.Parameter, Tensor] = {}
+        for holder in sorted(self._lent, reverse=True):
+            message = self._inbox[holder].take(Kind.DATA, what="the gradient of a tied weight")
+            gradients = self._links.rescaled(message)
+            self._inbox[holder].listen()
+            for parameter, gradient in zip(self._lent[holder], gradients, strict=True):
+                if gradient is not None:
+                    total[parameter] = total[parameter] + gradient if parameter in total else gradient
+        return list(total.items())
+
+    def send_weights(self) -> None:
+        """On an owner, after an update: the weights of the next call to their holders."""
+        for holder, parameters in self._lent.items():
+            self._outbox[holder].post(Kind.DATA, [parameter.detach().clone() for parameter in parameters])
+
+    def recv_weights(self, owners: set[int] | None = None) -> None:
+        """On a holder, at the end of a call: its copies become those of `owners` (default: of all)."""
+        for owner, parameters in self._held.items():
+            if owners is not None and owner not in owners:
+                continue
+            weights = self._inbox[owner].take(Kind.DATA, what="tied weights").tensors
+            self._inbox[owner].listen()
+            for parameter, weight in zip(parameters, weights, strict=True):
+                assert weight is not None, "owners send no None"
+                parameter.data.copy_(weight)
+
+    @property
+    def owners(self) -> set[int]:
+        """Stages whose weights this one holds."""
+        return set(self._held)
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Inside this block held parameters look frozen: DeepSpeed would all-reduce zeros in place of gradients."""
+        held = self.held
+        for parameter in held:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in held:
+                parameter.requires_grad_(True)
+
+    def remove_from(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take held parameters, and groups of nothing else, out of an optimizer that has not stepped yet."""
+        held = {id(parameter) for parameter in self.held}
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in held]
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]

@@ -1,0 +1,80 @@
+"""If one stage fails, all of them stop, and each says why."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from deepspeed.utils import logger
+
+from ds_ddg.execute import Executor
+from ds_ddg.links import Links
+from ds_ddg.wire import StageError
+
+__all__ = ["Together", "farewell", "together", "with_its_data"]
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def with_its_data(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run DeepSpeed's part of a call, whose data is here already: a StopIteration is a mistake in somebody's code."""
+    try:
+        return method(*args, **kwargs)
+    except StopIteration as error:
+        raise RuntimeError("StopIteration raised inside a layer or loss_fn") from error
+
+
+def together(method: _Method) -> _Method:
+    """If this stage fails, tell the others before raising, so that no rank is left waiting."""
+
+    @functools.wraps(method)
+    def run(self: Together, *args: Any, **kwargs: Any) -> Any:
+        if self._failure is not None:
+            raise StageError(self._failure)
+        try:
+            return method(self, *args, **kwargs)
+        except StopIteration:
+            raise
+        except Exception as error:
+            cause = self._understood(error)
+            if self._failure is None:  # a call within a call has told already
+                self._fail(cause)
+            if cause is error:
+                raise
+            raise cause from error
+
+    return run  # type: ignore[return-value]
+
+
+def farewell(links: Links) -> None:
+    """At exit: leave together, except after an error, when the launcher must hear of it at once."""
+    failed = getattr(sys, "last_value", None) is not None
+    links.farewell(timedelta(seconds=5 if failed else 300))
+
+
+class Together(Executor):
+    """Mixed into a ``PipelineEngine``: what `together` needs."""
+
+    _calls: int
+
+    _failure: str | None = None
+
+    def _understood(self, error: Exception) -> Exception:
+        """`error`, or what it means to users."""
+        if not isinstance(error, StageError) and "gloo/transport" in str(error):
+            replicas = [rank for rank in self.grid.dp_group if rank != self.global_rank]
+            return StageError(
+                f"a data-parallel replica of stage {self.stage_id} (one of ranks {replicas}) is lost: rank "
+                f"{self.global_rank} waited for it in call {self._calls} ({str(error).splitlines()[0]})"
+            )
+        return error
+
+    def _fail(self, error: Exception) -> None:
+        here = f"stage {self.stage_id} (rank {self.global_rank}) failed in call {self._calls}"
+        self._failure = str(error) if isinstance(error, StageError) else f"{here}: {type(error).__name__}: {error}"
+        # Logged at once: a launcher that has seen another rank die ends this one within a second.
+        logger.error(f"rank {self.global_rank}: {self._failure}")
+        self._links.tell_failure(self._failure)

@@ -1,0 +1,176 @@
+"""How a stage updates its weights: DeepSpeed's optimizer path, kept inside the stage.
+
+One call ends with ReduceGrads and OptimizerStep, or with AdvanceClocks while no gradient has come back yet; a drain
+ends with UpdateWeights. Learning rate and step counts go by calls, on every stage alike, whatever its optimizer does.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer, ZeROOptimizer
+from torch import Tensor
+
+from ds_ddg.config import DDGConfig
+from ds_ddg.local import IdleOptimizer, StageLocalGrid, clip_stage_gradients, with_a_parameter
+from ds_ddg.losses import Update
+from ds_ddg.plan import DDGPlan
+from ds_ddg.tied import Ties
+from ds_ddg.versions import WeightVersions
+
+if TYPE_CHECKING:
+    from typing import Any as _Host  # DeepSpeed's engine, untyped; it comes next in the MRO of DDGEngine
+else:
+    _Host = object
+
+__all__ = ["Updater"]
+
+
+class Updater(_Host):
+    """Mixed into a ``PipelineEngine``: everything between a stage's gradients and its next weights."""
+
+    ddg: DDGConfig
+    versions: WeightVersions
+    drain: Callable[[], None]
+    _ties: Ties
+    _calls: int
+    _filled_at: int
+
+    # The host's state that updates share with it.
+    micro_batches: int
+    mpu: Any
+    lr_scheduler: Any
+    num_stages: int
+    optimizer: Any
+    skipped_steps: int
+    _step_applied: bool
+    _global_grad_norm: Any
+
+    _pipeline_norm: float | None = None
+    """Of the gradients of all stages, of the newest call for which all stages know it."""
+    _overflowed = False
+
+    @property
+    def plan(self) -> DDGPlan:
+        """The plan of the delayed schedule at the present number of micro-batches."""
+        return DDGPlan(self.num_stages, self.micro_batches, self.ddg.slack)
+
+    def _exec_reduce_grads(self) -> None:
+        with self._ties.hidden():
+            super()._exec_reduce_grads()
+
+    def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
+        with self.versions.updating():
+            self._step(lr_kwargs)
+            updated = {k for k in self._ties.owners if self.plan.updates(k, self._calls, self._filled_at)}
+            self._ties.recv_weights(updated)
+        self._ties.send_weights()
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        """The loss as its backward starts from it.
+
+        DeepSpeed 0.19.8 unscales the gradients of every fp16 optimizer, but scales the loss for those of ZeRO alone;
+        without ZeRO its learning rate is too small by that factor.
+        """
+        if not self.fp16_enabled() or isinstance(self.optimizer, ZeROOptimizer):
+            return loss
+        return loss.float() * float(self.optimizer.loss_scale)
+
+    def _step(self, lr_kwargs: Any = None) -> None:
+        """DeepSpeed's; if it skips the weights for an overflow of this stage, the clocks go on with the others'."""
+        known = self.skipped_steps, self._step_applied
+        super()._exec_optimizer_step(lr_kwargs)
+        self._overflowed = self.skipped_steps > known[0]
+        if self.num_stages > 1:
+            self.skipped_steps, self._step_applied = known  # until all stages know more
+            if self._overflowed and self.lr_scheduler is not None:
+                self.lr_scheduler.step()
+
+    def _own_update(self) -> Update:
+        """What this stage's update of the call that ends here came to."""
+        norm = 0.0 if self._global_grad_norm is None or self._overflowed else float(self._global_grad_norm)
+        return Update(norm**2, int(self._overflowed))
+
+    def _learn_update(self, update: Update) -> None:
+        """What those of all stages came to, at the same call on every rank."""
+        if self.num_stages > 1:
+            self._pipeline_norm = math.sqrt(update.square) if update.square > 0 else None
+            self.skipped_steps += update.skipped > 0
+            self._step_applied = update.skipped == 0
+
+    def get_global_grad_norm(self) -> Any:
+        """Norm of all stages' gradients in call ``loss_step - 1``, equal on every rank; None if not known yet."""
+        if self.num_stages == 1 or self.schedule == "1f1b":
+            return super().get_global_grad_norm()
+        return self._pipeline_norm
+
+    def _reduce_non_expert_gradients(self, gradients: Any, elements_per_buffer: int) -> None:
+        """A stage without replicas has nothing to reduce; DeepSpeed would all-reduce with itself, 2 ms a call."""
+        if self.is_data_parallel or self.schedule == "1f1b":
+            super()._reduce_non_expert_gradients(gradients, elements_per_buffer)
+
+    def clip_fp32_gradients(self) -> None:
+        """By the norm of this stage, or the newest one known of all; DeepSpeed's own clip under 1F1B."""
+        if self.schedule == "1f1b":
+            super().clip_fp32_gradients()
+            return
+        known = self._pipeline_norm if self.ddg.clip == "global" else None
+        slices = StageLocalGrid(self.mpu)
+        norm = clip_stage_gradients(self.module.parameters(), self.gradient_clipping(), slices, known)
+        self._global_grad_norm = norm
+
+    def _exec_advance_clocks(self) -> None:
+        self._global_grad_norm, self._overflowed = None, False
+        self.optimizer, optimizer = IdleOptimizer(self.optimizer), self.optimizer
+        try:
+            with warnings.catch_warnings():
+                # torch warns when a scheduler steps before its optimizer; here that is the meaning of a warm-up call.
+                warnings.filterwarnings("ignore", message=r".*lr_scheduler\.step\(\).*before.*optimizer\.step\(\)")
+                super()._exec_optimizer_step()
+        finally:
+            self.optimizer = optimizer
+
+    def _exec_update_weights(self) -> None:
+        with self._clocks_stopped(), self.versions.updating():
+            self._step()
+
+    def _configure_optimizer(self, client_optimizer: Any, model_parameters: Any) -> None:
+        if not self.ddg.enabled:
+            super()._configure_optimizer(client_optimizer, model_parameters)
+            return
+        if "_links" in self.__dict__:
+            self.drain()  # what is in flight belongs to the optimizer before
+        grid, self.mpu = self.mpu, StageLocalGrid(self.mpu)
+        try:
+            super()._configure_optimizer(client_optimizer, with_a_parameter(model_parameters))
+        finally:
+            self.mpu = grid
+        self._new_versions()  # some projects configure the optimizer only now
+
+    def _check_for_duplicates(self, optimizer: Any) -> None:
+        """DeepSpeed's, which sees every optimizer before it is wrapped, whoever made it."""
+        if self.ddg.enabled:
+            self._ties.remove_from(optimizer)
+        super()._check_for_duplicates(optimizer)
+
+    def _new_versions(self) -> None:
+        """Remember weights as suits the optimizer: DeepSpeed's wrappers write into buffers of their own."""
+        # Asked of the module, since DeepSpeed configures its optimizer before the engine knows its stage.
+        delayed = self.module.stage_id < self.module.num_stages - 1 and self.ddg.weights == "stash"
+        pinned = delayed and isinstance(self.optimizer, DeepSpeedOptimizer)
+        self.versions = WeightVersions(self.module.parameters(), stash=delayed, pinned=pinned)
+
+    @contextmanager
+    def _clocks_stopped(self) -> Iterator[None]:
+        clocks = ("global_steps", "global_samples", "lr_scheduler")
+        saved = {name: getattr(self, name) for name in clocks}
+        self.lr_scheduler = None
+        try:
+            yield
+        finally:
+            for name, value in saved.items():
+                setattr(self, name, value)

@@ -1,0 +1,151 @@
+"""What a stage measures of itself, and how that gets to the last stage at no cost of its own."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from deepspeed.runtime.pipe.engine import PIPE_RECV_GRAD_TIMER, PIPE_RECV_INPUT_TIMER
+from torch import Tensor
+
+from ds_ddg.links import Here, Links
+from ds_ddg.losses import Row, Update
+from ds_ddg.message import Kind
+from ds_ddg.versions import WeightVersions
+
+__all__ = ["MEASURED", "Gauge", "Mark", "WatchedLinks"]
+
+MEASURED = ("staleness", "busy", "micro_batches_in_flight", "weight_versions")
+"""The values of a row, after the number of the stage."""
+
+_LOSS = "recv_loss"
+
+
+class Mark(NamedTuple):
+    """A moment, and how long the stage had waited until then."""
+
+    time: float
+    waited: float
+
+    def busy(self, later: Mark) -> float:
+        """Share of the time from here to `later` in which the stage did not wait."""
+        return 1.0 - (later.waited - self.waited) / max(later.time - self.time, 1e-9)
+
+
+class WatchedLinks(Links):
+    """``Links`` that count the seconds spent in receives.
+
+    Measurements travel down with the first activation of a call, each stage adding its own row; from the last stage
+    they go to all with the loss. These messages exist anyway, and nobody waits for a row.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds = dict.fromkeys((PIPE_RECV_INPUT_TIMER, PIPE_RECV_GRAD_TIMER, _LOSS), 0.0)
+        """Waited so far, by what for."""
+        self.rows: tuple[Row, ...] = ()
+        """What the stages above, then this one, measured; gone once it is sent on."""
+        self.update = Update()
+        """Likewise what the updates of the call before came to."""
+        super().__init__(*args, **kwargs)
+
+    def mark(self) -> Mark:
+        """Now."""
+        return Mark(time.perf_counter(), sum(self.seconds.values()))
+
+    def begin(self, here: Here, ready: bool, with_data: bool) -> Kind:
+        """As in ``Links``; takes over the rows of the stages above."""
+        with self._waiting(PIPE_RECV_INPUT_TIMER):
+            kind = super().begin(here, ready, with_data)
+        info = {} if self._first is None else self._first.info
+        self.rows = tuple(map(tuple, info.get("rows", ())))
+        self.update = Update(*info.get("update", ()))
+        return kind
+
+    def send_activations(self, outputs: Any, more: dict[str, Any] | None = None) -> None:
+        """As in ``Links``; rows and updates ride along, where there are any."""
+        riders = {"rows": self.rows, "update": self.update if any(self.update) else ()}
+        self.rows, self.update = (), Update()
+        super().send_activations(outputs, {**(more or {}), **{name: what for name, what in riders.items() if what}})
+
+    def recv_activations(self) -> Any:
+        """As in ``Links``."""
+        with self._waiting(PIPE_RECV_INPUT_TIMER):
+            return super().recv_activations()
+
+    def recv_grads(self) -> tuple[Tensor | None, ...]:
+        """As in ``Links``."""
+        with self._waiting(PIPE_RECV_GRAD_TIMER):
+            return super().recv_grads()
+
+    def next_loss(self) -> dict[str, Any]:
+        """As in ``Links``."""
+        with self._waiting(_LOSS):
+            return super().next_loss()
+
+    def share(self, value: float) -> float:
+        """As in ``Links``."""
+        with self._waiting(_LOSS):
+            return super().share(value)
+
+    @contextmanager
+    def _waiting(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - start
+
+
+class Gauge:
+    """Measures calls of one stage between them; a *period* is some calls long.
+
+    Args:
+        stage: its number.
+        links: know how long it waits.
+    """
+
+    def __init__(self, stage: int, links: WatchedLinks) -> None:
+        self._stage, self._links = stage, links
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing is in flight: what was measured is over."""
+        self._call: Mark | None = None
+        self._period: Mark | None = None
+        self._end: Mark | None = None
+        self._versions: deque[int] = deque()
+        self.row: Row | None = None
+        """That of the last period, not sent yet."""
+
+    def begin_call(self, version: int) -> None:
+        """A call begins on weights of this version; in its first message travels the row of a period just over."""
+        self._call = self._end or self._links.mark()  # what the script does between calls is work of the stage
+        self._period = self._period or self._call
+        self._versions.append(version)
+        if self.row is not None:
+            self._links.rows += (self.row,)
+            self.row = None
+
+    def end_call(self) -> None:
+        """The call that has begun is over."""
+        self._end = self._links.mark()
+
+    def end_period(self, versions: WeightVersions, micro_batches: int) -> None:
+        """So is a period; its row leaves with the next call."""
+        self.row = self._measure(self._period, versions, micro_batches)
+        self._period = self._end
+
+    def now(self, versions: WeightVersions, micro_batches: int) -> Row:
+        """The row of the last call."""
+        return self._measure(self._call, versions, micro_batches)
+
+    def _measure(self, since: Mark | None, versions: WeightVersions, micro_batches: int) -> Row:
+        calls = -(-versions.in_flight // micro_batches)
+        while len(self._versions) > calls:
+            self._versions.popleft()
+        staleness = versions.version - self._versions[0] if self._versions else 0
+        busy = round(since.busy(self._end), 4) if since is not None and self._end is not None else 0.0
+        return self._stage, staleness, busy, versions.in_flight, versions.alive

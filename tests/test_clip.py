@@ -1,0 +1,105 @@
+"""``"clip": "global"``: by the norm of the whole pipeline, against the oracle, and what every rank is told of it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import toy
+from distributed import Ranks
+from test_engine_resources import census
+
+GetRanks = Callable[[int], Ranks]
+
+CLIP, CALLS, REFILL = 0.05, 10, 4
+MODES = list(itertools.product(("stash", "current"), ("keep", "recompute")))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As on the ranks: the number of threads decides in which order a matrix product adds up."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def train_engine(
+    rank: int, world_size: int, micro_batches: int, ddg: dict[str, Any], clip: float
+) -> tuple[list[Tensor], list[tuple[int, float | None]], int]:
+    """Parameters and buffers; after each call the loss's step and the norm known; collectives across stages."""
+    engine = toy.engine(world_size, micro_batches, "sgd", ddg, gradient_clipping=clip)
+    data = toy.batches((CALLS + REFILL) * micro_batches)
+    norms = []
+    for _ in range(CALLS):
+        with census() as seen:
+            engine.train_batch(data)
+        norms.append((engine.loss_step, engine.get_global_grad_norm()))
+    engine.drain()
+    for _ in range(REFILL):
+        engine.train_batch(data)
+        norms.append((engine.loss_step, engine.get_global_grad_norm()))
+    engine.drain()
+    across = sum(count for (_, group), count in seen.items() if len(group) > 1)
+    return toy.state(engine.module), norms, across
+
+
+def train_oracle(
+    stages: int, micro_batches: int, ddg: dict[str, Any], clip: float = CLIP
+) -> tuple[list[list[Tensor]], list[float]]:
+    settings = {**ddg}
+    oracle = toy.reference(
+        stages, micro_batches=micro_batches, clip=clip, clip_by=settings.pop("clip", "stage"), **settings
+    )
+    data = toy.batches((CALLS + REFILL) * micro_batches)
+    for calls in (CALLS, REFILL):
+        for _ in range(calls):
+            oracle.train_batch(data)
+        oracle.drain()
+    return [toy.state(stage) for stage in oracle.stages], oracle.norms
+
+
+def different(a: list[list[Tensor]], b: list[list[Tensor]]) -> list[int]:
+    """Stages that are not equal to the last bit."""
+    return [k for k, (x, y) in enumerate(zip(a, b, strict=True)) if not all(map(torch.equal, x, y))]
+
+
+@pytest.mark.proves('"clip": "global"')
+@pytest.mark.parametrize(("weights", "activations"), MODES)
+@pytest.mark.parametrize(("stages", "micro_batches", "slack"), [(2, 1, 0), (3, 2, 0), (3, 1, 1)])
+def test_equals_the_oracle(
+    ranks: GetRanks, stages: int, micro_batches: int, slack: int, weights: str, activations: str
+) -> None:
+    ddg = {"weights": weights, "activations": activations, "slack": slack, "clip": "global"}
+    got = ranks(stages).run(train_engine, micro_batches, ddg, CLIP)
+    expected, norms = train_oracle(stages, micro_batches, ddg)
+    assert not different([states for states, _, _ in got], expected)
+    by_stage, _ = train_oracle(stages, micro_batches, {**ddg, "clip": "stage"})
+    assert different(expected, by_stage) == list(range(stages)), "the norms of the other stages did not matter"
+    for _, told, across in got:
+        assert across == 0
+        for step, norm in told:
+            known = norms[step - 1] if step > 0 else 0.0
+            assert norm == (known or None), "of the call before that of the loss"
+
+
+@pytest.mark.parametrize("clip", ["stage", "global"])
+def test_norm_is_that_of_the_pipeline_and_equal_on_every_rank(ranks: GetRanks, clip: str) -> None:
+    got = ranks(3).run(train_engine, 4, {"clip": clip}, CLIP)
+    _, norms = train_oracle(3, 4, {"clip": clip})
+    first = got[0][1]
+    assert all(told == first for _, told, _ in got)
+    assert [norm for _, norm in first if norm is not None], "no norm was ever known"
+    for step, norm in first:
+        assert norm is None or math.isclose(norm, norms[step - 1], rel_tol=0.0)
+
+
+def test_without_clipping_there_is_no_norm(ranks: GetRanks) -> None:
+    for _, told, _ in ranks(2).run(train_engine, 1, {"clip": "global"}, 0.0):
+        assert {norm for _, norm in told} == {None}

@@ -1,0 +1,138 @@
+"""Loss scales of fp16: each stage has its own, gradients say theirs, and an overflow concerns one stage's weights.
+
+DeepSpeed refuses fp16 on CPU, where torch has it: the tests allow it, so that everything but the kernels is what runs
+on a GPU. Static scales are compared with the oracle in test_precision.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import toy
+from distributed import Ranks
+from test_engine_resources import census
+from test_precision import ZERO_1, allow_fp16, batches, layers, loss_fn
+
+GetRanks = Callable[[int], Ranks]
+
+CALLS = 16
+DYNAMIC = {"enabled": True, "initial_scale_power": 10, "hysteresis": 1, "loss_scale_window": 1000}
+WARMUP = {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.02, "warmup_num_steps": 12}}}
+
+
+@dataclass
+class Result:
+    told: list[tuple[int, int, bool, float, int]]
+    """After each call: steps skipped, those of which call it is, whether the step was applied, rate, global steps."""
+    scales: list[float]
+    """Of this stage, after each call."""
+    moved: list[bool]
+    """Whether the stage's weights changed in each call."""
+    states: list[Tensor]
+    across: int
+
+
+def train(
+    rank: int, world_size: int, config: dict[str, Any], powers: list[int], micro_batches: int, ddg: dict[str, Any]
+) -> Result:
+    """Train with the scale of stage k at 2 ** powers[k] to begin with."""
+    from deepspeed.pipe import PipelineModule
+
+    import ds_ddg
+
+    allow_fp16()
+    net = PipelineModule(layers(), num_stages=world_size, loss_fn=loss_fn, partition_method="uniform")
+    torch.manual_seed(11)
+    engine, *_ = ds_ddg.initialize(
+        model=net,
+        config=toy.config(micro_batches, ddg, **config),
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
+        model_parameters=list(net.parameters()),
+    )
+    set_scale(engine.optimizer, 2.0 ** powers[rank])
+    data = batches(CALLS * micro_batches, torch.float16)
+    result = Result([], [], [], [], 0)
+    for _ in range(CALLS):
+        before = toy.state(net)
+        with census() as seen:
+            engine.train_batch(data)
+        result.across += sum(count for (_, group), count in seen.items() if len(group) > 1)
+        result.moved.append(not all(map(torch.equal, before, toy.state(net))))
+        result.scales.append(float(engine.optimizer.loss_scale))
+        rate = engine.get_lr()[0]
+        result.told.append(
+            (engine.skipped_steps, engine.loss_step, engine.was_step_applied(), rate, engine.global_steps)
+        )
+    result.states = toy.state(net)
+    engine.drain()
+    return result
+
+
+def set_scale(optimizer: Any, scale: float) -> None:
+    scaler = getattr(optimizer, "loss_scaler", None) or optimizer.loss_scale_config
+    scaler.cur_scale = scale
+
+
+OPTIMIZERS = {"fp16": {"fp16": DYNAMIC, **WARMUP}, "fp16, ZeRO-1": {"fp16": DYNAMIC, **ZERO_1, **WARMUP}}
+
+
+def proving(exact: bool = False) -> list[Any]:
+    return [
+        pytest.param(config, id=name, marks=pytest.mark.proves(f"{name}, dynamic scale", exact=exact))
+        for name, config in OPTIMIZERS.items()
+    ]
+
+
+@pytest.mark.parametrize("config", proving())
+@pytest.mark.parametrize(
+    "ddg",
+    [{}, {"activations": "recompute"}, {"weights": "current"}, {"weights": "current", "activations": "recompute"}],
+)
+def test_scale_travels_with_the_gradient(ranks: GetRanks, config: dict[str, Any], ddg: dict[str, Any]) -> None:
+    """Scales that differ from stage to stage change no more than the smallest numbers of the format."""
+    same = ranks(3).run(train, config, [10, 10, 10], 2, ddg)
+    differing = ranks(3).run(train, config, [12, 9, 11], 2, ddg)
+    for a, b in zip(same, differing, strict=True):
+        assert a.told == b.told
+        assert b.told[-1][0] == 0, "nothing overflows"
+        assert a.moved == b.moved
+        assert all(b.moved[2:])
+        for x, y in zip(a.states, b.states, strict=True):
+            torch.testing.assert_close(x, y, rtol=2e-3, atol=1e-4)
+    assert [result.scales[-1] for result in differing] == [2.0**12, 2.0**9, 2.0**11]
+
+
+@pytest.mark.parametrize("config", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
+def test_overflow_of_one_stage_is_its_own_and_known_to_all(ranks: GetRanks, config: dict[str, Any]) -> None:
+    results = ranks(3).run(train, config, [24, 10, 10], 1, {})
+    assert [result.across for result in results] == [0, 0, 0]
+    told = results[0].told
+    assert all(result.told == told for result in results), "every rank must say the same after every call"
+    skipped = told[-1][0]
+    assert skipped >= 3, "2**24 is far too much for fp16"
+    assert results[0].scales[-1] < 2.0**24
+    assert results[1].scales[-1] == results[2].scales[-1] == 2.0**10
+    stays = [step for step in range(2, CALLS) if not results[0].moved[step]]
+    assert len(stays) >= skipped
+    assert all(all(result.moved[2:]) for result in results[1:]), "the others go on"
+    assert results[0].moved[-1], "and the stage itself, once its scale fits"
+    assert [step for *_, step in told] == list(range(1, CALLS + 1))
+    known = [applied for _, _, applied, _, _ in told]
+    assert known.count(False) == len({step for _, step, applied, _, _ in told if not applied})
+
+
+@pytest.mark.parametrize("config", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
+def test_learning_rate_goes_by_calls_whatever_overflows(ranks: GetRanks, config: dict[str, Any]) -> None:
+    smooth = ranks(2).run(train, config, [10, 10], 1, {})
+    rough = ranks(2).run(train, config, [24, 24], 1, {})
+    rates = [rate for *_, rate, _ in smooth[0].told]
+    assert len(set(rates)) > 5
+    for result in rough:
+        assert [rate for *_, rate, _ in result.told] == rates
+        assert result.told[-1][0] > 0, "something overflowed"

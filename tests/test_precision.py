@@ -1,0 +1,328 @@
+"""Number formats and DeepSpeed's optimizer wrappers, against the oracle in the same format, to the last bit.
+
+The oracle knows nothing of formats: its stages hold bf16 weights, or run under autocast, and its optimizers keep fp32
+masters of them, in a few lines of plain torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import toy
+from distributed import Ranks
+from ds_ddg import reference
+from test_engine_resources import census
+
+GetRanks = Callable[[int], Ranks]
+
+WIDTH, CALLS, REFILL = 12, 8, 2
+MODES = list(itertools.product(("stash", "current"), ("keep", "recompute")))
+ZERO_1 = {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How numbers are held: what the DeepSpeed config says, and what to expect."""
+
+    config: dict[str, Any]
+    wrapper: str
+    weights: torch.dtype = torch.bfloat16
+    sums: torch.dtype = torch.bfloat16
+    """In which the gradients of the micro-batches add up."""
+    autocast: bool = False
+    primed: bool = False
+    """DeepSpeed steps this wrapper's optimizer once when it makes it, on zero gradients."""
+    scale: float = 1.0
+    """Of the loss, a power of two: it changes no digit that matters."""
+
+
+FORMATS = {
+    "fp32, ZeRO-1": Format(ZERO_1, "DeepSpeedZeroOptimizer", torch.float32, torch.float32),
+    "bf16": Format({"bf16": {"enabled": True}}, "BF16_Optimizer"),
+    "bf16, immediate update": Format({"bf16": {"enabled": True, "immediate_grad_update": True}}, "BF16_Optimizer"),
+    "bf16, ZeRO-1": Format({"bf16": {"enabled": True}, **ZERO_1}, "DeepSpeedZeroOptimizer"),
+    "bf16, ZeRO-1, fp32 sums": Format(
+        {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, **ZERO_1},
+        "BF16_Optimizer",
+        sums=torch.float32,
+    ),
+    "fp16, static scale": Format(
+        {"fp16": {"enabled": True, "loss_scale": 128.0}},
+        "FP16_UnfusedOptimizer",
+        torch.float16,
+        torch.float16,
+        primed=True,
+        scale=128.0,
+    ),
+    "fp16, ZeRO-1, static scale": Format(
+        {"fp16": {"enabled": True, "loss_scale": 128.0}, **ZERO_1},
+        "DeepSpeedZeroOptimizer",
+        torch.float16,
+        torch.float16,
+        scale=128.0,
+    ),
+    "autocast": Format(
+        {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "", torch.float32, torch.float32, autocast=True
+    ),
+}
+
+
+def proving(what: str = "", exact: bool = True, names: Iterable[str] = FORMATS) -> list[Any]:
+    """The formats as parameters of a test that proves `what` with them."""
+    return [pytest.param(name, marks=pytest.mark.proves(name + what, exact=exact)) for name in names]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As on the ranks: the number of threads decides in which order a matrix product adds up."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def layers(dropout: bool = True) -> list[nn.Module]:
+    torch.manual_seed(7)
+    blocks = [toy.Residual(WIDTH) for _ in range(6)]
+    for block in blocks:
+        block.drop.p *= dropout
+    return [nn.Linear(8, WIDTH), *blocks, nn.Linear(WIDTH, 5)]
+
+
+def batches(count: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(count):
+        yield torch.randn(4, 8, generator=generator).to(dtype), torch.randint(5, (4,), generator=generator)
+
+
+def loss_fn(outputs: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs.float(), labels)
+
+
+@dataclass
+class Result:
+    """What is left to compare of one stage."""
+
+    losses: list[Tensor]
+    states: list[Tensor]
+    wrapper: str = ""
+    across: int = 0
+    """Collectives across stages in one call of the filled pipeline."""
+    norm: float | None = None
+
+
+def allow_fp16() -> None:
+    """DeepSpeed refuses fp16 on CPU, where torch has it: slow, but right."""
+    from deepspeed.accelerator import get_accelerator
+
+    type(get_accelerator()).is_fp16_supported = lambda self: True
+
+
+def train_engine(
+    rank: int, world_size: int, name: str, micro_batches: int, optimizer: str, ddg: dict[str, Any], clip: float
+) -> Result:
+    from deepspeed.pipe import PipelineModule
+
+    import ds_ddg
+
+    form = FORMATS[name]
+    allow_fp16()
+    net = PipelineModule(layers(), num_stages=min(world_size, 3), loss_fn=loss_fn, partition_method="uniform")
+    torch.manual_seed(11)
+    engine, *_ = ds_ddg.initialize(
+        model=net,
+        config=toy.config(micro_batches, ddg, **form.config, **{"gradient_clipping": clip}),
+        optimizer=toy.OPTIMIZERS[optimizer],
+        model_parameters=list(net.parameters()),
+    )
+    stage_of = [engine.grid.topology().get_coord(r).pipe for r in range(world_size)]
+    dtype = form.weights
+    data = batches((CALLS + REFILL) * micro_batches, dtype)
+    losses = [engine.train_batch(data).clone() for _ in range(CALLS - 1)]
+    with census() as seen:
+        losses.append(engine.train_batch(data).clone())
+    engine.drain()
+    for _ in range(REFILL):
+        losses.append(engine.train_batch(data).clone())
+    engine.drain()
+    across = sum(count for key, count in seen.items() if len({stage_of[r] for r in key[1]}) > 1)
+    wrapper, norm = type(engine.optimizer).__name__, engine.get_global_grad_norm()
+    return Result(losses, toy.state(engine.module), wrapper, across, None if norm is None else float(norm))
+
+
+class Mixed:
+    """An optimizer of bf16 weights by way of fp32 masters."""
+
+    def __init__(
+        self, weights: Iterable[nn.Parameter], make: Callable[[Any], torch.optim.Optimizer], clip: float, form: Format
+    ) -> None:
+        self.weights = list(weights)
+        self.masters = [nn.Parameter(w.detach().float()) for w in self.weights]
+        self.inner, self.clip, self.scale = make(self.masters), clip, form.scale
+        if form.primed:
+            for master in self.masters:
+                master.grad = torch.zeros_like(master)
+            self.inner.step()
+
+    def step(self) -> None:
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            master.grad = SUMS.pop(weight).float() / self.scale
+        if self.clip > 0:
+            nn.utils.clip_grad_norm_(self.masters, self.clip)
+        self.inner.step()
+        with torch.no_grad():
+            for weight, master in zip(self.weights, self.masters, strict=True):
+                weight.copy_(master)
+
+    def zero_grad(self) -> None:
+        for weight in self.weights:
+            weight.grad = None
+
+
+SUMS: dict[nn.Parameter, Tensor] = {}
+
+
+def accumulate_in(dtype: torch.dtype) -> Callable[[Any, Any], None]:
+    """In place of the oracle's own, which sums in the format of the weights."""
+
+    def accumulate(parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor]) -> None:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            total = gradient.to(dtype)
+            SUMS[parameter] = SUMS[parameter] + total if parameter in SUMS else total.clone()
+            parameter.grad = SUMS[parameter].to(parameter.dtype)
+
+    return accumulate
+
+
+class Autocast(nn.Module):
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            output: Tensor = self.stage(x)
+        return output
+
+
+def train_oracle(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    stages: int,
+    micro_batches: int,
+    optimizer: str,
+    ddg: dict[str, Any],
+    clip: float = 0.0,
+    dropout: bool = True,
+) -> list[Result]:
+    from deepspeed.runtime.utils import partition_uniform
+
+    form = FORMATS[name]
+    net = [layer.to(form.weights) for layer in layers(dropout)]
+    torch.manual_seed(11)
+    parts = partition_uniform(len(net), stages)
+    modules: list[nn.Module] = [nn.Sequential(*net[a:b]) for a, b in itertools.pairwise(parts)]
+    if form.autocast:
+        modules = [Autocast(module) for module in modules]
+    SUMS.clear()
+    make = toy.OPTIMIZERS[optimizer]
+    optimizers: list[Any] = [make(module.parameters()) for module in modules]
+    if form.weights is not torch.float32:
+        monkeypatch.setattr(reference, "_accumulate", accumulate_in(form.sums))
+        optimizers = [Mixed(module.parameters(), make, clip, form) for module in modules]
+        clip = 0.0
+    oracle = reference.Reference(
+        modules, lambda o, y: loss_fn(o, y) * form.scale, optimizers, micro_batches=micro_batches, clip=clip, **ddg
+    )
+    data = batches((CALLS + REFILL) * micro_batches, form.weights)
+    losses = []
+    for calls in (CALLS, REFILL):
+        losses += [oracle.train_batch(data) / form.scale for _ in range(calls)]
+        oracle.drain()
+    delay = -(-(stages - 1) // micro_batches)
+    known = [losses[max(t - delay, 0)] for t in range(CALLS)]
+    known += [losses[max(t - delay, CALLS - 1)] for t in range(CALLS, CALLS + REFILL)]
+    return [Result(known, toy.state(module)) for module in modules]
+
+
+def assert_exact(got: list[Result], expected: list[Result]) -> None:
+    for stage, (ours, its) in enumerate(zip(got, expected, strict=True)):
+        assert [float(loss) for loss in ours.losses] == [float(loss) for loss in its.losses], f"stage {stage}"
+        for index, (a, b) in enumerate(zip(ours.states, its.states, strict=True)):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b), f"stage {stage}, tensor {index}: {float((a.float() - b.float()).abs().max())}"
+
+
+@pytest.mark.parametrize(("weights", "activations"), MODES)
+@pytest.mark.parametrize("name", proving())
+def test_equals_the_oracle(
+    ranks: GetRanks, monkeypatch: pytest.MonkeyPatch, name: str, weights: str, activations: str
+) -> None:
+    stages, micro_batches, optimizer = (3, 2, "adamw") if activations == "keep" else (2, 1, "sgd")
+    ddg = {"weights": weights, "activations": activations}
+    got = ranks(stages).run(train_engine, name, micro_batches, optimizer, ddg, 0.0)
+    bare = type(toy.OPTIMIZERS[optimizer]([torch.zeros(1)])).__name__
+    assert {result.wrapper for result in got} == {FORMATS[name].wrapper or bare}
+    assert [result.across for result in got] == [0] * stages, "a collective across stages"
+    assert_exact(got, train_oracle(monkeypatch, name, stages, micro_batches, optimizer, ddg))
+
+
+@pytest.mark.parametrize("name", proving(", clipped", exact=False))
+def test_clips_by_the_norm_of_the_stage(ranks: GetRanks, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """DeepSpeed's wrappers clip with an arithmetic of their own: equal to rounding."""
+    clip = 0.05
+    got = ranks(3).run(train_engine, name, 1, "sgd", {}, clip)
+    assert [result.across for result in got] == [0, 0, 0], "a collective across stages"
+    norms = [result.norm for result in got]
+    assert None not in norms
+    assert len(set(norms)) == 1, "the norm of the pipeline, which all ranks know alike"
+    expected = train_oracle(monkeypatch, name, 3, 1, "sgd", {}, clip)
+    free = train_oracle(monkeypatch, name, 3, 1, "sgd", {})
+    fine = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}[FORMATS[name].weights]
+    for ours, its, unclipped in zip(got, expected, free, strict=True):
+        for a, b in zip(ours.states, its.states, strict=True):
+            torch.testing.assert_close(a, b, rtol=fine, atol=fine / 10)
+        pairs = zip(ours.states, unclipped.states, strict=True)
+        assert not all(torch.allclose(a, b, rtol=fine, atol=fine / 10) for a, b in pairs), "the clip was not at work"
+
+
+@pytest.mark.parametrize("name", proving(", data x pipeline", False, ["fp32, ZeRO-1", "bf16, ZeRO-1"]))
+def test_replicas_share_the_optimizer_states(ranks: GetRanks, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Data 2 x pipeline 2, both replicas on the same data: their mean is that of one."""
+    got = ranks(4).run(train_replicas, name)
+    expected = train_oracle(monkeypatch, name, 2, 2, "adamw", {}, dropout=False)
+    fine = 2**-6 if FORMATS[name].weights is torch.bfloat16 else 1e-6
+    for stage in range(2):
+        first, second = got[2 * stage : 2 * stage + 2]
+        assert all(map(torch.equal, first.states, second.states)), "replicas differ"
+        for a, b in zip(first.states, expected[stage].states, strict=True):
+            torch.testing.assert_close(a, b, rtol=fine, atol=fine)
+
+
+def train_replicas(rank: int, world_size: int, name: str) -> Result:
+    from deepspeed.pipe import PipelineModule
+
+    import ds_ddg
+
+    form = FORMATS[name]
+    plain = layers(dropout=False)  # each replica has random numbers of its own
+    net = PipelineModule(plain, num_stages=2, loss_fn=loss_fn, partition_method="uniform")
+    engine, *_ = ds_ddg.initialize(
+        model=net,
+        config=toy.config(2, {}, **form.config),
+        optimizer=toy.OPTIMIZERS["adamw"],
+        model_parameters=list(net.parameters()),
+    )
+    data = batches((CALLS + REFILL) * 2, form.weights)
+    for calls in (CALLS, REFILL):
+        for _ in range(calls):
+            engine.train_batch(data)
+        engine.drain()
+    return Result([], toy.state(engine.module))
