@@ -1,5 +1,27 @@
-"""Networks as lists of DeepSpeed layer specs, ready for a ``PipelineModule``."""
+"""Networks as lists of DeepSpeed layer specs, ready for a ``PipelineModule``, and their weights in and out.
 
+torchvision and transformers are imported only when a model of theirs is built.
+"""
+
+from ds_ddg.models.checkpoint import load_pretrained, read_state_dict, save_pretrained
+from ds_ddg.models.language import causal_lm, from_transformers, masked_lm, sequence_classification
+from ds_ddg.models.losses import classification_loss, masked_lm_loss, next_token_loss
 from ds_ddg.models.resnet import cifar_resnet
+from ds_ddg.models.vision import torchvision_resnet
+from ds_ddg.models.weights import WeightsError
 
-__all__ = ["cifar_resnet"]
+__all__ = [
+    "WeightsError",
+    "causal_lm",
+    "cifar_resnet",
+    "classification_loss",
+    "from_transformers",
+    "load_pretrained",
+    "masked_lm",
+    "masked_lm_loss",
+    "next_token_loss",
+    "read_state_dict",
+    "save_pretrained",
+    "sequence_classification",
+    "torchvision_resnet",
+]

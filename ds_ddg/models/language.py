@@ -1,0 +1,107 @@
+"""Language models and encoders of transformers as layer specs: one spec is one transformer layer.
+
+    WordEmbedding        only where it is tied: the input embedding, which the last spec uses again
+    Embeddings           all that comes before the layers
+    TransformerLayer     x N
+    Head                 all that comes after them: norm, pooler, classifier, language model head
+    WordEmbedding        only where it is tied: multiplies by the transposed weight
+
+The first spec takes the model's inputs, one tensor or a tuple in the order of `inputs`; the last one returns the
+logits. In between travel the hidden states (B, S, width) and, with them, the model's inputs: small integer tensors
+from which each stage makes masks and rotary embeddings anew, as the model's own ``forward`` does. In evaluation mode
+the logits equal those of the model to the last bit.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from deepspeed.pipe import LayerSpec, TiedLayerSpec
+
+from ds_ddg.models.blueprint import Blueprint
+from ds_ddg.models.transformer import Embeddings, Head, TransformerLayer, Unembed, WordEmbedding
+
+__all__ = ["causal_lm", "from_transformers", "masked_lm", "sequence_classification"]
+
+Source = Any
+"""A transformers config, or the name of a directory with a config.json."""
+
+
+def from_transformers(
+    source: Source,
+    model_class: Any = None,
+    *,
+    inputs: Sequence[str] = ("input_ids", "attention_mask"),
+    dtype: torch.dtype = torch.float32,
+) -> list[LayerSpec]:
+    """Layer specs of any transformers model that is one stack of layers, with new weights; see also `load_pretrained`.
+
+    ``partition_method="type:TransformerLayer"`` gives each stage the same number of layers.
+
+    Args:
+        source: a config, or a directory with a config.json. Its attention implementation counts.
+        model_class: a model class or an ``AutoModelFor...``; without it the one that the config names.
+        inputs: what the data's input tuple has, in this order; it may end early. Other arguments of the model's
+            ``forward`` (``token_type_ids``, ``position_ids``) go here.
+        dtype: of the weights. DeepSpeed's ``bf16`` and ``fp16`` make their own copies: leave it at float32 for those.
+
+    Raises:
+        ValueError: for models that are not one stack of layers in which each gets what the one before returned.
+    """
+    import transformers
+
+    config = source
+    if isinstance(source, str | os.PathLike):
+        if not os.path.isfile(os.path.join(source, "config.json")):
+            raise ValueError(f"no config.json in {os.fspath(source)!r}; download the model there first")
+        config = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
+    if not isinstance(config, transformers.PreTrainedConfig):
+        raise TypeError(f"source must be a transformers config or a directory, got {type(source).__name__}")
+    if model_class is None:
+        names = config.architectures or ["none"]
+        model_class = getattr(transformers, names[0], None)
+        if model_class is None:
+            raise ValueError(
+                f"the config names no model class of transformers {transformers.__version__} "
+                f"(architectures: {', '.join(names)}); pass model_class=transformers.AutoModelFor..."
+            )
+    blueprint = Blueprint(config, model_class, inputs, dtype)
+    layers = [LayerSpec(TransformerLayer, blueprint, index) for index in range(len(blueprint.structure.layers))]
+    specs = [LayerSpec(Embeddings, blueprint), *layers, LayerSpec(Head, blueprint)]
+    if blueprint.structure.tie is None:
+        return specs
+    return [
+        TiedLayerSpec("embed", WordEmbedding, blueprint),
+        *specs,
+        TiedLayerSpec("embed", WordEmbedding, blueprint, forward_fn=Unembed(blueprint)),
+    ]
+
+
+def causal_lm(source: Source, **options: Any) -> list[LayerSpec]:
+    """`from_transformers` for ``AutoModelForCausalLM``: GPT-2, Llama, Qwen, Mistral and their like.
+
+    Data: ``(input_ids, input_ids)`` or ``((input_ids, attention_mask), labels)``; loss `next_token_loss`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return from_transformers(source, AutoModelForCausalLM, **options)
+
+
+_BERT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def masked_lm(source: Source, inputs: Sequence[str] = _BERT_INPUTS, **options: Any) -> list[LayerSpec]:
+    """`from_transformers` for ``AutoModelForMaskedLM``: BERT, RoBERTa; loss `masked_lm_loss`."""
+    from transformers import AutoModelForMaskedLM
+
+    return from_transformers(source, AutoModelForMaskedLM, inputs=inputs, **options)
+
+
+def sequence_classification(source: Source, inputs: Sequence[str] = _BERT_INPUTS, **options: Any) -> list[LayerSpec]:
+    """`from_transformers` for ``AutoModelForSequenceClassification``; loss `classification_loss`."""
+    from transformers import AutoModelForSequenceClassification
+
+    return from_transformers(source, AutoModelForSequenceClassification, inputs=inputs, **options)
