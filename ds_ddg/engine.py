@@ -25,7 +25,7 @@ from ds_ddg.data import Feed
 from ds_ddg.message import Kind
 from ds_ddg.report import Reporter
 from ds_ddg.schedule import DDGSchedule
-from ds_ddg.tied import Ties
+from ds_ddg.tied import Ties, left_out_of_checkpoints
 from ds_ddg.together import Together, farewell, together, with_its_data
 from ds_ddg.watch import WatchedLinks
 
@@ -171,7 +171,9 @@ class DDGMixin(Reporter, Together):
     ) -> Any:
         """DeepSpeed's, after a drain: what is in flight belongs to no checkpoint."""
         self.drain()
-        client_state = {**(client_state or {}), _CHECKPOINT_KEY: self._losses.known()}
+        tied = {key: module.state_dict() for key, module in left_out_of_checkpoints(self.module).items()}
+        mine = {"loss": self._losses.known(), "tied": tied}
+        client_state = {**(client_state or {}), _CHECKPOINT_KEY: mine}
         return super().save_checkpoint(save_dir, tag, client_state, *args, **kwargs)
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
@@ -179,9 +181,12 @@ class DDGMixin(Reporter, Together):
         self.drain()
         path, client_state = super().load_checkpoint(*args, **kwargs)
         if path is not None:
-            known = client_state.pop(_CHECKPOINT_KEY, None)
+            mine = client_state.pop(_CHECKPOINT_KEY, None) or {"loss": None, "tied": {}}
+            for key, module in left_out_of_checkpoints(self.module).items():
+                if key in mine["tied"]:
+                    module.load_state_dict(mine["tied"][key])
             if "global_steps" not in client_state:  # there is what DeepSpeed has not loaded: the weights alone
-                self._restart_losses(known)
+                self._restart_losses(mine["loss"])
         return path, client_state
 
     # -- what DeepSpeed calls ---------------------------------------------------------------------------------------

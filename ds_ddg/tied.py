@@ -26,7 +26,7 @@ from ds_ddg.links import Links
 from ds_ddg.message import Kind
 from ds_ddg.plan import DDGPlan
 
-__all__ = ["Ties"]
+__all__ = ["Ties", "left_out_of_checkpoints"]
 
 _GRADIENTS, _WEIGHTS = 3, 4  # lanes
 
@@ -131,3 +131,13 @@ class Ties:
         for group in optimizer.param_groups:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in held]
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+def left_out_of_checkpoints(module: Any) -> dict[str, torch.nn.Module]:
+    """Tied modules of this stage, by key, that DeepSpeed 0.19.8 doesn't save: those used only by a ``forward_fn``.
+
+    It saves what it runs, and a function has no state; what is tied comes back from the other stages, what is not
+    (a decoder's bias) is lost.
+    """
+    run = {id(layer) for layer in module.forward_funcs}
+    return {key: tied for key, tied in module.tied_modules.items() if id(tied) not in run}

@@ -7,7 +7,8 @@ A test says what it proves with a marker:
     @pytest.mark.refuses("fp16 on CPU", "use bf16")   the engine refuses it, on every rank, with that remedy
 
 Which settings of the schedule a test is about is read off its parameters: "weights" and "activations", a "mode" of
-both, a "ddg" block or a "case" that has one. A test without any of them is about the default, "stash" and "keep".
+both, a "ddg" block, a "case" or "layout" that has one; or `modes=[("current", "keep")]` says it. A test without any
+of them is about the default, "stash" and "keep".
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Matrix:
         for marker in item.iter_markers("proves"):
             exact = marker.kwargs.get("exact", True)
             for feature in marker.args:
-                self.proofs[feature].setdefault(mode_of(item), []).append(exact)
+                for mode in marker.kwargs.get("modes", [mode_of(item)]):
+                    self.proofs[feature].setdefault(mode, []).append(exact)
                 self.files[feature].add(item.path.stem)
         for marker in item.iter_markers("refuses"):
             what, remedy = marker.args
@@ -73,11 +75,14 @@ def cell(proofs: list[bool]) -> str:
 def mode_of(item: pytest.Item) -> tuple[str, str]:
     """The settings of the schedule that a test is about."""
     parameters: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
-    if "mode" in parameters:
-        weights, activations = parameters["mode"]
-        return weights, activations
-    block = parameters.get("ddg") or getattr(parameters.get("case"), "ddg", None) or parameters
-    return block.get("weights", "stash"), block.get("activations", "keep")
+    for name in ("ddg", "mode", "case", "layout"):
+        block = parameters.get(name)
+        block = block.get("ddg", block) if isinstance(block, dict) else getattr(block, "ddg", block)
+        if isinstance(block, tuple):
+            return block[0], block[1]
+        if isinstance(block, dict):
+            return block.get("weights", "stash"), block.get("activations", "keep")
+    return parameters.get("weights", "stash"), parameters.get("activations", "keep")
 
 
 class Plugin:

@@ -101,6 +101,7 @@ def train_and_evaluate(rank: int, world_size: int, weights: str, evaluating: boo
 
 
 @pytest.mark.parametrize("weights", ["stash", "current"])
+@pytest.mark.proves("eval_batch with all its arguments")
 def test_eval_batch_is_deepspeeds_on_the_same_weights(ranks: GetRanks, weights: str) -> None:
     """With every combination of arguments that has a result, and training goes on as if nothing had been evaluated."""
     with_eval = ranks(3).run(train_and_evaluate, weights, True)
@@ -130,6 +131,7 @@ def ask_for_nothing(rank: int, world_size: int) -> tuple[list[str], float]:
     return refused, loss
 
 
+@pytest.mark.refuses('`eval_batch(reduce_output="sum")`, or None with `bcast_loss`', '"avg", or `bcast_loss=False`')
 def test_arguments_of_eval_batch_without_a_result_are_refused_on_every_rank(ranks: GetRanks) -> None:
     """Where DeepSpeed raises on the last stage and leaves the others waiting; the data is not touched."""
     (refused, loss), *others = ranks(2).run(ask_for_nothing)
@@ -197,6 +199,7 @@ def train_with_extras(
 
 
 @pytest.mark.parametrize(("num_stages", "micro_batches", "loss"), [(3, 1, "delayed"), (2, 2, "exact")])
+@pytest.mark.proves("additional losses")
 def test_additional_losses_are_those_of_the_same_call(
     ranks: GetRanks, num_stages: int, micro_batches: int, loss: str
 ) -> None:
@@ -282,6 +285,7 @@ def replay(stage: int, calls: int, micro_batches: int = 2) -> list[tuple[int, in
 
 
 @pytest.mark.parametrize("period", [None, 2])
+@pytest.mark.proves("monitors (CSV), values with the samples of their call")
 def test_monitor_gets_every_value_once_with_the_samples_of_its_call(
     ranks: GetRanks, tmp_path: Path, period: int | None
 ) -> None:

@@ -128,6 +128,7 @@ def assert_resumed(results: list[list[Any]], forms: int) -> None:
 
 
 @pytest.mark.parametrize("num_stages", [2, 3])
+@pytest.mark.proves("resuming from a checkpoint", modes=[("stash", "keep"), ("current", "keep")])
 def test_training_resumes_bit_for_bit(ranks: GetRanks, tmp_path: Path, num_stages: int) -> None:
     """Weights, optimizer, losses, learning rate and counts; dropout too, as the random state is the user's to keep."""
     assert_resumed(ranks(num_stages).run(go_on, str(tmp_path), num_stages, FORMS, {}, timeout=120), len(FORMS))
@@ -193,6 +194,7 @@ def go_on_with_zero(rank: int, world_size: int, directory: str) -> list[tuple[li
     return found
 
 
+@pytest.mark.proves("resuming with ZeRO-1 and bf16", modes=[("stash", "keep"), ("current", "keep")])
 def test_training_resumes_with_zero_and_bf16(ranks: GetRanks, tmp_path: Path) -> None:
     """There the optimizer owns the weights: what is loaded reaches its buffers and the forward's copies of them."""
     for found in ranks(4).run(go_on_with_zero, str(tmp_path)):
@@ -250,6 +252,7 @@ def exchange(rank: int, world_size: int, directory: str, optimizer: str) -> dict
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.proves("checkpoints to DeepSpeed's engine and back")
 def test_checkpoints_go_to_deepspeed_and_back(ranks: GetRanks, tmp_path: Path, optimizer: str) -> None:
     for found in ranks(3).run(exchange, str(tmp_path), optimizer):
         for pair in found.values():

@@ -263,7 +263,29 @@ def initialize_badly(rank: int, world_size: int, what: str) -> tuple[End, bool]:
     return end, deepspeed.PipelineEngine is PipelineEngine
 
 
-@pytest.mark.parametrize("what", REFUSALS)
+REMEDIES = {
+    "global clip of a wrapped optimizer": ('"clip": "global" with bf16, fp16 or ZeRO-1', '"clip": "stage"'),
+    "ZeRO-1 offload": ("ZeRO's `offload_optimizer`", "ZeRO-1 without it"),
+    "ZeRO-2": ("ZeRO stage 2", "stage 0 or 1; no pipeline of DeepSpeed's can run it"),
+    "ZeRO-3": ("ZeRO stage 3", "stage 0 or 1; no pipeline of DeepSpeed's can run it"),
+    "fp16 on CPU": ("fp16 on CPU (by DeepSpeed)", "bf16"),
+    "autocast in fp16": ("`torch_autocast` in float16", "bfloat16"),
+    "checkpointing with current and keep": (
+        'activation checkpointing with "weights": "current" and "activations": "keep"',
+        '"stash" or "recompute"',
+    ),
+    "not yet": ('"slack": "auto"', "an integer; planned"),
+}
+"""What the support matrix says of them."""
+
+
+def refusals() -> list[Any]:
+    return [
+        pytest.param(what, marks=pytest.mark.refuses(*REMEDIES[what]) if what in REMEDIES else ()) for what in REFUSALS
+    ]
+
+
+@pytest.mark.parametrize("what", refusals())
 def test_refuses_on_every_rank(ranks: GetRanks, what: str) -> None:
     _, kind, parts = REFUSALS[what]
     for end, restored in ranks(2).run(initialize_badly, what, timeout=TIMEOUT):

@@ -352,6 +352,7 @@ OTHER_LAUNCHERS = [
 
 
 @pytest.mark.parametrize("case", [*SCRIPT_CASES, *OTHER_LAUNCHERS], ids=str)
+@pytest.mark.proves("unchanged scripts under deepspeed, torchrun, accelerate")
 def test_unchanged_script(launched: GetRun, case: Case) -> None:
     run = launched(case)
     assert run.status == 0, run.output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import toy
 from distributed import Ranks
 from ds_ddg.reference import Reference
 from test_engine_resources import census
+from test_precision import FORMATS, allow_fp16
 
 GetRanks = Callable[[int], Ranks]
 
@@ -114,6 +116,7 @@ def train_engine(rank: int, world_size: int, setting: dict[str, Any], stages: in
 
     import ds_ddg
 
+    allow_fp16()
     net = PipelineModule(specs(setting["three"]), num_stages=stages, loss_fn=loss_fn, partition_method="uniform")
     torch.manual_seed(11)
     engine, *_ = ds_ddg.initialize(
@@ -241,3 +244,56 @@ def test_evaluation_in_between_changes_nothing(ranks: GetRanks) -> None:
     got = ranks(3).run(train_engine, setting, 3, {})
     assert len({result.evaluated[0] for result in got}) == 1
     assert_exact(got, setting, 3)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.proves(f"weights tied, {n}")) for n in FORMATS])
+def test_copies_are_equal_in_every_format(ranks: GetRanks, name: str) -> None:
+    """Where the optimizer owns the weights too, the holder's copy is the owner's weight to the bit, at every call."""
+    setting = {"three": True, "micro_batches": 2, "ddg": {}, "optimizer": "sgd"}
+    got = ranks(3).run(train_engine, setting, 3, FORMATS[name].config)
+    owner, *holders = (result.copies for result in got)
+    assert len(owner) == CALLS + REFILL
+    assert sum(not torch.equal(a, b) for a, b in itertools.pairwise(owner)) >= CALLS - 3, "it hardly moved"
+    for copies in holders:
+        assert all(map(torch.equal, copies, owner))
+    assert [result.across for result in got] == [0, 0, 0]
+
+
+def resume(rank: int, world_size: int, directory: str) -> list[tuple[list[float], list[Tensor]]]:
+    """What four calls after a checkpoint come to: going on, and with another engine that loads it."""
+    from deepspeed.pipe import PipelineModule
+
+    import ds_ddg
+
+    def engine() -> Any:
+        net = PipelineModule(specs(three=False), num_stages=world_size, loss_fn=loss_fn, partition_method="uniform")
+        for module in net.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        config = {"model": net, "config": toy.config(2, {}), "optimizer": toy.OPTIMIZERS["adamw"]}
+        return ds_ddg.initialize(**config, model_parameters=list(net.parameters()))[0]
+
+    def four_calls(engine: Any) -> tuple[list[float], list[Tensor]]:
+        data = batches(30)
+        for _ in range(10):
+            next(data)
+        losses = [engine.train_batch(data).item() for _ in range(4)]
+        engine.drain()
+        return losses, toy.state(engine.module)
+
+    one, other = engine(), engine()
+    data = batches(10)
+    for _ in range(5):
+        one.train_batch(data)
+    one.save_checkpoint(directory)
+    other.train_batch(batches(9))
+    other.load_checkpoint(directory)
+    return [four_calls(one), four_calls(other)]
+
+
+@pytest.mark.proves("weights tied, resumed from a checkpoint")
+def test_training_resumes_from_a_checkpoint(ranks: GetRanks, tmp_path: Path) -> None:
+    """With the bias of the decoder, which is the last stage's own and which DeepSpeed does not save."""
+    for one, other in ranks(2).run(resume, str(tmp_path)):
+        assert one[0] == other[0]
+        assert all(map(torch.equal, one[1], other[1]))

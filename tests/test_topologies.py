@@ -186,6 +186,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.proves("pipeline x data x tensor", exact=False)
 def test_tensor_slices_equal_one_process(ranks: GetRanks, layout: Layout) -> None:
     """The clip goes by the norm of the whole stage: slices add up, what they all hold counts once."""
     expected = run_oracle(layout.setup())
@@ -322,6 +323,8 @@ def refused(rank: int, world_size: int, what: str) -> str:
     return ""
 
 
+@pytest.mark.refuses("`pipe_partitioned` or `grad_partitioned` set with tensor parallelism", "leave them out")
+@pytest.mark.refuses("parallel axes other than pipe, data and model", "`PipeModelDataParallelTopology`")
 @pytest.mark.parametrize("what", ["pipe_partitioned", "grad_partitioned", "sequence"])
 def test_refuses_by_name(ranks: GetRanks, what: str) -> None:
     for heard in ranks(2).run(refused, what):
