@@ -8,6 +8,7 @@ README = Path(__file__).parent / "README.md"
 RECIPES = [
     "accelerate>=1.15,<2",
     "matplotlib>=3.9,<4",
+    "safetensors>=0.5,<1",
     "scikit-learn>=1.5,<2",
     "tensorboard>=2.18,<3",
     "torchvision>=0.26,<0.30",

@@ -2,6 +2,7 @@
 
     python benchmarks/off_cpu.py                       # the whole table, about 3 minutes
     python benchmarks/off_cpu.py --stages 4 --micro-batches 1 4
+    python benchmarks/off_cpu.py --bf16-zero1          # the same in bf16 with ZeRO-1
 
 A stage "computes" by sleeping (30 ms forward, 60 ms backward), so many stages fit on few cores and everything that is
 not sleep is overhead: of the schedule, of the engine, of the messages. Both schedules run in the same processes one
@@ -60,7 +61,12 @@ def measure(engine: Any, data: Any, schedule: str, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def rank_main(rank: int, num_stages: int, grid: list[int], seconds: float, store: str, results: Any) -> None:
+BF16_ZERO_1 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
+
+
+def rank_main(
+    rank: int, num_stages: int, grid: list[int], seconds: float, more: dict[str, Any], store: str, results: Any
+) -> None:
     """One stage: every M of the grid, both schedules."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_stages))
     import itertools
@@ -75,7 +81,8 @@ def rank_main(rank: int, num_stages: int, grid: list[int], seconds: float, store
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_stages)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for a minute, for inference only
     deepspeed.init_distributed("gloo")
-    data = itertools.repeat((torch.ones(4, 16), torch.zeros(4, 16)))
+    dtype = torch.bfloat16 if more else torch.float32
+    data = itertools.repeat((torch.ones(4, 16, dtype=dtype), torch.zeros(4, 16, dtype=dtype)))
     rows = []
     for micro_batches in grid:
         net = PipelineModule(
@@ -87,6 +94,7 @@ def rank_main(rank: int, num_stages: int, grid: list[int], seconds: float, store
             "gradient_accumulation_steps": micro_batches,
             "steps_per_print": 10**9,
             "optimizer": {"type": "SGD", "params": {"lr": 1e-6}},
+            **more,
         }
         engine, *_ = ds_ddg.initialize(model=net, config=config, model_parameters=list(net.parameters()))
         ideal = micro_batches * (FORWARD + BACKWARD)
@@ -98,7 +106,7 @@ def rank_main(rank: int, num_stages: int, grid: list[int], seconds: float, store
     results.put(rows)
 
 
-def run(num_stages: int, grid: list[int], seconds: float) -> list[dict[str, Any]]:
+def run(num_stages: int, grid: list[int], seconds: float, more: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of the table for one number of stages; time of the slowest stage."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "deepspeed", "deepspeed.runtime.pipe.engine"])
@@ -106,7 +114,7 @@ def run(num_stages: int, grid: list[int], seconds: float) -> list[dict[str, Any]
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
             context.Process(
-                target=rank_main, args=(rank, num_stages, grid, seconds, f"{folder}/store", results), daemon=True
+                target=rank_main, args=(rank, num_stages, grid, seconds, more, f"{folder}/store", results), daemon=True
             )
             for rank in range(num_stages)
         ]
@@ -138,6 +146,7 @@ def main() -> None:
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--seconds", type=float, default=4.0, help="time to spend on each cell in steady state")
+    parser.add_argument("--bf16-zero1", action="store_true")
     arguments = parser.parse_args()
     os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     os.environ.setdefault("LOG_LEVEL", "ERROR")
@@ -146,7 +155,8 @@ def main() -> None:
     )
     rows = []
     for num_stages in arguments.stages:
-        for row in run(num_stages, arguments.micro_batches, arguments.seconds):
+        more = BF16_ZERO_1 if arguments.bf16_zero1 else {}
+        for row in run(num_stages, arguments.micro_batches, arguments.seconds, more):
             bound = 1 + (num_stages - 1) / row["micro_batches"]
             print(
                 f"| {num_stages} | {row['micro_batches']} | {row['ddg']:.3f} | {row['1f1b']:.3f} | {row['ratio']:.2f} "

@@ -244,8 +244,9 @@ def decay(optimizer: torch.optim.Optimizer) -> Any:
 
 
 def train_with_monitor(rank: int, world_size: int, directory: str, period: int | None) -> list[float]:
-    settings = {"enabled": True, "output_path": directory, "job_name": "job"}
-    engine = toy.engine(world_size, 2, "sgd", {}, lr_scheduler=decay, csv_monitor=settings, steps_per_print=period)
+    csv_file, board = ({"enabled": True, "output_path": directory, "job_name": name} for name in ("job", "board"))
+    monitors = {"csv_monitor": csv_file, "tensorboard": board}
+    engine = toy.engine(world_size, 2, "sgd", {}, lr_scheduler=decay, steps_per_print=period, **monitors)
     data = toy.batches(22)
     evaluations = []
     for name, calls in PHASES:
@@ -269,6 +270,15 @@ def recorded(directory: Path) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
+def on_board(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows, under the names of the CSV files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(directory / "board")).Reload()
+    tags = board.Tags()["scalars"]
+    return {tag.replace("/", "_"): [(event.step, event.value) for event in board.Scalars(tag)] for tag in tags}
+
+
 def replay(stage: int, calls: int, micro_batches: int = 2) -> list[tuple[int, int, int]]:
     """Staleness, micro-batches in flight and weight versions after each call, from an empty pipeline on."""
     delay, version, flight, found = 2 - stage, 0, [], []
@@ -285,7 +295,7 @@ def replay(stage: int, calls: int, micro_batches: int = 2) -> list[tuple[int, in
 
 
 @pytest.mark.parametrize("period", [None, 2])
-@pytest.mark.proves("monitors (CSV), values with the samples of their call")
+@pytest.mark.proves("monitors (CSV, TensorBoard), values with the samples of their call")
 def test_monitor_gets_every_value_once_with_the_samples_of_its_call(
     ranks: GetRanks, tmp_path: Path, period: int | None
 ) -> None:
@@ -301,6 +311,10 @@ def test_monitor_gets_every_value_once_with_the_samples_of_its_call(
             rates.append(oracle.schedulers[0].get_last_lr()[0])
     evaluations, *_ = ranks(3).run(train_with_monitor, str(tmp_path), period)
     found = recorded(tmp_path)
+    shown = on_board(tmp_path)
+    assert shown.keys() == found.keys()
+    for name, values in found.items():
+        assert shown[name] == [(step, pytest.approx(value, rel=1e-6)) for step, value in values], name
     samples = [8 * (t + 1) for t in range(11)]
     assert found.pop("Train_Samples_train_loss") == list(zip(samples, losses, strict=True))
     assert found.pop("Train_Samples_lr") == list(zip(samples, rates, strict=True))
