@@ -6,12 +6,12 @@ value out of range is an error that names the key, the value and what is allowed
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-__all__ = ["DDGConfig", "refuse_unsupported"]
+__all__ = ["DDGConfig", "refuse_idle_stages", "refuse_switch", "refuse_unsupported"]
 
 
 class DDGConfig(BaseModel):
@@ -101,14 +101,10 @@ def _refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
         "ZeRO's offload_optimizer",
         "no pipeline can run it; remove the block",
     )
-    wrappers = {
-        "ZeRO-1": stage == 1,
-        "bf16": config.bfloat16_config.enabled,
-        "fp16": config.float16_config.enabled,
-    }
-    wrapped = [name for name, on in wrappers.items() if on]
+    ddg = DDGConfig.parse(config._param_dict.get("ddg"))
+    wrapped = _wrappers(config)
     yield (
-        bool(wrapped) and DDGConfig.parse(config._param_dict.get("ddg")).clip == "global",
+        bool(wrapped) and ddg.clip == "global",
         f'"clip": "global" with {" and ".join(wrapped)}',
         'DeepSpeed clips inside its optimizer there; use "clip": "stage"',
     )
@@ -117,6 +113,8 @@ def _refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
         "torch_autocast in float16",
         'not supported yet; use "dtype": "bfloat16"',
     )
+    if ddg.sync_steps > 0:
+        yield from _one_f_one_b_refusals(config, module)
     yield from _checkpointing_refusals(config, module)
     if module.num_stages > module._num_layers:
         yield (
@@ -141,6 +139,97 @@ def _refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
         f"{' and '.join(asked)} with tensor parallelism",
         "each tensor slice sends whole activations to its own successor; leave it out, or set it to false",
     )
+
+
+def refuse_switch(name: str, enabled: bool, config: Any, module: Any) -> None:
+    """Raise for a switch to schedule `name` that would train something else than either schedule; on every rank alike.
+
+    Args:
+        name: "ddg" or "1f1b".
+        enabled: whether the engine was built for DDG.
+        config: the parsed ``DeepSpeedConfig``.
+        module: the ``PipelineModule``.
+
+    Raises:
+        ValueError: why, and what to do instead.
+    """
+    wrapped, tied = _wrappers(config), _tied_across_stages(module)
+    if name == "ddg" and not enabled and (wrapped or tied):
+        reasons = " and ".join([*wrapped, *(["tied weights"] if tied else [])])
+        raise ValueError(
+            f"{reasons}: the optimizer was built for DeepSpeed's "
+            'schedule; set "ddg": {"enabled": true}, and switch to "1f1b" where you want it'
+        )
+    if name == "1f1b" and enabled:
+        for wrong, what, remedy in _one_f_one_b_refusals(config, module):
+            if wrong:
+                raise ValueError(f"{what}: {remedy}")
+
+
+def refuse_idle_stages(config: Any, module: Any, held: Sequence[Any]) -> None:
+    """Raise, on every rank alike, if a stage has nothing to train that an optimizer of DeepSpeed's needs. Collective.
+
+    Args:
+        config: the parsed ``DeepSpeedConfig``.
+        module: the ``PipelineModule``.
+        held: tied parameters that belong to an earlier stage.
+
+    Raises:
+        ValueError: which stages, and what to do instead.
+    """
+    wrapped = _wrappers(config)
+    if not wrapped or module.num_stages == 1:
+        return
+    import torch.distributed as dist
+
+    not_its_own = {id(parameter) for parameter in held}
+    trains = any(p.requires_grad and id(p) not in not_its_own for p in module.parameters())
+    stages: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(stages, None if trains else module.stage_id)
+    idle = sorted(set(stages) - {None})
+    if idle:
+        raise ValueError(
+            f"DDG cannot train this set-up:\n- stages {idle} with nothing of their own to train, in "
+            f"{' and '.join(wrapped)}: DeepSpeed's optimizer there fails without a gradient; move a layer to them "
+            "(partition_method), or train in fp32 without ZeRO"
+        )
+
+
+def _one_f_one_b_refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
+    """What an engine that was built for DDG cannot run on DeepSpeed's schedule."""
+    wrapped = _wrappers(config)
+    remedy = 'run DeepSpeed\'s schedule with "ddg": {"enabled": false}, from a checkpoint if need be'
+    several = module.num_stages > 1
+    yield (
+        several and "fp16" in wrapped,
+        "1F1B between calls of DDG in fp16, whose stages have scales of their own",
+        remedy,
+    )
+    yield (
+        bool(wrapped) and _tied_across_stages(module),
+        f"1F1B between calls of DDG with tied weights and {' and '.join(wrapped)}",
+        remedy,
+    )
+
+
+def _wrappers(config: Any) -> list[str]:
+    """Why DeepSpeed wraps the optimizer, if it does."""
+    reasons = {
+        "ZeRO-1": int(config.zero_config.stage) == 1,
+        "bf16": config.bfloat16_config.enabled,
+        "fp16": config.float16_config.enabled,
+    }
+    return [name for name, on in reasons.items() if on]
+
+
+def _tied_across_stages(module: Any) -> bool:
+    from deepspeed.runtime.pipe.module import TiedLayerSpec
+
+    stages: dict[str, set[int]] = {}
+    for index, spec in enumerate(module._layer_specs):
+        if isinstance(spec, TiedLayerSpec):
+            stages.setdefault(spec.key, set()).add(module.stage_owner(index))
+    return any(len(holders) > 1 for holders in stages.values())
 
 
 def _checkpointing_refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:

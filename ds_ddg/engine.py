@@ -14,27 +14,26 @@ Calls count from 0 on every rank alike, and so do the learning rate and ``global
 from __future__ import annotations
 
 import multiprocessing.util
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from ds_ddg.config import DDGConfig, refuse_unsupported
+from ds_ddg.checkpoints import Checkpoints
+from ds_ddg.config import DDGConfig, refuse_idle_stages, refuse_switch, refuse_unsupported
 from ds_ddg.data import Feed
 from ds_ddg.message import Kind
-from ds_ddg.report import Reporter
 from ds_ddg.schedule import DDGSchedule
-from ds_ddg.tied import Ties, left_out_of_checkpoints
+from ds_ddg.tied import Ties
 from ds_ddg.together import Together, farewell, together, with_its_data
 from ds_ddg.watch import WatchedLinks
 
 __all__ = ["DDGEngine", "DDGMixin"]
 
-_CHECKPOINT_KEY = "ds_ddg"
 
-
-class DDGMixin(Reporter, Together):
+class DDGMixin(Checkpoints, Together):
     """The delayed schedule on top of any ``PipelineEngine``; see the module's docstring."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -42,7 +41,9 @@ class DDGMixin(Reporter, Together):
         if self.ddg.enabled:
             refuse_unsupported(kwargs["config_class"], kwargs["model"])
         self._schedule = "1f1b"
-        self._ties = Ties(kwargs["model"])
+        self._ties = Ties(kwargs["model"], self.ddg.enabled)
+        if self.ddg.enabled:
+            refuse_idle_stages(kwargs["config_class"], kwargs["model"], self._ties.held)
         super().__init__(*args, **kwargs)
         self._calls = 0
         self._filled_at = 0
@@ -61,7 +62,8 @@ class DDGMixin(Reporter, Together):
         self._links = WatchedLinks(self.grid.topology().get_axis_comm_lists("pipe"), self.global_rank, self.plan)
         self._start_reports()
         if self.fp16_enabled():
-            self._links.loss_scale = lambda: float(self.optimizer.loss_scale)
+            engine: Any = weakref.ref(self)  # the links live longer
+            self._links.loss_scale = lambda: float(engine().optimizer.loss_scale)
         self._ties.connect(self._links, self.stage_id, self.plan)
         self._ddg_from = self.ddg.sync_steps if self.ddg.enabled else None
         if self._ddg_from == 0:
@@ -154,40 +156,15 @@ class DDGMixin(Reporter, Together):
             return
         if name == "ddg" and not self.ddg.enabled:
             refuse_unsupported(self._config, self.module)
-            if self._ties.held:
-                raise ValueError('tied weights: set "ddg": {"enabled": true} and switch to "1f1b" instead')
+        refuse_switch(name, self.ddg.enabled, self._config, self.module)
         self.drain()
+        self._forget_updates()
         self._schedule = name
         self.__dict__.pop("_INSTRUCTION_MAP", None)  # the class's own, for DeepSpeed's schedule
         if name == "ddg":
             self._INSTRUCTION_MAP = self._ddg_instruction_map()
         self.pipe_buffers = {column: [None] * self.num_pipe_buffers for column in self.pipe_buffers}
         self.reset_activation_shape()
-
-    # -- checkpoints ------------------------------------------------------------------------------------------------
-
-    def save_checkpoint(
-        self, save_dir: str, tag: Any = None, client_state: dict[str, Any] | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """DeepSpeed's, after a drain: what is in flight belongs to no checkpoint."""
-        self.drain()
-        tied = {key: module.state_dict() for key, module in left_out_of_checkpoints(self.module).items()}
-        mine = {"loss": self._losses.known(), "tied": tied}
-        client_state = {**(client_state or {}), _CHECKPOINT_KEY: mine}
-        return super().save_checkpoint(save_dir, tag, client_state, *args, **kwargs)
-
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        """DeepSpeed's, after a drain: gradients in flight belong to the weights that are given up."""
-        self.drain()
-        path, client_state = super().load_checkpoint(*args, **kwargs)
-        if path is not None:
-            mine = client_state.pop(_CHECKPOINT_KEY, None) or {"loss": None, "tied": {}}
-            for key, module in left_out_of_checkpoints(self.module).items():
-                if key in mine["tied"]:
-                    module.load_state_dict(mine["tied"][key])
-            if "global_steps" not in client_state:  # there is what DeepSpeed has not loaded: the weights alone
-                self._restart_losses(mine["loss"])
-        return path, client_state
 
     # -- what DeepSpeed calls ---------------------------------------------------------------------------------------
 

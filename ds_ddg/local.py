@@ -87,6 +87,7 @@ class IdleOptimizer:
     """Stands in for an optimizer that has no gradient to step on; all else is the real one's."""
 
     overflow = False
+    _global_grad_norm = None
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer

@@ -22,7 +22,7 @@ from deepspeed.utils.logging import print_dist
 from torch import Tensor
 
 from ds_ddg.execute import Executor
-from ds_ddg.losses import Loss, Losses, Update
+from ds_ddg.losses import Loss, Losses
 from ds_ddg.watch import MEASURED, Gauge, WatchedLinks
 
 __all__ = ["Reporter"]
@@ -46,13 +46,12 @@ class Reporter(Executor):
     total_additional_losses: Any
     total_loss: Any
 
-    _last_update = Update()
     _silenced = False
 
     def _start_reports(self) -> None:
         self._losses = Losses(self._links)
         self._samples: dict[int, int] = {}
-        self._gauge = Gauge(self.stage_id, self._links)
+        self._gauge = Gauge(self.stage_id, self._links, self.num_stages * (1 + self.ddg.slack) + 1)
         self._seconds_printed: dict[str, float] = {}
         if not self.is_last_stage():
             # There DeepSpeed 0.19.8 starts these timers twice, in the pipeline's backward and in hooks, and fails.

@@ -52,8 +52,6 @@ class DDGSchedule(PipeSchedule):
         self.plan = plan
         self.ops = ops
         self.draining = draining
-        self.current: Op | None = None
-        """The operation being executed: what an error message points at."""
 
     def num_pipe_buffers(self) -> int:
         """One buffer for each micro-batch that can be in flight: d_k + 1."""
@@ -62,7 +60,6 @@ class DDGSchedule(PipeSchedule):
     def steps(self) -> Iterator[list[PipeInstruction]]:
         """Yield the instructions of one operation at a time."""
         for op in self.ops:
-            self.current = op
             yield self._instructions(op)
         if not self.draining and all(op.kind != UPDATE for op in self.ops):
             yield [AdvanceClocks()]

@@ -36,16 +36,17 @@ class Ties:
 
     Args:
         module: the ``PipelineModule``.
+        enabled: whether DDG is; otherwise nothing is touched.
     """
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, enabled: bool) -> None:
         self._lent: dict[int, list[torch.nn.Parameter]] = {}
         """What this stage owns, by holder."""
         self._held: dict[int, list[torch.nn.Parameter]] = {}
         """What this stage holds, by owner."""
         self._outbox: dict[int, Outbox] = {}
         self._inbox: dict[int, Inbox] = {}
-        for tie in module.tied_comms.values():
+        for tie in module.tied_comms.values() if enabled else ():
             owner, *holders = (module.topology().get_coord(rank).pipe for rank in tie["ranks"])
             tied = [module._recursive_getattr(tie["module"], name) for name in tie["weight_attr"]]
             # DeepSpeed counts nothing of the module as a holder's own, though it ties only the attributes named.
@@ -126,11 +127,14 @@ class Ties:
                 parameter.requires_grad_(True)
 
     def remove_from(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take held parameters, and groups of nothing else, out of an optimizer that has not stepped yet."""
+        """Take held parameters out of an optimizer that has not stepped yet.
+
+        A group of nothing else stays, with its learning rate, for schedulers and for callers that ask for it.
+        """
         held = {id(parameter) for parameter in self.held}
         for group in optimizer.param_groups:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in held]
-        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+            kept = [parameter for parameter in group["params"] if id(parameter) not in held]
+            group["params"] = kept or [torch.nn.Parameter(torch.empty(0))]
 
 
 def left_out_of_checkpoints(module: Any) -> dict[str, torch.nn.Module]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,8 @@ class Updater(_Host):
     _pipeline_norm: float | None = None
     """Of the gradients of all stages, of the newest call for which all stages know it."""
     _overflowed = False
+    _last_update = Update()
+    """Of this stage in the call before, and overflows of a drain since."""
 
     @property
     def plan(self) -> DDGPlan:
@@ -102,6 +104,10 @@ class Updater(_Host):
             self.skipped_steps += update.skipped > 0
             self._step_applied = update.skipped == 0
 
+    def _forget_updates(self, norm: float | None = None, last: Sequence[Any] = ()) -> None:
+        """What is known of updates is over, or is that of a checkpoint."""
+        self._pipeline_norm, self._last_update = norm, Update(*last)
+
     def get_global_grad_norm(self) -> Any:
         """Norm of all stages' gradients in call ``loss_step - 1``, equal on every rank; None if not known yet."""
         if self.num_stages == 1 or self.schedule == "1f1b":
@@ -137,6 +143,7 @@ class Updater(_Host):
     def _exec_update_weights(self) -> None:
         with self._clocks_stopped(), self.versions.updating():
             self._step()
+        self._last_update = self._last_update.plus(Update(0.0, int(self._overflowed)))
 
     def _configure_optimizer(self, client_optimizer: Any, model_parameters: Any) -> None:
         if not self.ddg.enabled:

@@ -105,10 +105,11 @@ class Gauge:
     Args:
         stage: its number.
         links: know how long it waits.
+        calls: that can have micro-batches in flight at once, at most.
     """
 
-    def __init__(self, stage: int, links: WatchedLinks) -> None:
-        self._stage, self._links = stage, links
+    def __init__(self, stage: int, links: WatchedLinks, calls: int) -> None:
+        self._stage, self._links, self._calls = stage, links, calls
         self.forget()
 
     def forget(self) -> None:
@@ -116,7 +117,7 @@ class Gauge:
         self._call: Mark | None = None
         self._period: Mark | None = None
         self._end: Mark | None = None
-        self._versions: deque[int] = deque()
+        self._versions: deque[int] = deque(maxlen=self._calls)
         self.row: Row | None = None
         """That of the last period, not sent yet."""
 

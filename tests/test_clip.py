@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,3 +104,31 @@ def test_norm_is_that_of_the_pipeline_and_equal_on_every_rank(ranks: GetRanks, c
 def test_without_clipping_there_is_no_norm(ranks: GetRanks) -> None:
     for _, told, _ in ranks(2).run(train_engine, 1, {"clip": "global"}, 0.0):
         assert {norm for _, norm in told} == {None}
+
+
+def resume(rank: int, world_size: int, directory: str) -> list[tuple[list[Any], list[Tensor]]]:
+    """What six calls after a checkpoint come to: going on, and with another engine that loads it."""
+    ddg = {"clip": "global"}
+    one, other = (toy.engine(world_size, 1, "sgd", ddg, gradient_clipping=CLIP) for _ in range(2))
+    data = toy.batches(6)
+    for _ in range(6):
+        one.train_batch(data)
+    one.save_checkpoint(directory, client_state={"rng": torch.get_rng_state()})
+    found = []
+    for engine in (one, other):
+        if engine is other:
+            other.train_batch(toy.batches(1, seed=9))
+            _, state = other.load_checkpoint(directory)
+            torch.set_rng_state(state["rng"])
+        data = toy.batches(6, seed=4)
+        told = [(engine.train_batch(data).item(), engine.get_global_grad_norm()) for _ in range(6)]
+        found.append((told, toy.state(engine.module)))
+        engine.drain()
+    return found
+
+
+@pytest.mark.proves('"clip": "global", resumed from a checkpoint')
+def test_resumes_with_the_norm_that_was_known(ranks: GetRanks, tmp_path: Path) -> None:
+    for one, other in ranks(3).run(resume, str(tmp_path)):
+        assert one[0] == other[0]
+        assert all(map(torch.equal, one[1], other[1]))

@@ -15,7 +15,7 @@ from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, ProcessTop
 from pydantic import ValidationError
 from torch import nn
 
-from ds_ddg.config import DDGConfig, refuse_unsupported
+from ds_ddg.config import DDGConfig, refuse_switch, refuse_unsupported
 
 DEFAULTS = {
     "enabled": True,
@@ -234,3 +234,37 @@ def test_names_all_refusals_at_once() -> None:
         "- torch_autocast in float16",
         "- stages without a layer",
     ]
+
+
+HALF = {"float16_config": SimpleNamespace(enabled=True)}
+BRAIN = {"bfloat16_config": SimpleNamespace(enabled=True)}
+TIED = {"_layer_specs": tied(0, 3)}
+
+
+@pytest.mark.parametrize(
+    ("name", "enabled", "config", "module", "words"),
+    [
+        ("1f1b", True, HALF, {}, "fp16"),
+        ("1f1b", True, BRAIN, TIED, "tied weights and bf16"),
+        ("ddg", False, BRAIN, {}, "bf16"),
+        ("ddg", False, {"zero_config": zero(1)}, {}, "ZeRO-1"),
+        ("ddg", False, {}, TIED, "tied weights"),
+    ],
+)
+def test_refuses_a_switch_that_would_train_something_else(
+    name: str, enabled: bool, config: dict[str, Any], module: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        refuse_switch(name, enabled, fake_config(**config), fake_module(**module))
+
+
+@pytest.mark.parametrize(
+    ("name", "enabled", "config", "module"),
+    [("1f1b", True, {}, TIED), ("1f1b", True, BRAIN, {}), ("ddg", True, HALF, TIED), ("ddg", False, {}, {})],
+)
+def test_lets_others_switch(name: str, enabled: bool, config: dict[str, Any], module: dict[str, Any]) -> None:
+    refuse_switch(name, enabled, fake_config(**config), fake_module(**module))
+
+
+def test_a_tie_inside_one_stage_is_none() -> None:
+    refuse_switch("ddg", False, fake_config(), fake_module(_layer_specs=tied(0, 1)))

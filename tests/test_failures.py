@@ -224,6 +224,11 @@ REFUSALS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
         "ValueError",
         ['"clip": "global" with bf16', '"stage"'],
     ),
+    "DeepSpeed's schedule first, in fp16": (
+        {"ddg": {"sync_steps": 2}, "fp16": {"enabled": True}},
+        "ValueError",
+        ["1F1B between calls of DDG in fp16", '"enabled": false'],
+    ),
     "no block": ({"ddg": [1]}, "ValueError", ['"ddg" must be a block', "[1]"]),
     "several": ({"ddg": {"slak": 1, "weights": 0}}, "ValueError", ["'slak'", '"weights"']),
     "ZeRO-1 offload": (
@@ -265,6 +270,10 @@ def initialize_badly(rank: int, world_size: int, what: str) -> tuple[End, bool]:
 
 REMEDIES = {
     "global clip of a wrapped optimizer": ('"clip": "global" with bf16, fp16 or ZeRO-1', '"clip": "stage"'),
+    "DeepSpeed's schedule first, in fp16": (
+        "`sync_steps` or switching to 1F1B in fp16, or with tied weights in bf16 or ZeRO-1",
+        '"enabled": false in a run of its own',
+    ),
     "ZeRO-1 offload": ("ZeRO's `offload_optimizer`", "ZeRO-1 without it"),
     "ZeRO-2": ("ZeRO stage 2", "stage 0 or 1; no pipeline of DeepSpeed's can run it"),
     "ZeRO-3": ("ZeRO stage 3", "stage 0 or 1; no pipeline of DeepSpeed's can run it"),

@@ -297,3 +297,63 @@ def test_training_resumes_from_a_checkpoint(ranks: GetRanks, tmp_path: Path) -> 
     for one, other in ranks(2).run(resume, str(tmp_path)):
         assert one[0] == other[0]
         assert all(map(torch.equal, one[1], other[1]))
+
+
+def train_head_alone(rank: int, world_size: int, more: dict[str, Any]) -> tuple[list[float], bool, list[float]]:
+    """The last stage has nothing but the tied decoder: losses, whether the copies are equal, learning rates."""
+    from deepspeed.pipe import PipelineModule, TiedLayerSpec
+
+    import ds_ddg
+
+    def project(module: nn.Module, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, module.weight)
+
+    ends = [TiedLayerSpec("embed", nn.Embedding, WORDS, WIDTH, forward_fn=use) for use in (None, project)]
+    net = PipelineModule(
+        [ends[0], toy.Residual(WIDTH), ends[1]],
+        num_stages=2,
+        loss_fn=loss_fn,
+        partition_method="type:embedding|residual",
+    )
+    net_parts = list(net.parts)
+    assert net_parts[1] == 2, net_parts
+    engine, *_ = ds_ddg.initialize(
+        model=net,
+        config=toy.config(1, {}, scheduler={"type": "WarmupLR", "params": {"warmup_max_lr": 0.1}}, **more),
+        optimizer=toy.OPTIMIZERS["sgd"],
+        model_parameters=list(net.parameters()),
+    )
+    data = itertools.cycle(list(batches(2)))
+    losses, rates = [], []
+    for _ in range(12):
+        losses.append(engine.train_batch(data).item())
+        rates.append(engine.get_lr()[0])
+    engine.drain()
+    weight = net.tied_modules["embed"].weight.detach().float()
+    both = [torch.empty_like(weight) for _ in range(2)]
+    torch.distributed.all_gather(both, weight)
+    return losses, torch.equal(*both), rates
+
+
+def test_stage_with_nothing_but_a_tied_weight(ranks: GetRanks) -> None:
+    (losses, equal, rates), other = ranks(2).run(train_head_alone, {})
+    assert other == (losses, equal, rates)
+    assert equal
+    assert losses[-1] < losses[0]
+    assert len(set(rates)) > 5
+
+
+def refusal_of_head_alone(rank: int, world_size: int, more: dict[str, Any]) -> str:
+    try:
+        train_head_alone(rank, world_size, more)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.refuses("a stage with nothing of its own to train, in bf16, fp16 or ZeRO-1", "another partition, or fp32")
+@pytest.mark.parametrize("name", ["fp32, ZeRO-1", "bf16"])
+def test_wrapped_optimizer_needs_something_to_train(ranks: GetRanks, name: str) -> None:
+    for heard in ranks(2).run(refusal_of_head_alone, FORMATS[name].config):
+        assert "stages [1] with nothing of their own to train" in heard
+        assert "partition_method" in heard
