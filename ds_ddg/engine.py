@@ -13,7 +13,6 @@ Calls count from 0 on every rank alike, and so do the learning rate and ``global
 
 from __future__ import annotations
 
-import multiprocessing.util
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -27,7 +26,7 @@ from ds_ddg.data import Feed
 from ds_ddg.message import Kind
 from ds_ddg.schedule import DDGSchedule
 from ds_ddg.tied import Ties
-from ds_ddg.together import Together, farewell, together, with_its_data
+from ds_ddg.together import Together, stay_until_the_others_leave, together, with_its_data
 from ds_ddg.watch import WatchedLinks
 
 __all__ = ["DDGEngine", "DDGMixin"]
@@ -68,8 +67,7 @@ class DDGMixin(Checkpoints, Together):
         self._ddg_from = self.ddg.sync_steps if self.ddg.enabled else None
         if self._ddg_from == 0:
             self.schedule = "ddg"
-        # Kept alive until then, as its messages are; atexit alone would miss the processes of torch.multiprocessing.
-        multiprocessing.util.Finalize(None, farewell, (self._links,), exitpriority=10)
+        stay_until_the_others_leave(self._links)
 
     # -- life of a call ---------------------------------------------------------------------------------------------
 

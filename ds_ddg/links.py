@@ -54,6 +54,7 @@ class Links:
         self._first: Message | None = None
         self.loss_scale: Callable[[], float] = lambda: 1.0
         """What this stage's gradients are multiplied with now (fp16); each stage has a scale of its own."""
+        self._group: Any = None
         self._failed = False
         self._left = False
         for ranks in pipelines:
@@ -61,6 +62,7 @@ class Links:
                 continue
             group = dist.new_group(list(ranks), default_pg_timeout, backend="gloo")
             if rank in ranks:
+                self._group = group
                 self._open(list(ranks), list(ranks).index(rank), group, plan)
 
     def _open(self, ranks: list[int], stage: int, group: Any, plan: DDGPlan) -> None:
@@ -192,6 +194,14 @@ class Links:
             outbox.park()
         for inbox in self._inboxes():
             inbox.take(Kind.PARK, what="the end of a drain")
+
+    @property
+    def usable(self) -> bool:
+        """Whether there is anybody to talk to: another stage, over a process group that has not been destroyed."""
+        try:
+            return self._group is not None and bool(dist.get_process_group_ranks(self._group))
+        except (KeyError, ValueError):
+            return False
 
     def leave(self) -> None:
         """Tell the others that this stage will send nothing more."""

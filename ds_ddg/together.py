@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing.util
 import sys
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -14,7 +16,7 @@ from ds_ddg.execute import Executor
 from ds_ddg.links import Links
 from ds_ddg.wire import StageError
 
-__all__ = ["Together", "farewell", "together", "with_its_data"]
+__all__ = ["Together", "stay_until_the_others_leave", "together", "with_its_data"]
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -49,10 +51,24 @@ def together(method: _Method) -> _Method:
     return run  # type: ignore[return-value]
 
 
-def farewell(links: Links) -> None:
+_open: list[Links] = []
+"""Of every engine of this process, as what they have sent must live on if an engine is dropped before the end."""
+
+
+def stay_until_the_others_leave(links: Links) -> None:
+    """Keep `links` until the process ends, and the process until the other stages have no more use for it."""
+    # Those whose process groups have been destroyed can send and receive nothing any more.
+    _open[:] = [*(other for other in _open if other.usable), links]
+    # atexit alone would miss the processes of torch.multiprocessing.
+    multiprocessing.util.Finalize(None, _farewell, (weakref.ref(links),), exitpriority=10)
+
+
+def _farewell(reference: weakref.ref[Links]) -> None:
     """At exit: leave together, except after an error, when the launcher must hear of it at once."""
-    failed = getattr(sys, "last_value", None) is not None
-    links.farewell(timedelta(seconds=5 if failed else 300))
+    links = reference()
+    if links is not None:
+        failed = getattr(sys, "last_value", None) is not None
+        links.farewell(timedelta(seconds=5 if failed else 300))
 
 
 class Together(Executor):

@@ -346,3 +346,19 @@ def test_memory_is_flat(ranks: GetRanks, schedule: str) -> None:
         assert abs(late[1] - early[1]) < 200, f"objects, {where}"
         assert abs(late[2] - early[2]) <= 1, f"messages, {where}"
         assert late[3] - early[3] < 3 * 2**20, f"bytes, {where}"  # the allocator settles within 2 MB
+
+
+def count_threads(rank: int, world_size: int) -> int:
+    engine = tiny_engine(world_size, 1, {})
+    data = tiny_batches(4)
+    for _ in range(4):
+        engine.train_batch(data)
+    engine.drain()
+    return len(os.listdir("/proc/self/task"))
+
+
+def test_engines_of_the_past_keep_no_threads(ranks: GetRanks) -> None:
+    """A process group has a thread that wakes up a hundred times a second; links of destroyed ones let go of it."""
+    ranks(2).run(count_threads)
+    counts = [ranks(2).run(count_threads)[0] for _ in range(4)]
+    assert max(counts) == min(counts), counts
