@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
-import tempfile
 import time
 from typing import Any
+
+from processes import run_ranks
 
 FORWARD, BACKWARD = 0.030, 0.060
 
@@ -108,22 +107,7 @@ def rank_main(
 
 def run(num_stages: int, grid: list[int], seconds: float, more: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of the table for one number of stages; time of the slowest stage."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "deepspeed", "deepspeed.runtime.pipe.engine"])
-    results = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [
-            context.Process(
-                target=rank_main, args=(rank, num_stages, grid, seconds, more, f"{folder}/store", results), daemon=True
-            )
-            for rank in range(num_stages)
-        ]
-        for process in ranks:
-            process.start()
-        multiprocessing.connection.wait([process.sentinel for process in ranks])
-        measured = [results.get(timeout=60) for _ in ranks]
-        for process in ranks:
-            process.join()
+    measured = run_ranks(rank_main, num_stages, grid, seconds, more)
     rows = []
     for index, micro_batches in enumerate(grid):
         ideal = micro_batches * (FORWARD + BACKWARD)

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import statistics
-import tempfile
 import time
 from typing import Any
+
+from processes import run_ranks
 
 MICRO_BATCH = 32
 
@@ -66,23 +65,7 @@ def rank_main(rank: int, num_stages: int, micro_batches: int, calls: int, store:
 
 def run(num_stages: int, micro_batches: int, calls: int) -> tuple[float, list[int], float | None]:
     """Samples per second of the slowest stage, the split, and its predicted efficiency."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "deepspeed", "deepspeed.runtime.pipe.engine"])
-    results = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [
-            context.Process(
-                target=rank_main, args=(k, num_stages, micro_batches, calls, f"{folder}/store", results), daemon=True
-            )
-            for k in range(num_stages)
-        ]
-        for process in ranks:
-            process.start()
-        multiprocessing.connection.wait([process.sentinel for process in ranks])
-        measured = [results.get(timeout=60) for _ in ranks]
-        for process in ranks:
-            process.join()
-    return min(measured)
+    return min(run_ranks(rank_main, num_stages, micro_batches, calls))
 
 
 def main() -> None:

@@ -43,6 +43,17 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As on the ranks: the number of threads decides in which order a matrix product adds up."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], Ranks]]:
     """`ranks(4).run(fn, *args)`: processes that the whole session shares, see `distributed.Ranks`."""

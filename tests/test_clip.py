@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,12 @@ import toy
 from distributed import Ranks
 from test_engine_resources import census
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GetRanks = Callable[[int], Ranks]
 
 CLIP, CALLS, REFILL = 0.05, 10, 4
 MODES = list(itertools.product(("stash", "current"), ("keep", "recompute")))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As on the ranks: the number of threads decides in which order a matrix product adds up."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def train_engine(

@@ -18,20 +18,13 @@ from torch import Tensor, nn
 import toy
 from distributed import Ranks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GetRanks = Callable[[int], Ranks]
 
 STAGES = (1, 2, 3, 4)
 MODES = tuple(product(("stash", "current"), ("keep", "recompute")))
 CALLS, REFILL = 10, 3
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As on the ranks: the number of threads decides in which order a matrix product adds up."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

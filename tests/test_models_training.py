@@ -19,19 +19,12 @@ from test_models_transformers import build_config
 
 pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GetRanks = Callable[[int], Ranks]
 
 CALLS = 4
 MODES = list(itertools.product(("stash", "current"), ("keep", "recompute")))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As on the ranks: the number of threads decides in which order a matrix product adds up."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def without_dropout(name: str) -> list[Any]:

@@ -20,6 +20,8 @@ from distributed import Ranks
 from ds_ddg import reference
 from test_engine_resources import census
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GetRanks = Callable[[int], Ranks]
 
 WIDTH, CALLS, REFILL = 12, 8, 2
@@ -77,15 +79,6 @@ FORMATS = {
 def proving(what: str = "", exact: bool = True, names: Iterable[str] = FORMATS) -> list[Any]:
     """The formats as parameters of a test that proves `what` with them."""
     return [pytest.param(name, marks=pytest.mark.proves(name + what, exact=exact)) for name in names]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As on the ranks: the number of threads decides in which order a matrix product adds up."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def layers(dropout: bool = True) -> list[nn.Module]:

@@ -18,20 +18,13 @@ from ds_ddg.reference import Reference
 from test_engine_resources import census
 from test_precision import FORMATS, allow_fp16
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GetRanks = Callable[[int], Ranks]
 
 WORDS, WIDTH = 17, 12
 CALLS, REFILL = 9, 3
 MODES = list(itertools.product(("stash", "current"), ("keep", "recompute")))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As on the ranks: the number of threads decides in which order a matrix product adds up."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Embed(nn.Module):

@@ -1,0 +1,34 @@
+"""One process for each stage, as a launcher starts them, from a server that has imported the slow things already."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+
+def run_ranks(target: Callable[..., None], count: int, *arguments: Any) -> list[Any]:
+    """What `count` processes of ``target(rank, count, *arguments, store, results)`` put into the queue `results`.
+
+    Args:
+        target: a function of a module; `store` is the file for ``init_process_group``'s rendezvous.
+        count: ranks.
+        *arguments: passed on.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "deepspeed", "deepspeed.runtime.pipe.engine"])
+    results = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            context.Process(target=target, args=(rank, count, *arguments, f"{folder}/store", results), daemon=True)
+            for rank in range(count)
+        ]
+        for process in ranks:
+            process.start()
+        multiprocessing.connection.wait([process.sentinel for process in ranks])
+        measured = [results.get(timeout=60) for _ in ranks]
+        for process in ranks:
+            process.join()
+    return measured
