@@ -104,5 +104,6 @@ class Plugin:
         if self.matrix.failed:
             print(f"\n{self.path} is left as it is: {self.matrix.failed} tests failed")
         else:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(str(self.matrix))
             print(f"\nwrote {self.path}")
