@@ -318,6 +318,30 @@ def survivor(outcomes: list[Outcome]) -> Outcome:
     return first
 
 
+def ask_twice(rank: int, world_size: int) -> list[str]:
+    """Of a stage that said why it left, then of one that is gone for good."""
+    outbox, inbox = link(rank)
+    dist.barrier()
+    if rank == 1:
+        outbox.post_error("stage 1 (rank 1) failed: enough")
+        os.kill(os.getpid(), signal.SIGKILL)
+    heard = []
+    for _ in range(3):
+        try:
+            inbox.take(Kind.DATA, what="a gradient")
+        except StageError as error:
+            heard.append(str(error))
+    raise ValueError(" | ".join(heard))
+
+
+def test_asking_the_dead_again_is_answered_again(ranks: GetRanks) -> None:
+    first, _ = ranks(2).run(ask_twice, timeout=30.0, expect_failure=True)
+    assert (first.state, first.exc_type) == ("raised", "ValueError"), str(first)
+    answers = first.message.split(" | ")
+    assert len(answers) == 3, "each time an error, never a hang"
+    assert answers[0] == "stage 1 (rank 1) failed: enough"
+
+
 @pytest.mark.parametrize("when", ["waiting", "busy"])
 def test_lost_sender_is_named(ranks: GetRanks, when: str) -> None:
     outcomes = ranks(2).run(lose_the_sender, when, timeout=TIMEOUT, expect_failure=True)
