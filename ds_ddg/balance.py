@@ -17,7 +17,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Balance", "LayerCost", "balance", "load", "save", "table"]
+__all__ = ["Balance", "LayerCost", "balance", "load", "save", "size", "table"]
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ class Balance:
                 "layers": _span(first, row["layers"]),
                 "forward ms": f"{row['forward_ms']:.3f}",
                 "backward ms": f"{row['backward_ms']:.3f}",
-                "parameters": _size(row["parameter_bytes"]),
-                "memory": _size(row["memory_bytes"]),
+                "parameters": size(row["parameter_bytes"]),
+                "memory": size(row["memory_bytes"]),
                 "share": f"{row['share']:.1%}",
             }
             for first, row in zip(self.parts, self.record()["per_stage"], strict=False)
@@ -223,7 +223,8 @@ def _span(first: int, names: Sequence[str]) -> str:
     return f"{first} {names[0]}{last}"
 
 
-def _size(num_bytes: float) -> str:
+def size(num_bytes: float) -> str:
+    """Bytes for people, in powers of 1000."""
     for unit in ("B", "kB", "MB"):
         if num_bytes < 999.95:
             return f"{num_bytes:.{1 if unit != 'B' else 0}f} {unit}"

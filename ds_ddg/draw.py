@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ def text(timeline: Events, updates: bool = False) -> str:
     for stage, events in _by_stage(timeline).items():
         cells: list[str] = rows.setdefault(stage, [])
         for op, _, _ in events:
-            label = f"{op.kind}{op.micro_batch}"
+            label = op.label
             if op.kind == UPDATE:
                 cells[-1:] = [cell + "*" * updates for cell in cells[-1:]]
             elif op.kind == BACKWARD and cells and BACKWARD not in cells[-1]:
@@ -66,7 +67,7 @@ def clock(timeline: Events, unit: float | None = None) -> str:
     unit = forward if unit is None else unit
     if not unit > 0:
         raise ValueError(f"the unit of time of a picture must be above 0, got {unit}")
-    width = 1 + max((len(f"{op.kind}{op.micro_batch}") for events in rows.values() for op, _, _ in events), default=0)
+    width = 1 + max((len(op.label) for events in rows.values() for op, _, _ in events), default=0)
     num_columns = round((end - begin) / unit)
     lines = {}
     for stage, events in rows.items():
@@ -75,7 +76,7 @@ def clock(timeline: Events, unit: float | None = None) -> str:
             # The first column whose middle is not before the start, and the same for the end.
             first, last = (_columns(time - begin, unit) * width for time in (start, stop))
             if first < last:
-                box = f"{op.kind}{op.micro_batch}".ljust(last - first - 1, "-" if last - first > width else " ") + " "
+                box = op.label.ljust(last - first - 1, "-" if last - first > width else " ") + " "
                 line = line[:first] + box + line[last:]
         lines[stage] = line
     return _lines(lines)
@@ -113,7 +114,7 @@ def trace(timelines: Events | Mapping[str, Events]) -> dict[str, Any]:
                 events.append(
                     {
                         "ph": "X",
-                        "name": f"{op.kind}{op.micro_batch}",
+                        "name": op.label,
                         "cat": STYLES[op.kind][4],
                         "pid": pid,
                         "tid": 0,
@@ -186,11 +187,16 @@ def _save_picture(panels: Mapping[str, Rows], path: Path) -> None:
 
 
 def _draw_row(ax: Axes, stage: int, row: Row, room: float) -> None:
-    """The operations of one stage; `room` is inches per unit of time, and a number that would not fit is left out."""
-    for kind, (face, edge, ink, hatch, _) in STYLES.items():
-        of_kind = [(op, start, end) for op, start, end in row if op.kind == kind]
+    """The operations of one stage, those of its second chunk less high.
+
+    `room` is inches per unit of time, and a number that would not fit is left out.
+    """
+    for (kind, (face, edge, ink, hatch, _)), chunk in product(STYLES.items(), (0, 1)):
+        of_kind = [(op, start, end) for op, start, end in row if (op.kind, op.chunk) == (kind, chunk)]
         boxes = [(start, end - start) for _, start, end in of_kind if end > start]
-        ax.broken_barh(boxes, (stage - 0.4, 0.8), fc=face, ec=edge, hatch=hatch, linewidth=0.6, hatch_linewidth=0.4)
+        height = 0.5 if chunk else 0.8
+        ax.broken_barh(boxes, (stage - height / 2, height), fc=face, ec=edge, hatch=hatch, linewidth=0.6,
+                       hatch_linewidth=0.4)  # fmt: skip
         # An operation without duration is a mark between the boxes.
         marks = [start for _, start, end in of_kind if end == start]
         ax.vlines(marks, stage - 0.48, stage + 0.48, color=edge, linewidth=1.6)

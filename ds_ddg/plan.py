@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-__all__ = ["BACKWARD", "FORWARD", "UPDATE", "DDGPlan", "OneFOneBPlan", "Op", "Plan"]
+__all__ = ["BACKWARD", "FORWARD", "UPDATE", "DDGPlan", "Op", "Plan"]
 
 FORWARD, BACKWARD, UPDATE = "F", "B", "U"
 
@@ -32,17 +32,25 @@ class Op(NamedTuple):
     stage: int
     micro_batch: int
     """The micro-batch; for an update, the newest micro-batch whose gradient is in it."""
+    chunk: int = 0
+    """Which part of the stage, where a schedule gives it two; the second prints as ``2B5'``."""
 
     def __str__(self) -> str:
-        return f"{self.stage}{self.kind}{self.micro_batch}"
+        return f"{self.stage}{self.label}"
+
+    @property
+    def label(self) -> str:
+        """What it is where the stage is clear from the context: ``B5``."""
+        return f"{self.kind}{self.micro_batch}" + "'" * self.chunk
 
     @classmethod
     def parse(cls, text: str) -> Op:
         """Reverse of ``str(op)``; ValueError if `text` is not of that form."""
         for kind in (FORWARD, BACKWARD, UPDATE):
             stage, found, micro_batch = text.partition(kind)
-            if found and stage.isdigit() and micro_batch.isdigit():
-                return cls(kind, int(stage), int(micro_batch))
+            number = micro_batch.removesuffix("'")
+            if found and stage.isdigit() and number.isdigit():
+                return cls(kind, int(stage), int(number), int(number != micro_batch))
         raise ValueError(f"{text!r} is not an operation: expected stage, F, B or U, micro-batch, such as 2B5")
 
 
@@ -50,6 +58,8 @@ class Plan:
     """What every stage does in every call. Subclasses give the order; the dependency rule is common to all."""
 
     name = ""
+    num_chunks = 1
+    """Parts of the model on each stage. Two make a V: down all stages with the first, up again with the second."""
 
     def __init__(self, num_stages: int, micro_batches: int = 1) -> None:
         if num_stages < 1 or micro_batches < 1:
@@ -81,13 +91,22 @@ class Plan:
 
     def needs(self, op: Op) -> list[Op]:
         """What must be finished, on any stage, before `op` may start. The only dependency rule there is."""
-        kind, stage, n = op
-        if kind == FORWARD:
-            return [Op(FORWARD, stage - 1, n)] if stage > 0 else []
-        if kind == BACKWARD:
-            below = [Op(BACKWARD, stage + 1, n)] if stage < self.num_stages - 1 else []
-            return [Op(FORWARD, stage, n), *below]
-        return [Op(BACKWARD, stage, n)]
+        if op.kind == UPDATE:
+            return [op._replace(kind=BACKWARD, chunk=chunk) for chunk in range(self.num_chunks)]
+        before = self._along(op, -1)
+        if op.kind == FORWARD:
+            return [] if before is None else [before]
+        behind = self._along(op, +1)
+        return [op._replace(kind=FORWARD), *([] if behind is None else [behind])]
+
+    def _along(self, op: Op, step: int) -> Op | None:
+        """The same work `step` places further on the way of a micro-batch through the model; None outside of it."""
+        turn = 2 * self.num_stages - 1  # the V is its own mirror image
+        place = (turn - op.stage if op.chunk else op.stage) + step
+        if not 0 <= place < self.num_stages * self.num_chunks:
+            return None
+        chunk = int(place >= self.num_stages)
+        return op._replace(stage=turn - place if chunk else place, chunk=chunk)
 
     def delay(self, stage: int) -> int:
         """Micro-batches between a forward and the tick that uses its gradient (0: no staleness)."""
@@ -102,7 +121,7 @@ class Plan:
         return self.staleness(stage) + 1
 
     def activations(self, stage: int) -> int:
-        """Micro-batches whose activations are alive on `stage` at once, at most."""
+        """Forward passes, each through one chunk, whose activations are alive on `stage` at once, at most."""
         raise NotImplementedError
 
 
@@ -139,7 +158,7 @@ class DDGPlan(Plan):
         """M ticks, then one update with what their backward passes accumulated (none yet: no update)."""
         first = call * self.micro_batches
         ops = [op for n in range(first, first + self.micro_batches) for op in self.tick(stage, n, start)]
-        return ops + [Op(UPDATE, *op[1:]) for op in ops if op.kind == BACKWARD][-1:]
+        return ops + [op._replace(kind=UPDATE) for op in ops if op.kind == BACKWARD][-1:]
 
     def drain(self, stage: int, end: int, start: int = 0) -> list[Op]:
         """The backward passes in flight, an update whenever M have accumulated and one for the rest."""
@@ -150,23 +169,3 @@ class DDGPlan(Plan):
             if count % self.micro_batches == 0 or count == len(in_flight):
                 ops.append(Op(UPDATE, stage, n))
         return ops
-
-
-class OneFOneBPlan(Plan):
-    """DeepSpeed's ``TrainSchedule``: 1F1B with a flush at the end of every call. Here for comparison."""
-
-    name = "1f1b"
-
-    def activations(self, stage: int) -> int:
-        return min(self.num_stages - stage, self.micro_batches)
-
-    def call(self, stage: int, call: int, start: int = 0) -> list[Op]:
-        first = call * self.micro_batches
-        batch = range(first, first + self.micro_batches)
-        ahead = self.activations(stage) - 1
-        ops = [Op(FORWARD, stage, n) for n in batch[:ahead]]
-        for n in batch:
-            if n + ahead in batch:
-                ops.append(Op(FORWARD, stage, n + ahead))
-            ops.append(Op(BACKWARD, stage, n))
-        return [*ops, Op(UPDATE, stage, batch[-1])]

@@ -47,6 +47,7 @@ class Cost:
     """Relative time of each stage's operations, for uneven stages; empty: all equal."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", tuple(self.scale))  # hashable
         for name in ("forward", "backward", "update", "link", "num_bytes", "scale"):
             value = getattr(self, name)
             if not all(0 <= number < inf for number in (value if name == "scale" else [value])):
@@ -54,9 +55,10 @@ class Cost:
         if not self.bandwidth > 0:
             raise ValueError(f"cost 'bandwidth' must be above 0, got {self.bandwidth!r}; leave it out if unlimited")
 
-    def of(self, op: Op) -> float:
-        """Time that `op` keeps its stage busy."""
-        time = {FORWARD: self.forward, BACKWARD: self.backward, UPDATE: self.update}[op.kind]
+    def of(self, op: Op, num_chunks: int = 1) -> float:
+        """Time that `op` keeps its stage busy; a forward or backward is of one of the stage's chunks."""
+        share = 1 if op.kind == UPDATE else 1 / num_chunks
+        time = {FORWARD: self.forward, BACKWARD: self.backward, UPDATE: self.update}[op.kind] * share
         return time * self.scale[op.stage] if self.scale else time
 
     @property
@@ -116,7 +118,7 @@ class Timeline:
         return 1 - sum(map(self.busy, range(self.num_stages))) / self.num_stages
 
     def peak_activations(self, stage: int) -> int:
-        """Most micro-batches with a forward begun and no backward finished, counted."""
+        """Most forward passes begun whose backward is not finished, counted."""
         return max((len(alive) for _, _, alive in self._states(stage)), default=0)
 
     def peak_versions(self, stage: int) -> int:
@@ -126,20 +128,21 @@ class Timeline:
     def staleness(self, stage: int) -> int:
         """Most updates between a forward and the update that uses its gradient, counted."""
         backwards = (state for state in self._states(stage) if state[0].kind == BACKWARD)
-        return max((version - alive[op.micro_batch] for op, version, alive in backwards), default=0)
+        return max((version - alive[op._replace(kind=FORWARD)] for op, version, alive in backwards), default=0)
 
-    def _states(self, stage: int) -> Iterator[tuple[Op, int, dict[int, int]]]:
-        """At each operation: the version of the weights, and those that the micro-batches in flight saw."""
+    def _states(self, stage: int) -> Iterator[tuple[Op, int, dict[Op, int]]]:
+        """At each operation: the version of the weights, and those that the forward passes in flight saw."""
         version = 0
-        alive: dict[int, int] = {}
+        alive: dict[Op, int] = {}
         for op, _, _ in self.rows[stage]:
+            forward = op._replace(kind=FORWARD)
             if op.kind == UPDATE:
                 version += 1
             else:
-                alive.setdefault(op.micro_batch, version)
+                alive.setdefault(forward, version)
             yield op, version, alive
             if op.kind == BACKWARD:
-                del alive[op.micro_batch]
+                del alive[forward]
 
     def _steady(self, stage: int) -> list[Event]:
         """The update before the later half of the calls of `stage`, and all from there to the last call's update."""
@@ -222,7 +225,7 @@ def replay(
         """Take the next step of `stage`; False if it has to wait."""
         verb, op, peer, _ = todo[stage][0]
         if verb == "run":
-            done[op] = Event(op, clock[stage], clock[stage] + cost.of(op))
+            done[op] = Event(op, clock[stage], clock[stage] + cost.of(op, plan.num_chunks))
             clock[stage] = done[op].end
         elif verb == "wait" and op not in done:
             return False

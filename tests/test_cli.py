@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 
+from ds_ddg.balance import LayerCost, save
 from ds_ddg.cli import main
 
 
@@ -66,32 +68,87 @@ def test_plan_writes_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert len(boxes) == 12
 
 
+def test_plan_of_two_chunks(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = run(capsys, "plan --stages 2 --micro-batches 4 --schedule dualpipev --calls 1 --clock")
+    assert "stage 1 | .   F0  F0' F1  F1' F2  B0'---- F2' B0-----" in answer
+    assert "' of the stage's second chunk; one column" in answer
+    assert "    0      0          0         1          2.5\n" in answer
+
+
 def test_simulate_compares_over_lists(capsys: pytest.CaptureFixture[str]) -> None:
     """The design's numbers: 1F1B takes (M+K-1)/M as long, and slack 1 hides half a tick of latency."""
-    records = json.loads(run(capsys, "simulate --stages 4 --micro-batches 1,4 --link 0,1.5 --slack 0,1 --json"))
-    assert [(r["micro_batches"], r["link"], r["schedule"], r["slack"], r["efficiency"]) for r in records] == [
-        (1, 0, "1f1b", None, 0.25),
-        (1, 0, "ddg", 0, 1),
-        (1, 0, "ddg", 1, 1),
-        (1, 1.5, "1f1b", None, round(3 / (12 + 6 * 1.5), 4)),
-        (1, 1.5, "ddg", 0, round(1 / 1.75, 4)),
-        (1, 1.5, "ddg", 1, 1),
-        (4, 0, "1f1b", None, round(4 / 7, 4)),
-        (4, 0, "ddg", 0, 1),
-        (4, 0, "ddg", 1, 1),
-        (4, 1.5, "1f1b", None, records[9]["efficiency"]),
-        (4, 1.5, "ddg", 0, round(1 / 1.75, 4)),
-        (4, 1.5, "ddg", 1, 1),
-    ]
-    assert 0 < records[9]["efficiency"] < round(4 / 7, 4)
+    answer = json.loads(run(capsys, "simulate --stages 4 --micro-batches 1,4 --link 0,1.5 --slack 0,1 --json"))
+    assert list(answer) == ["setups"]
+    found = {(r["micro_batches"], r["link"], r["schedule"], r["slack"]): r["efficiency"] for r in answer["setups"]}
+    for m, link in product((1, 4), (0, 1.5)):
+        assert found[m, link, "one device", None] == 1
+        assert found[m, link, "ddg", 0] == round(1 / (1 + link / 2), 4)
+        assert found[m, link, "ddg", 1] == 1
+        assert found[m, link, "gpipe", None] == round(3 * m / (3 * (m + 3) + 6 * link), 4)
+    assert found[1, 1.5, "1f1b", None] == round(3 / (12 + 6 * 1.5), 4)
+    assert found[4, 0, "1f1b", None] == round(4 / 7, 4)
+    assert 0 < found[4, 1.5, "1f1b", None] < round(4 / 7, 4)
+    assert len(answer["setups"]) == len(found) == 4 * 5
+
+
+def test_simulate_includes_dualpipev_where_it_can_run(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = run(capsys, "simulate --stages 2 --micro-batches 2,4 --slack 0")
+    rows = [line.split() for line in answer.splitlines()]
+    assert [row[1:5] for row in rows if row[3:4] == ["dualpipev"]] == [["4", "0", "dualpipev", "-"]]
+    assert "dualpipev needs M >= 2K, so it is not everywhere (K = 2)" in answer
 
 
 def test_simulate_with_uneven_stages_against_one_device(capsys: pytest.CaptureFixture[str]) -> None:
     """Work 3 + 6 on one device; the slower stage needs 6 for it: 9/6 on two devices."""
     answer = run(capsys, "simulate --stages 2 --scale 1,2 --slack 0").splitlines()
-    header = "stages  micro_batches  link  schedule  slack  time_per_call  speedup  efficiency  staleness  versions"
+    header = "stages  micro_batches  link    schedule  slack  time_per_call  speedup  efficiency  staleness  versions"
     assert answer[0] == header + "  activations"
-    assert answer[2].split() == ["2", "1", "0", "ddg", "0", "6", "1.5", "0.75", "1", "2", "2"]
+    assert answer[3].split() == ["2", "1", "0", "ddg", "0", "6", "1.5", "0.75", "1", "2", "2"]
+    assert answer[4].split() == ["2", "1", "0", "one", "device", "-", "9", "1", "1", "0", "1", "1"]
+
+
+def test_simulate_recommends_for_a_memory_limit(capsys: pytest.CaptureFixture[str]) -> None:
+    """Stash and keep need 4 + 4 GB; without versions 1 + 4; without activations too 1 + 1 and inputs."""
+    costs = "--stages 4 --slack 0 --weight-bytes 1G --activation-bytes 1G --bytes 10M"
+    for limit, ending in (
+        ("8G", '"weights": "stash", "activations": "keep": 8.0 GB, 3 per micro-batch'),
+        ("5G", '"weights": "current", "activations": "keep": 5.0 GB, 3 per micro-batch'),
+        ("4G", '"weights": "current", "activations": "recompute": 2.0 GB, 4 per micro-batch'),
+    ):
+        last = run(capsys, f"simulate {costs} --memory-limit {limit}").splitlines()[-1]
+        assert last == f"K = 4, link 0, at most {limit[0]}.0 GB a stage: take ddg, K = 4 stages, M = 1, {ending}"
+    last = run(capsys, f"simulate {costs} --memory-limit 1G").splitlines()[-1]
+    assert "nothing fits; the least is 2.0 GB (gpipe" in last
+    answer = json.loads(run(capsys, f"simulate {costs} --memory-limit 5G --json"))
+    assert answer["recommended"][0]["weights"] == "current"
+    assert answer["setups"][2]["memory"] == [8e9, 6e9, 4e9, 2e9]
+
+
+def test_simulate_recommends_1f1b_where_it_is_as_fast(capsys: pytest.CaptureFixture[str]) -> None:
+    costs = "--stages 2 --micro-batches 1,256 --weight-bytes 1G --activation-bytes 1G --memory-limit 80G"
+    assert "take 1f1b, K = 2 stages, M = 256: 3.0 GB" in run(capsys, f"simulate {costs}")
+
+
+def test_simulate_from_a_profile(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    layers = [LayerCost(f"layer{n}", 1.0, 2.0, 1000, 500, 100) for n in range(3)]
+    save(layers, tmp_path / "profile.json")
+    command = f"simulate --stages 3 --profile {tmp_path}/profile.json --slack 0 --json"
+    ddg = json.loads(run(capsys, command))["setups"][2]
+    assert (ddg["time_per_call"], ddg["memory"]) == (3.0, [4500, 3000, 1500])
+    slow = json.loads(run(capsys, f"{command} --bandwidth 20"))["setups"][2]
+    assert slow["time_per_call"] > 5  # 100 bytes take 5 ms
+    assert "--forward and --profile" in run(capsys, f"{command} --forward 2", status=2)
+
+
+def test_simulate_draws_curves_of_a_sweep_and_timelines_of_one(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run(capsys, f"simulate --stages 2 --micro-batches 1,4 --link 0,1 --out {tmp_path}/sweep.svg")
+    curves = (tmp_path / "sweep.svg").read_text()
+    for text in ("micro-batches per call, M", "ddg, slack 1", "1f1b", "dualpipev", "K = 2", "link = 1"):
+        assert text in curves
+    run(capsys, f"simulate --stages 2 --out {tmp_path}/one.svg")
+    assert "gpipe, K = 2 stages, M = 1, link 0" in (tmp_path / "one.svg").read_text()
 
 
 @pytest.mark.parametrize(
@@ -104,7 +161,13 @@ def test_simulate_with_uneven_stages_against_one_device(capsys: pytest.CaptureFi
         ("plan --stages 2 --out plan.gif", "must end in .svg, .png or .json"),
         ("plan --stages 2 --out /no/such/folder/plan.json", "No such file or directory"),
         ("simulate --stages 2 --link -1", "cost 'link' must be finite and 0 or more, got -1.0"),
-        ("simulate --stages 3 --scale 1,2", "one number for each of 3 stages, got [1.0, 2.0]"),
+        ("simulate --stages 3 --scale 1,2", "one number for each of 3 stages, got (1.0, 2.0)"),
+        ("plan --stages 4 --micro-batches 7 --schedule dualpipev", "at least 8 for 4 stages, got 7"),
+        ("plan --stages 4 --schedule gpipe --slack 1", "--slack 1 has no meaning for gpipe"),
+        ("simulate --stages 3 --weight-bytes 1,2", "--weight-bytes must be one number, or one for each of 3 stages"),
+        ("simulate --stages 3 --memory-limit 2G", "--memory-limit needs to know what a stage keeps"),
+        ("simulate --stages 3 --weight-bytes -1", "weight_bytes must be finite and 0 or more, got [-1.0"),
+        ("simulate --stages 3,4 --out sweep.gif", "must end in .svg or .png"),
     ],
 )
 def test_bad_values_end_with_a_message(capsys: pytest.CaptureFixture[str], arguments: str, message: str) -> None:
@@ -113,7 +176,9 @@ def test_bad_values_end_with_a_message(capsys: pytest.CaptureFixture[str], argum
     assert message in error
 
 
-@pytest.mark.parametrize("arguments", ["", "plan", "simulate --stages 2,x", "plan --stages two"])
+@pytest.mark.parametrize(
+    "arguments", ["", "plan", "simulate --stages 2,x", "plan --stages two", "simulate --stages 2 --bytes 5Q"]
+)
 def test_bad_syntax_ends_as_in_argparse(capsys: pytest.CaptureFixture[str], arguments: str) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments.split())

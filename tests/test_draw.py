@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from ds_ddg.draw import clock, save, text, trace
-from ds_ddg.plan import DDGPlan, OneFOneBPlan, Op
+from ds_ddg.plan import DDGPlan, Op
 from ds_ddg.simulate import Cost, replay
+from ds_ddg.synchronous import DualPipeVPlan, OneFOneBPlan
 
 
 def lines(picture: str) -> list[str]:
@@ -47,6 +48,13 @@ def test_clock_shows_the_bubble_of_1f1b() -> None:
         stage 2 | .  .  F0 B0--- .  .  .  .  .  .  F1 B1--- .  .  .  .
     """
     )
+
+
+def test_second_chunks_are_marked() -> None:
+    assert lines(clock(replay(DualPipeVPlan(1, 2), 1))) == lines("""
+        stage 0 | F0  F0' F1  B0'---- F1' B0----- B1'---- B1-----
+    """)
+    assert lines(text(replay(DualPipeVPlan(1, 2), 1))) == ["stage 0 | F0     F0'    F1B0'  F1'B0  B1'    B1"]
 
 
 def test_clock_shows_that_ddg_has_none() -> None:

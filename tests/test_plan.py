@@ -6,7 +6,8 @@ from itertools import product
 
 import pytest
 
-from ds_ddg.plan import BACKWARD, FORWARD, UPDATE, DDGPlan, OneFOneBPlan, Op, Plan
+from ds_ddg.plan import BACKWARD, FORWARD, UPDATE, DDGPlan, Op, Plan
+from ds_ddg.synchronous import DualPipeVPlan, GPipePlan, OneFOneBPlan
 
 
 def ddg_plans(num_stages: int) -> list[DDGPlan]:
@@ -54,6 +55,10 @@ def test_is_algorithm_1_of_the_paper(num_stages: int) -> None:
         (OneFOneBPlan(3, 4), 1, ["F0 F1 B0 F2 B1 F3 B2 B3 U3"]),
         (OneFOneBPlan(3, 4), 2, ["F0 B0 F1 B1 F2 B2 F3 B3 U3"]),
         (OneFOneBPlan(3, 1), 0, ["F0 B0 U0", "F1 B1 U1"]),
+        (GPipePlan(3, 2), 0, ["F0 F1 B0 B1 U1", "F2 F3 B2 B3 U3"]),
+        (DualPipeVPlan(1, 2), 0, ["F0 F0' F1 B0' F1' B0 B1' B1 U1", "F2 F2' F3 B2' F3' B2 B3' B3 U3"]),
+        (DualPipeVPlan(2, 4), 0, ["F0 F1 F2 F0' B0' F1' F3 B1' F2' B0 B2' F3' B1 B3' B2 B3 U3"]),
+        (DualPipeVPlan(2, 4), 1, ["F0 F0' F1 F1' F2 B0' F2' B0 F3 B1' F3' B1 B2' B2 B3' B3 U3"]),
     ],
 )
 def test_calls(plan: Plan, stage: int, calls: list[str]) -> None:
@@ -62,15 +67,30 @@ def test_calls(plan: Plan, stage: int, calls: list[str]) -> None:
 
 @pytest.mark.parametrize("num_stages", range(1, 9))
 def test_every_stage_learns_from_every_micro_batch_once(num_stages: int) -> None:
-    one_f_one_b = [OneFOneBPlan(num_stages, m) for m in range(1, 7)]
-    for plan, stage in product([*ddg_plans(num_stages), *one_f_one_b], range(num_stages)):
+    synchronous = [plan(num_stages, m) for plan in (OneFOneBPlan, GPipePlan) for m in range(1, 7)]
+    dualpipev = [DualPipeVPlan(num_stages, m) for m in (2 * num_stages, 2 * num_stages + 1, 4 * num_stages)]
+    for plan, stage in product([*ddg_plans(num_stages), *synchronous, *dualpipev], range(num_stages)):
         everything = list(range(3 * plan.micro_batches))
         ops = list(plan.stream(stage, 3, drain=True))
-        assert of_kind(ops, FORWARD) == everything
-        assert of_kind(ops, BACKWARD) == everything
+        for chunk, kind in product(range(plan.num_chunks), (FORWARD, BACKWARD)):
+            assert of_kind([op for op in ops if op.chunk == chunk], kind) == everything
         assert ops[-1] == Op(UPDATE, stage, everything[-1])
         place = {op: i for i, op in enumerate(ops)}
         assert all(place[need] < place[op] for op in ops for need in plan.needs(op) if need.stage == stage)
+
+
+@pytest.mark.parametrize(("num_stages", "micro_batches"), [(1, 2), (2, 4), (3, 7), (4, 16), (8, 16)])
+def test_dualpipev_is_deepspeeds(num_stages: int, micro_batches: int) -> None:
+    from deepspeed.runtime.pipe.schedule import BackwardPass, DualPipeVSchedule, ForwardPass
+
+    kinds = {ForwardPass: FORWARD, BackwardPass: BACKWARD}
+    for stage in range(num_stages):
+        steps = [step for steps in DualPipeVSchedule(micro_batches, num_stages, stage).steps() for step in steps]
+        passes = [step for step in steps if type(step) in kinds]
+        ours = DualPipeVPlan(num_stages, micro_batches).call(stage, 0)[:-1]
+        assert ours == [
+            Op(kinds[type(p)], stage, p.buffer_id % micro_batches, p.buffer_id // micro_batches) for p in passes
+        ]
 
 
 @pytest.mark.parametrize("num_stages", range(1, 9))
@@ -126,6 +146,22 @@ def test_needs_is_the_way_of_a_micro_batch_through_the_pipeline() -> None:
     assert needs == {"0F4": [], "2F4": ["1F4"], "2B4": ["2F4"], "0B4": ["0F4", "1B4"], "1U4": ["1B4"]}
 
 
+def test_needs_goes_down_the_v_and_up_again() -> None:
+    plan = DualPipeVPlan(3, 6)
+    texts = ("0F4", "2F4", "2F4'", "0F4'", "0B4'", "2B4'", "2B4", "0B4", "1U4")
+    assert {text: [str(need) for need in plan.needs(Op.parse(text))] for text in texts} == {
+        "0F4": [],
+        "2F4": ["1F4"],
+        "2F4'": ["2F4"],
+        "0F4'": ["1F4'"],
+        "0B4'": ["0F4'"],
+        "2B4'": ["2F4'", "1B4'"],
+        "2B4": ["2F4", "2B4'"],
+        "0B4": ["0F4", "1B4"],
+        "1U4": ["1B4", "1B4'"],
+    }
+
+
 @pytest.mark.parametrize(
     ("plan", "delay", "staleness", "versions", "activations"),
     [
@@ -134,6 +170,8 @@ def test_needs_is_the_way_of_a_micro_batch_through_the_pipeline() -> None:
         (DDGPlan(4, 3), [3, 2, 1, 0], [1, 1, 1, 0], [2, 2, 2, 1], [4, 3, 2, 1]),
         (DDGPlan(3, 2, slack=1), [4, 2, 0], [2, 1, 0], [3, 2, 1], [5, 3, 1]),
         (OneFOneBPlan(4, 2), [0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [2, 2, 2, 1]),
+        (GPipePlan(2, 6), [0, 0], [0, 0], [1, 1], [6, 6]),
+        (DualPipeVPlan(2, 6), [0, 0], [0, 0], [1, 1], [5, 5]),  # passes through half of a stage each
     ],
 )
 def test_table_of_delays(
@@ -147,13 +185,13 @@ def test_table_of_delays(
     assert [plan.activations(k) for k in stages] == activations
 
 
-@pytest.mark.parametrize("op", [Op(FORWARD, 0, 0), Op(BACKWARD, 2, 5), Op(UPDATE, 12, 3456)])
+@pytest.mark.parametrize("op", [Op(FORWARD, 0, 0), Op(BACKWARD, 2, 5), Op(UPDATE, 12, 3456), Op(FORWARD, 1, 7, 1)])
 def test_text_form_there_and_back(op: Op) -> None:
     assert Op.parse(str(op)) == op
     assert str(Op(BACKWARD, 2, 5)) == "2B5"
 
 
-@pytest.mark.parametrize("text", ["", "F", "2F", "F5", "2X5", "-1F2", "2F-5", "2F5B1", "2 F5", "2f5"])
+@pytest.mark.parametrize("text", ["", "F", "2F", "F5", "2X5", "-1F2", "2F-5", "2F5B1", "2 F5", "2f5", "2F'", "2F5''"])
 def test_parse_refuses_what_is_no_operation(text: str) -> None:
     with pytest.raises(ValueError, match="is not an operation: expected stage, F, B or U"):
         Op.parse(text)
@@ -170,3 +208,8 @@ def test_parse_refuses_what_is_no_operation(text: str) -> None:
 def test_bad_sizes_are_refused(arguments: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DDGPlan(*arguments)
+
+
+def test_dualpipev_needs_two_micro_batches_for_each_stage() -> None:
+    with pytest.raises(ValueError, match="at least 6 for 3 stages, got 5; raise M or use fewer stages"):
+        DualPipeVPlan(3, 5)

@@ -7,14 +7,15 @@ from itertools import pairwise, product
 
 import pytest
 
-from ds_ddg.plan import DDGPlan, OneFOneBPlan, Op, Plan
+from ds_ddg.plan import DDGPlan, Op, Plan
 from ds_ddg.simulate import Cost, Deadlock, Event, Timeline, replay
+from ds_ddg.synchronous import DualPipeVPlan, GPipePlan, OneFOneBPlan
 
 
 def plans(num_stages: int) -> list[Plan]:
-    """Every M in 1 .. 6, DDG with every slack in 0 .. 2, and 1F1B."""
+    """Every M in 1 .. 6, DDG with every slack in 0 .. 2, 1F1B and GPipe."""
     ddg = [DDGPlan(num_stages, m, slack) for m, slack in product(range(1, 7), range(3))]
-    return [*ddg, *(OneFOneBPlan(num_stages, m) for m in range(1, 7))]
+    return [*ddg, *(plan(num_stages, m) for plan in (OneFOneBPlan, GPipePlan) for m in range(1, 7))]
 
 
 def settled(plan: Plan) -> int:
@@ -62,7 +63,21 @@ def test_counts_agree_with_the_formulas_and_there_is_no_bubble(num_stages: int) 
             assert timeline.staleness(stage) == plan.staleness(stage), name
 
 
-@pytest.mark.parametrize("plan", [DDGPlan(4, 1), DDGPlan(3, 2, slack=1), DDGPlan(8, 3), OneFOneBPlan(4, 3)])
+@pytest.mark.parametrize("num_stages", range(1, 9))
+@pytest.mark.parametrize("times", [2, 4])
+def test_dualpipev_keeps_what_it_says_and_has_a_smaller_bubble(num_stages: int, times: int) -> None:
+    """Two thirds of 1F1B's 3(K-1), and half a forward less."""
+    plan = DualPipeVPlan(num_stages, times * num_stages)
+    timeline = replay(plan, 4)
+    assert [timeline.peak_activations(k) for k in range(num_stages)] == [2 * num_stages + 1] * num_stages
+    assert [timeline.peak_versions(k) for k in range(num_stages)] == [1] * num_stages
+    assert timeline.period() == pytest.approx(3 * plan.micro_batches + max(0, 2 * (num_stages - 1) - 0.5))
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [DDGPlan(4, 1), DDGPlan(3, 2, slack=1), DDGPlan(8, 3), OneFOneBPlan(4, 3), GPipePlan(3, 4), DualPipeVPlan(3, 6)],
+)
 def test_every_operation_runs_once_and_after_its_needs(plan: Plan) -> None:
     timeline = replay(plan, 4, Cost(link=0.5), drain=True)
     events = {event.op: event for event in timeline}

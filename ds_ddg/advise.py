@@ -1,0 +1,212 @@
+"""What a set-up costs in time and memory, for every schedule, and which one to take for a memory limit.
+
+Times come from `ds_ddg.simulate`, counts from the plan; a `Model` says what the stages of a model cost. Nothing here
+imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+from math import gcd, inf
+from typing import Any
+
+from .balance import LayerCost, balance
+from .plan import DDGPlan, Plan
+from .simulate import UNIT_COST, Cost, Timeline, replay
+from .synchronous import DualPipeVPlan, GPipePlan, OneFOneBPlan
+
+__all__ = ["Model", "Setup", "candidates", "recommend", "setups", "steady", "title"]
+
+_AS_FAST = 1.01
+"""Setups within one per cent of the fastest are as fast: no measurement could tell them apart."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What each stage costs; bytes are per stage, in order, or empty where they are not known.
+
+    Gradients and optimizer states are the same under every schedule, so they are not counted.
+    """
+
+    cost: Cost
+    weight_bytes: Sequence[float] = ()
+    """One version of a stage's weights."""
+    activation_bytes: Sequence[float] = ()
+    """What one micro-batch keeps on a stage until its backward."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bytes", "activation_bytes"):
+            value = getattr(self, name)
+            if not all(0 <= number < inf for number in value):
+                raise ValueError(f"{name} must be finite and 0 or more, got {list(value)}")
+
+    @classmethod
+    def of_layers(
+        cls, layers: Sequence[LayerCost], num_stages: int, update: float, link: float, bandwidth: float
+    ) -> Model:
+        """Layers as they were measured, in their best split; all times in ms, `bandwidth` in bytes per ms.
+
+        A hop carries what the largest of the stages' outputs is.
+        """
+        split = balance(layers, num_stages)
+        stages, times = split.stages, split.stage_ms
+        mean = sum(times) / num_stages
+        forward = sum(layer.forward_ms for layer in layers) / num_stages
+        cost = Cost(
+            forward,
+            mean - forward,
+            update,
+            link=link,
+            num_bytes=max((stage[-1].output_bytes for stage in stages[:-1]), default=0),
+            bandwidth=bandwidth,
+            scale=tuple(time / mean for time in times) if mean else (),
+        )
+        weights = tuple(float(sum(layer.parameter_bytes for layer in stage)) for stage in stages)
+        return cls(cost, weights, tuple(float(sum(layer.activation_bytes for layer in stage)) for stage in stages))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One way to train `model`: a schedule, and for DDG its two settings."""
+
+    plan: Plan
+    model: Model
+    weights: str = "stash"
+    activations: str = "keep"
+
+    @property
+    def time_per_call(self) -> float:
+        """In the steady state, in the unit of the cost."""
+        return steady(self.plan, self._cost).period()
+
+    @property
+    def time_per_micro_batch(self) -> float:
+        """Likewise."""
+        return self.time_per_call / self.plan.micro_batches
+
+    @property
+    def one_device(self) -> float:
+        """Time of the same call on one device, which does the work of all stages and waits for nobody."""
+        cost, plan = self.model.cost, self.plan
+        scale = sum(cost.scale) if cost.scale else plan.num_stages
+        return scale * (plan.micro_batches * (cost.forward + cost.backward) + cost.update)
+
+    @property
+    def speedup(self) -> float:
+        """Over one device."""
+        return self.one_device / self.time_per_call
+
+    @property
+    def versions(self) -> list[int]:
+        """Of the weights, by stage."""
+        current = self.weights == "current"
+        return [1 if current else self.plan.versions(stage) for stage in range(self.plan.num_stages)]
+
+    @property
+    def memory(self) -> list[float] | None:
+        """Bytes by stage for weights and activations, at most; None if the model does not say."""
+        if not (self.model.weight_bytes or self.model.activation_bytes):
+            return None
+        stages = range(self.plan.num_stages)
+        weights, activations = (
+            values or [0.0] * len(stages) for values in (self.model.weight_bytes, self.model.activation_bytes)
+        )
+        return [n * weights[k] + self._kept(k, activations[k]) for k, n in zip(stages, self.versions, strict=True)]
+
+    def _kept(self, stage: int, activation_bytes: float) -> float:
+        """Bytes of activations alive on `stage`."""
+        passes = self.plan.activations(stage) / self.plan.num_chunks
+        if self._recomputes(stage):
+            return passes * self.model.cost.num_bytes + activation_bytes  # inputs, and the one that is run again
+        return passes * activation_bytes
+
+    def _recomputes(self, stage: int) -> bool:
+        return self.activations == "recompute" and self.plan.delay(stage) > 0
+
+    @property
+    def _cost(self) -> Cost:
+        """With the second forward; the last stage has none, but it is never the one that the others wait for."""
+        cost = self.model.cost
+        return replace(cost, backward=cost.backward + cost.forward) if self._recomputes(0) else cost
+
+    def record(self) -> dict[str, Any]:
+        """As plain data, for a table and for programs."""
+        plan = self.plan
+        memory = self.memory
+        row = {
+            "stages": plan.num_stages,
+            "micro_batches": plan.micro_batches,
+            "link": self.model.cost.link,
+            "schedule": plan.name,
+            "slack": plan.slack if isinstance(plan, DDGPlan) else None,
+            "time_per_call": round(self.time_per_call, 6),
+            "speedup": round(self.speedup, 4),
+            "efficiency": round(self.speedup / plan.num_stages, 4),
+            "staleness": plan.staleness(0),
+            "versions": self.versions[0],
+            "activations": plan.activations(0) / plan.num_chunks,
+        }
+        return row if memory is None else {**row, "memory": [round(stage) for stage in memory]}
+
+    def __str__(self) -> str:
+        if not isinstance(self.plan, DDGPlan):
+            return title(self.plan)
+        return f'{title(self.plan)}, "weights": "{self.weights}", "activations": "{self.activations}"'
+
+
+@lru_cache(maxsize=256)
+def steady(plan: Plan, cost: Cost = UNIT_COST) -> Timeline:
+    """A replay of `plan` long enough for the steady state to be steady."""
+    if not isinstance(plan, DDGPlan):
+        return replay(plan, 4, cost)  # each call starts from an empty pipeline, as the one before
+    # Latency is paid on loops of messages, the longest of d_0 + 1 ticks; calls repeat when both come out even.
+    loop = plan.delay(0) + 1
+    cycle = loop // gcd(loop, plan.micro_batches)
+    return replay(plan, max(4, min(6 * cycle, -(-24 * loop // plan.micro_batches))), cost)
+
+
+def title(plan: Plan) -> str:
+    """What a picture of `plan` is called."""
+    slack = f", slack {plan.slack}" if isinstance(plan, DDGPlan) and plan.slack else ""
+    return f"{plan.name}, K = {plan.num_stages} stages, M = {plan.micro_batches}{slack}"
+
+
+def setups(num_stages: int, micro_batches: int, slacks: Iterable[int], model: Model) -> list[Setup]:
+    """Every schedule that can run with so many micro-batches: synchronous ones, then DDG with each slack."""
+    plans: list[Plan] = [GPipePlan(num_stages, micro_batches), OneFOneBPlan(num_stages, micro_batches)]
+    if micro_batches >= 2 * num_stages:
+        plans.append(DualPipeVPlan(num_stages, micro_batches))
+    plans += [DDGPlan(num_stages, micro_batches, slack) for slack in slacks]
+    return [Setup(plan, model) for plan in plans]
+
+
+def candidates(setup: Setup) -> list[Setup]:
+    """`setup` with every combination of the settings that trade memory for time or for the paper's equation."""
+    if not isinstance(setup.plan, DDGPlan):
+        return [setup]
+    return [
+        replace(setup, weights=weights, activations=activations)
+        for weights, activations in product(("stash", "current"), ("keep", "recompute"))
+    ]
+
+
+def recommend(choices: Sequence[Setup], limit: float = inf) -> Setup | None:
+    """The fastest that keeps every stage within `limit` bytes; None if none does.
+
+    Of those as fast, the least stale (so a synchronous schedule, where it is as fast), then the one that follows the
+    paper's equation ("stash"), then the one that keeps its activations, then the smallest memory.
+    """
+    fitting = [choice for choice in choices if max(choice.memory or [0.0]) <= limit]
+    if not fitting:
+        return None
+    fastest = min(choice.time_per_micro_batch for choice in fitting)
+    as_fast = [choice for choice in fitting if choice.time_per_micro_batch <= _AS_FAST * fastest]
+
+    def rank(choice: Setup) -> tuple[Any, ...]:
+        settings = choice.weights != "stash", choice.activations != "keep"
+        return choice.plan.staleness(0), *settings, max(choice.memory or [0.0]), choice.plan.micro_batches
+
+    return min(as_fast, key=rank)

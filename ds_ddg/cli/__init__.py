@@ -1,0 +1,45 @@
+"""The command line: see what a schedule does to speed, memory and staleness before renting the GPUs.
+
+::
+
+    python -m ds_ddg plan --stages 4 --micro-batches 6                         one schedule, as text or picture
+    python -m ds_ddg simulate --stages 4,8 --micro-batches 1,4 --link 0,0.3    schedules compared under a cost model
+    python -m ds_ddg partition model.py:layers --stages 4                      layers measured, and split into stages
+
+Each command is a module of its own here. None but `partition`, when it has layers to measure, imports torch, so the
+answer comes at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from . import partition, plan, simulate
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status. Bad arguments end with status 2 and a message, as in argparse."""
+    parser = argparse.ArgumentParser(
+        prog="ds-ddg",
+        description="Decoupled delayed gradients for DeepSpeed pipelines: plan, simulate, partition.",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="command")
+    for command in (plan, simulate, partition):
+        name = command.__name__.rpartition(".")[2]
+        command.add_arguments(commands.add_parser(name, help=command.HELP))
+    options = parser.parse_args(arguments)
+    try:
+        answer: str = options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"ds-ddg: error: {error}", file=sys.stderr)
+        return 2
+    try:
+        print(answer, flush=True)
+    except BrokenPipeError:  # the reader has seen enough ("| head"), which is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0

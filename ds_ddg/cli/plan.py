@@ -1,0 +1,80 @@
+"""``ds-ddg plan``: one schedule, as text or picture, and what it keeps on each stage."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from ds_ddg.advise import steady, title
+from ds_ddg.balance import table
+from ds_ddg.draw import clock, save, text
+from ds_ddg.plan import DDGPlan, Plan
+from ds_ddg.simulate import replay
+from ds_ddg.synchronous import DualPipeVPlan, GPipePlan, OneFOneBPlan
+
+from .options import add_output
+
+__all__ = ["HELP", "add_arguments", "shown"]
+
+HELP = "show one schedule: what each stage does, keeps and waits for"
+_SYNCHRONOUS = {plan.name: plan for plan in (OneFOneBPlan, GPipePlan, DualPipeVPlan)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of the command."""
+    parser.set_defaults(run=_run)
+    parser.add_argument("--stages", type=int, required=True, metavar="K", help="pipeline stages")
+    parser.add_argument("--micro-batches", type=int, default=1, metavar="M", help="micro-batches per call (default 1)")
+    parser.add_argument("--slack", type=int, default=0, metavar="S", help="more micro-batches in flight per hop (ddg)")
+    parser.add_argument("--schedule", choices=["ddg", *_SYNCHRONOUS], default="ddg")
+    parser.add_argument("--calls", type=int, metavar="N", help="calls to show (default: up to the steady state)")
+    parser.add_argument("--clock", action="store_true", help="on a common clock, so that the bubble shows")
+    add_output(parser)
+
+
+def shown(plan: Plan) -> int:
+    """Calls that show the pipeline filling and a few ticks of its steady state."""
+    return max(1 + (plan.delay(0) == 0), -(-(plan.delay(0) + 3) // plan.micro_batches))
+
+
+def _run(options: argparse.Namespace) -> str:
+    plan = _chosen(options)
+    calls = shown(plan) if options.calls is None else options.calls
+    if calls < 1:
+        raise ValueError(f"--calls must be 1 or more, got {calls}")
+    timeline = replay(plan, calls, drain=True)
+    if options.out:
+        save({title(plan): timeline}, options.out)
+    stages = [
+        {
+            "stage": stage,
+            "delay": plan.delay(stage),
+            "staleness": plan.staleness(stage),
+            "versions": plan.versions(stage),
+            "activations": plan.activations(stage) / plan.num_chunks,
+        }
+        for stage in range(plan.num_stages)
+    ]
+    bubble = steady(plan).bubble
+    if options.json:
+        streams = [[str(op) for op in plan.stream(stage, calls, drain=True)] for stage in range(plan.num_stages)]
+        record = {"schedule": plan.name, "stages": plan.num_stages, "micro_batches": plan.micro_batches}
+        return json.dumps({**record, "bubble": round(bubble, 6), "per_stage": stages, "operations": streams})
+    picture = clock(timeline) if options.clock else text(timeline, updates=plan.micro_batches > 1)
+    legend = "F forward, B backward, with the number of the micro-batch"
+    legend += ", ' of the stage's second chunk" if plan.num_chunks > 1 else ""
+    legend += "; one column per forward time" if options.clock else "; * update" if plan.micro_batches > 1 else ""
+    return "\n".join(
+        [title(plan), "", picture, legend, "", table(stages), "", f"bubble in steady state: {bubble:.1%}"]
+    )
+
+
+def _chosen(options: argparse.Namespace) -> Plan:
+    if options.schedule == "ddg":
+        return DDGPlan(options.stages, options.micro_batches, options.slack)
+    if options.slack:
+        raise ValueError(
+            f"--slack {options.slack} has no meaning for {options.schedule}, where no gradient is delayed; "
+            "leave it out"
+        )
+    return _SYNCHRONOUS[options.schedule](options.stages, options.micro_batches)

@@ -1,0 +1,173 @@
+"""``ds-ddg simulate``: schedules compared under a cost model, over lists of settings, and the one to take."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from itertools import product
+from math import inf
+from typing import Any
+
+from ds_ddg.advise import Model, Setup, candidates, recommend, setups, title
+from ds_ddg.balance import LayerCost, load, size, table
+from ds_ddg.curves import save_curves
+from ds_ddg.draw import save
+from ds_ddg.simulate import Cost, replay
+
+from .options import add_output, list_of, num_bytes
+from .plan import shown
+
+__all__ = ["HELP", "add_arguments"]
+
+HELP = "compare schedules under a cost model, over lists of settings"
+
+_COSTS: dict[str, tuple[Any, Any, str]] = {
+    "forward": (float, 1.0, "time of a stage's forward (default 1)"),
+    "backward": (float, 2.0, "... of its backward (default 2)"),
+    "update": (float, 0.0, "... of its optimizer step (default 0)"),
+    "bytes": (num_bytes, 0.0, "size of an activation between stages, such as 25M (default 0)"),
+    "scale": (list_of(float), (), "relative time of each stage, X,Y,.. (default equal)"),
+    "weight_bytes": (list_of(num_bytes), (), "size of a stage's weights, such as 1.5G; one number, or one a stage"),
+    "activation_bytes": (list_of(num_bytes), (), "what a micro-batch keeps on a stage until its backward; likewise"),
+}
+"""What a profile says as well."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of the command."""
+    parser.set_defaults(run=_run)
+    lists = "; a list such as 1,4,16 gives a row each"
+    parser.add_argument("--stages", type=list_of(int), required=True, metavar="K", help="pipeline stages" + lists)
+    parser.add_argument(
+        "--micro-batches", type=list_of(int), default=[1], metavar="M", help="micro-batches per call" + lists
+    )
+    parser.add_argument("--slack", type=list_of(int), default=[0, 1], metavar="S", help="slack of ddg" + lists)
+    parser.add_argument("--link", type=list_of(float), default=[0.0], metavar="T", help="latency of a hop" + lists)
+    parser.add_argument("--bandwidth", type=float, default=inf, help="bytes per unit of time of a hop (default: any)")
+    for name, (read, _, text) in _COSTS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=read, metavar="X", help=text)
+    parser.add_argument(
+        "--profile",
+        metavar="FILE.json",
+        help="take these costs from layers as ds-ddg partition --out has measured them; all times are then in ms",
+    )
+    parser.add_argument(
+        "--memory-limit",
+        type=num_bytes,
+        metavar="X",
+        help="bytes of a device for weights and activations, such as 20G, without gradients and optimizer states: "
+        "also say which M, slack, weights and activations to take",
+    )
+    add_output(parser)
+
+
+def _run(options: argparse.Namespace) -> str:
+    layers = _profile(options)
+    cells = []
+    for num_stages, m, link in product(options.stages, options.micro_batches, options.link):
+        cells.append(setups(num_stages, m, options.slack, _model(options, layers, num_stages, link)))
+    rows = [row for cell in cells for row in [*(setup.record() for setup in cell), _one_device(cell[-1])]]
+    if options.out:
+        _save(cells, rows, options)
+    advice = [] if options.memory_limit is None else _advice(cells, options.memory_limit)
+    if options.json:
+        recommended = [setup and _named(setup) for _, setup in advice]
+        return json.dumps({"setups": rows, **({"recommended": recommended} if advice else {})})
+    return "\n".join([table([_cells(row) for row in rows]), "", *_notes(rows), *(text for text, _ in advice)])
+
+
+def _profile(options: argparse.Namespace) -> list[LayerCost] | None:
+    given = [f"--{name.replace('_', '-')}" for name in _COSTS if getattr(options, name) is not None]
+    if options.profile is None:
+        return None
+    # The time of an update is in no profile.
+    if both := [name for name in given if name != "--update"]:
+        raise ValueError(f"{', '.join(both)} and --profile {options.profile} both say what a stage costs; use one")
+    return load(options.profile)
+
+
+def _model(options: argparse.Namespace, layers: list[LayerCost] | None, num_stages: int, link: float) -> Model:
+    given = {name: getattr(options, name) for name in _COSTS}
+    value = {name: _COSTS[name][1] if got is None else got for name, got in given.items()}
+    if layers is not None:
+        return Model.of_layers(layers, num_stages, value["update"], link, options.bandwidth)
+    cost = Cost(value["forward"], value["backward"], value["update"], link, value["bytes"], options.bandwidth,
+                value["scale"])  # fmt: skip
+    return Model(cost, *(_each(name, value[name], num_stages) for name in ("weight_bytes", "activation_bytes")))
+
+
+def _each(name: str, values: Sequence[float], num_stages: int) -> Sequence[float]:
+    """One number for each stage, of which the user may have given only one."""
+    if len(values) not in (0, 1, num_stages):
+        raise ValueError(
+            f"--{name.replace('_', '-')} must be one number, or one for each of {num_stages} stages, got {len(values)}"
+        )
+    return tuple(values) * num_stages if len(values) == 1 else tuple(values)
+
+
+def _one_device(setup: Setup) -> dict[str, Any]:
+    """A row for the same work on one device."""
+    row = setup.record()
+    row |= {"schedule": "one device", "slack": None, "time_per_call": round(setup.one_device, 6)}
+    row |= {"speedup": 1.0, "efficiency": 1.0, "staleness": 0, "versions": 1, "activations": 1.0}
+    if "memory" in row:
+        row["memory"] = [round(sum(setup.model.weight_bytes) + sum(setup.model.activation_bytes))]
+    return row
+
+
+def _cells(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "memory": size(max(row["memory"]))} if "memory" in row else row
+
+
+def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    notes = ["speedup: over one device; efficiency: share of the devices' time spent on work; activations: on stage 0"]
+    if "memory" in rows[0]:
+        notes.append("memory: weights and activations of the fullest stage, without gradients and optimizer states")
+    skipped = sorted({row["stages"] for row in rows if row["micro_batches"] < 2 * row["stages"]})
+    if skipped:
+        notes.append(f"dualpipev needs M >= 2K, so it is not everywhere (K = {', '.join(map(str, skipped))})")
+    return notes
+
+
+def _advice(cells: Sequence[Sequence[Setup]], limit: float) -> list[tuple[str, Setup | None]]:
+    """For each number of stages and latency: the setup to take, in words and as such."""
+    groups: dict[tuple[int, float], list[Setup]] = {}
+    for cell in cells:
+        if cell[0].memory is None:
+            raise ValueError(
+                "--memory-limit needs to know what a stage keeps: add --weight-bytes and --activation-bytes, "
+                "or --profile"
+            )
+        key = cell[0].plan.num_stages, cell[0].model.cost.link
+        groups.setdefault(key, []).extend(choice for setup in cell for choice in candidates(setup))
+    advice: list[tuple[str, Setup | None]] = []
+    for (num_stages, link), choices in groups.items():
+        best = recommend(choices, limit)
+        where = f"K = {num_stages}, link {link:g}, at most {size(limit)} a stage: "
+        if best is None:
+            least = min(choices, key=lambda choice: max(choice.memory or []))
+            advice.append((f"{where}nothing fits; the least is {size(max(least.memory or []))} ({least})", None))
+        else:
+            took = f"{size(max(best.memory or []))}, {best.time_per_micro_batch:g} per micro-batch"
+            advice.append((f"{where}take {best}: {took}", best))
+    return advice
+
+
+def _named(setup: Setup) -> dict[str, Any]:
+    settings = {"weights": setup.weights, "activations_setting": setup.activations} if setup.plan.name == "ddg" else {}
+    return {**setup.record(), **settings}
+
+
+def _save(cells: Sequence[Sequence[Setup]], rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Curves over the longest list; the timelines themselves for a single setting or a trace."""
+    if len(cells) > 1 and not options.out.endswith(".json"):
+        save_curves(rows, options.out)
+        return
+    pictures = {}
+    for cell in cells:
+        calls = max(shown(setup.plan) for setup in cell)
+        for setup in cell:
+            name = f"{title(setup.plan)}, link {setup.model.cost.link:g}"
+            pictures[name] = replay(setup.plan, calls, setup.model.cost, drain=True)
+    save(pictures, options.out)

@@ -1,0 +1,94 @@
+"""The schedules that DDG is compared with: every call ends with a flush, so no gradient is ever stale.
+
+OneFOneBPlan    DeepSpeed's ``TrainSchedule``: a backward as soon as there is one
+GPipePlan       all forward passes, then all backward passes (Huang et al., NeurIPS 2019, arXiv 1811.06965)
+DualPipeVPlan   two chunks a stage, out and back (DeepSeek-V3, arXiv 2412.19437; DeepSpeed's ``dualpipev.py``)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+
+from .plan import BACKWARD, FORWARD, UPDATE, Op, Plan
+
+__all__ = ["DualPipeVPlan", "GPipePlan", "OneFOneBPlan"]
+
+
+class OneFOneBPlan(Plan):
+    """DeepSpeed's ``TrainSchedule``: 1F1B with a flush at the end of every call."""
+
+    name = "1f1b"
+
+    def activations(self, stage: int) -> int:
+        return min(self.num_stages - stage, self.micro_batches)
+
+    def call(self, stage: int, call: int, start: int = 0) -> list[Op]:
+        first = call * self.micro_batches
+        batch = range(first, first + self.micro_batches)
+        ahead = self.activations(stage) - 1
+        ops = [Op(FORWARD, stage, n) for n in batch[:ahead]]
+        for n in batch:
+            if n + ahead in batch:
+                ops.append(Op(FORWARD, stage, n + ahead))
+            ops.append(Op(BACKWARD, stage, n))
+        return [*ops, Op(UPDATE, stage, batch[-1])]
+
+
+class GPipePlan(Plan):
+    """All forward passes of a call, then all its backward passes: as fast as 1F1B, and keeps all M activations."""
+
+    name = "gpipe"
+
+    def activations(self, stage: int) -> int:
+        return self.micro_batches
+
+    def call(self, stage: int, call: int, start: int = 0) -> list[Op]:
+        first = call * self.micro_batches
+        batch = range(first, first + self.micro_batches)
+        passes = [Op(kind, stage, n) for kind in (FORWARD, BACKWARD) for n in batch]
+        return [*passes, Op(UPDATE, stage, batch[-1])]
+
+
+class DualPipeVPlan(Plan):
+    """Stage k holds chunks k and 2K-1-k of the model, so that two streams of work fill each other's bubbles.
+
+    The order is that of DeepSpeed 0.19.8, which does not split a backward pass in two ("zero bubble"). DeepSpeed also
+    sends and receives in batches that all of a step waits for; a replay does not, so it is a little too good.
+    ValueError if there are fewer than 2K micro-batches, as in DeepSpeed.
+    """
+
+    name = "dualpipev"
+    num_chunks = 2
+
+    def __init__(self, num_stages: int, micro_batches: int) -> None:
+        super().__init__(num_stages, micro_batches)
+        if micro_batches < 2 * num_stages:
+            raise ValueError(
+                f"dualpipev needs 2 micro-batches for each stage, at least {2 * num_stages} for {num_stages} stages, "
+                f"got {micro_batches}; raise M or use fewer stages"
+            )
+
+    def activations(self, stage: int) -> int:
+        return 2 * self.num_stages + 1
+
+    def call(self, stage: int, call: int, start: int = 0) -> list[Op]:
+        first, last = call * self.micro_batches, (call + 1) * self.micro_batches - 1
+        numbers: dict[str, Iterator[int]] = {kind + chunk: count(first) for kind in "FB" for chunk in "01"}
+        ops = [Op(step[0], stage, next(numbers[step]), int(step[1])) for step in self._steps(stage)]
+        return [*ops, Op(UPDATE, stage, last)]
+
+    def _steps(self, stage: int) -> list[str]:
+        """Kind and chunk, in order: fill both chunks, alternate, empty both."""
+        behind, ahead = self.num_stages - 1 - stage, stage + 1
+        steady = self.micro_batches - 2 * self.num_stages + ahead
+        phases = [
+            (2 * behind, "F0"),
+            (ahead, "F0 F1"),
+            (behind, "B1 F1"),
+            (steady, "F0 B1 F1 B0"),
+            (behind, "B1 F1 B0"),
+            (ahead, "B1 B0"),
+            (behind, "B0"),
+        ]
+        return [step for times, steps in phases for step in steps.split() * times]
