@@ -41,6 +41,9 @@ class DDGConfig(BaseModel):
     sync_steps: int = Field(default=0, ge=0)
     """The first so many calls run DeepSpeed's 1F1B, then DDG."""
 
+    trace: str | None = Field(default=None, min_length=1)
+    """Folder to record in what each rank does and when, for ``ds-ddg trace``."""
+
     @classmethod
     def parse(cls, block: Mapping[str, Any] | None) -> DDGConfig:
         """Read the block of a DeepSpeed config (None: not there, all defaults).

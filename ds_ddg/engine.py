@@ -24,6 +24,7 @@ from ds_ddg.checkpoints import Checkpoints
 from ds_ddg.config import DDGConfig, refuse_idle_stages, refuse_switch, refuse_unsupported
 from ds_ddg.data import Feed
 from ds_ddg.message import Kind
+from ds_ddg.record import Recorded
 from ds_ddg.schedule import DDGSchedule
 from ds_ddg.tied import Ties
 from ds_ddg.together import Together, stay_until_the_others_leave, together, with_its_data
@@ -32,7 +33,7 @@ from ds_ddg.watch import WatchedLinks
 __all__ = ["DDGEngine", "DDGMixin"]
 
 
-class DDGMixin(Checkpoints, Together):
+class DDGMixin(Checkpoints, Recorded, Together):
     """The delayed schedule on top of any ``PipelineEngine``; see the module's docstring."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -60,6 +61,7 @@ class DDGMixin(Checkpoints, Together):
         )
         self._links = WatchedLinks(self.grid.topology().get_axis_comm_lists("pipe"), self.global_rank, self.plan)
         self._start_reports()
+        self._start_recording()
         if self.fp16_enabled():
             engine: Any = weakref.ref(self)  # the links live longer
             self._links.loss_scale = lambda: float(engine().optimizer.loss_scale)

@@ -25,6 +25,7 @@ DEFAULTS = {
     "clip": "stage",
     "loss": "delayed",
     "sync_steps": 0,
+    "trace": None,
 }
 EVERYTHING = {
     "enabled": False,
@@ -34,6 +35,7 @@ EVERYTHING = {
     "clip": "stage",
     "loss": "exact",
     "sync_steps": 10,
+    "trace": "runs/trace",
 }
 
 
@@ -81,6 +83,8 @@ def test_is_frozen() -> None:
         ("loss", "late", ["'delayed'", "'exact'"]),
         ("sync_steps", -3, ["greater than or equal to 0"]),
         ("sync_steps", "10", ["integer"]),
+        ("trace", "", ["at least 1 character"]),
+        ("trace", True, ["string"]),
     ],
 )
 def test_wrong_value_names_key_value_and_what_is_allowed(key: str, value: Any, allowed: list[str]) -> None:

@@ -1,13 +1,15 @@
-"""The command line: see what a schedule does to speed, memory and staleness before renting the GPUs.
+"""The command line: see what a schedule does to speed, memory and staleness, before renting the GPUs and after.
 
 ::
 
     python -m ds_ddg plan --stages 4 --micro-batches 6                         one schedule, as text or picture
     python -m ds_ddg simulate --stages 4,8 --micro-batches 1,4 --link 0,0.3    schedules compared under a cost model
     python -m ds_ddg partition model.py:layers --stages 4                      layers measured, and split into stages
+    python -m ds_ddg check ds.json --stages 4                                  a config: is it right, what does it do
+    python -m ds_ddg trace runs/trace                                          what each stage of a run really did
 
-Each command is a module of its own here. None but `partition`, when it has layers to measure, imports torch, so the
-answer comes at once.
+Each command is a module of its own here. None imports torch, so the answer comes at once, but `partition`, which
+measures layers, and `check`, which asks DeepSpeed itself.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import partition, plan, simulate
+from . import check, partition, plan, simulate, trace
 
 __all__ = ["main"]
 
@@ -26,10 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status. Bad arguments end with status 2 and a message, as in argparse."""
     parser = argparse.ArgumentParser(
         prog="ds-ddg",
-        description="Decoupled delayed gradients for DeepSpeed pipelines: plan, simulate, partition.",
+        description="Decoupled delayed gradients for DeepSpeed pipelines: plan, simulate, partition, check, trace.",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="command")
-    for command in (plan, simulate, partition):
+    for command in (plan, simulate, partition, check, trace):
         name = command.__name__.rpartition(".")[2]
         command.add_arguments(commands.add_parser(name, help=command.HELP))
     options = parser.parse_args(arguments)

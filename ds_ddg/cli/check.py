@@ -1,0 +1,173 @@
+"""``ds-ddg check``: whether a config is right, by the rules that a run goes by, and what each setting does."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ds_ddg.balance import table
+from ds_ddg.plan import DDGPlan
+
+if TYPE_CHECKING:
+    from ds_ddg.config import DDGConfig
+
+__all__ = ["HELP", "add_arguments"]
+
+HELP = "a DeepSpeed config with its ddg block: is it right, and what does each setting do"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of the command."""
+    parser.set_defaults(run=_run)
+    parser.add_argument("config", metavar="CONFIG.json", help="a DeepSpeed config; imports DeepSpeed to ask it")
+    parser.add_argument("--stages", type=int, default=4, metavar="K", help="pipeline stages (default 4)")
+    parser.add_argument("--replicas", type=int, default=1, metavar="R", help="data-parallel replicas (default 1)")
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+
+
+def _run(options: argparse.Namespace) -> str:
+    for name in ("stages", "replicas"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} must be 1 or more, got {getattr(options, name)}")
+    # What DeepSpeed prints when it is imported must not get between the lines of the answer.
+    with redirect_stdout(sys.stderr):
+        from ds_ddg.config import DDGConfig
+
+        values = _values(options.config)
+        settings = DDGConfig.parse(values.get("ddg"))
+        micro_batches, clipping = _checked(values, settings, options.stages, options.replicas)
+    slack = settings.slack if isinstance(settings.slack, int) else 0
+    plan = DDGPlan(options.stages, micro_batches, slack)
+    effects = _effects(settings, plan, clipping)
+    stages = [_stage(settings, plan, stage) for stage in range(plan.num_stages)] if settings.enabled else []
+    if options.json:
+        effective = {"settings": settings.model_dump(), "effects": effects, "per_stage": stages}
+        return json.dumps({"valid": True, "stages": options.stages, "micro_batches": micro_batches, **effective})
+    given = values.get("ddg") or {}
+    rows = [
+        f"{json.dumps(name)}: {json.dumps(getattr(settings, name))}{'' if name in given else ' (default)'}\n    {text}"
+        for name, text in effects.items()
+    ]
+    return "\n".join(
+        [
+            f"{options.config} is right for K = {options.stages} stages, M = {micro_batches} micro-batches a call, "
+            f"{options.replicas} replica(s)",
+            "",
+            *rows,
+            *(["", table(stages)] if stages else []),
+            "",
+            "What depends on the model (layers on each stage, tied weights, activation checkpointing, the axes of its "
+            "topology)\nis checked when the engine is built.",
+        ]
+    )
+
+
+def _values(path: str) -> dict[str, Any]:
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a block of settings, {{...}}, got {type(values).__name__}")
+    return values
+
+
+def _checked(values: dict[str, Any], settings: DDGConfig, num_stages: int, replicas: int) -> tuple[int, float]:
+    """DeepSpeed's own checks, then the engine's, on a pipeline of `num_stages` plain layers; M, and the clipping.
+
+    Raises:
+        ValueError: with the message that a run would end with.
+    """
+    from types import SimpleNamespace
+
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+    from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+
+    from ds_ddg.config import refuse_unsupported
+
+    class Config(DeepSpeedConfig):
+        def _configure_train_batch_size(self) -> None:
+            self.world_size = replicas  # outside of a run DeepSpeed takes it to be 1
+            super()._configure_train_batch_size()
+
+    try:
+        config = Config(values)
+    except (AssertionError, DeepSpeedConfigError) as error:
+        raise ValueError(f"DeepSpeed refuses the config: {error}") from error
+    pipeline = SimpleNamespace(
+        num_stages=num_stages,
+        _num_layers=num_stages,
+        _layer_specs=[],
+        parts=list(range(num_stages + 1)),
+        activation_checkpoint_interval=0,
+        topology=lambda: PipeDataParallelTopology(num_pp=num_stages, num_dp=replicas),
+    )
+    if settings.enabled:
+        refuse_unsupported(config, pipeline)
+    return int(config.gradient_accumulation_steps), float(config.gradient_clipping)
+
+
+def _stage(settings: DDGConfig, plan: DDGPlan, stage: int) -> dict[str, Any]:
+    recomputes = settings.activations == "recompute" and stage < plan.num_stages - 1
+    return {
+        "stage": stage,
+        "delay": plan.delay(stage),
+        "staleness": plan.staleness(stage),
+        "versions": plan.versions(stage) if settings.weights == "stash" else 1,
+        "graphs": 1 if recomputes else plan.activations(stage),
+        "inputs": plan.activations(stage) if recomputes else None,
+    }
+
+
+def _effects(settings: DDGConfig, plan: DDGPlan, clipping: float) -> dict[str, str]:
+    """What each setting does here, in a sentence."""
+    if not settings.enabled:
+        return {"enabled": "DeepSpeed's own 1F1B; the other settings do nothing"}
+    delay, staleness, held = plan.delay(0), plan.staleness(0), plan.activations(0)
+    enabled = (
+        f"stage k uses gradients (K-1-k)(1 + slack) micro-batches old: {delay} on stage 0, so up to {staleness} "
+        f"update(s) stale, and none on the last"
+    )
+    weights = {
+        "stash": f"a delayed backward sees the weights of its own forward, the paper's equation: up to "
+        f"{plan.versions(0)} version(s) of the weights on stage 0 (one more in bf16, fp16 and ZeRO-1)",
+        "current": "a delayed backward sees the newest weights: no copies, but not the paper's equation",
+    }
+    activations = {
+        "keep": f"the graphs of up to {held} micro-batch(es) wait on stage 0",
+        "recompute": f"the inputs of up to {held} micro-batch(es) wait on stage 0, and every stage but the last runs "
+        "each forward twice",
+    }
+    loss = {
+        "delayed": f"train_batch returns the loss of {staleness} call(s) ago (engine.loss_step says which), and waits "
+        "for none but the first",
+        "exact": "train_batch returns this call's own loss and waits for it, which brings back most of the bubble",
+    }
+    norms = {
+        "stage": f"gradients are clipped to {clipping:g} by the norm of each stage, without a wait",
+        "global": f"gradients are clipped to {clipping:g} by the norm of the whole pipeline {staleness + 2} call(s) "
+        "ago, without a wait",
+    }
+    return {
+        "enabled": enabled,
+        "weights": weights[settings.weights],
+        "activations": activations[settings.activations],
+        "slack": _slack(settings),
+        "clip": norms[settings.clip] if clipping > 0 else 'does nothing: "gradient_clipping" is 0',
+        "loss": loss[settings.loss],
+        "sync_steps": f"the first {settings.sync_steps} call(s) run DeepSpeed's 1F1B, with nothing stale"
+        if settings.sync_steps
+        else "DDG from the first call on",
+        "trace": "records what each rank does, for ds-ddg trace" if settings.trace else "nothing is recorded",
+    }
+
+
+def _slack(settings: DDGConfig) -> str:
+    if settings.slack == 0:
+        return "each hop's latency is paid in every tick; 1 would hide half a tick of it, for twice the delay"
+    hidden = f"{settings.slack / 2:g}"
+    return f"hides a latency of up to {hidden} tick(s) per hop; delays are {1 + settings.slack} times those of slack 0"

@@ -1,0 +1,269 @@
+"""What a rank really did and when, written while it trains; ``ds-ddg trace`` reads it.
+
+``"ddg": {"trace": DIR}`` wraps the instructions of each training call, for the time of that call. A record is one
+operation of the plan with its start and end, and what the gap before it went to: waiting for an activation, a gradient
+or a loss, fetching data, sending, or the training script between two calls. What no name covers is Python.
+
+Instructions also appear by name in a torch profile, while one is being taken.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing.util
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from deepspeed.runtime.pipe import schedule as instructions
+
+from ds_ddg.execute import Executor
+from ds_ddg.plan import BACKWARD, FORWARD, UPDATE, Op
+from ds_ddg.schedule import DDGSchedule, UpdateWeights
+
+__all__ = ["Log", "Recorded", "Recorder"]
+
+_OPERATIONS: dict[type, str] = {
+    instructions.ForwardPass: FORWARD,
+    instructions.BackwardPass: BACKWARD,
+    instructions.OptimizerStep: UPDATE,
+    UpdateWeights: UPDATE,
+}
+_WAITS: dict[type, str] = {
+    instructions.RecvActivation: "activation",
+    instructions.RecvGrad: "gradient",
+    instructions.SendActivation: "send",
+    instructions.SendGrad: "send",
+}
+_PATIENCE = 1.0
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class Log:
+    """Lines of JSON in a file, at most a second or so behind; of a long run the end is kept.
+
+    A file that has reached its limit becomes ``NAME.older.jsonl``, in place of the one before it.
+
+    Args:
+        path: without suffix; its folder is made if it is not there.
+        limit: bytes of a file; two are kept.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path, limit: int = 8 * 2**20) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path, self._older = path.with_suffix(".jsonl"), path.with_suffix(".older.jsonl")
+        self._older.unlink(missing_ok=True)  # of another run
+        self._limit = limit
+        self._lines: list[Any] = []
+        self._file = self._path.open("w", encoding="utf-8")
+        self._flushed = time.perf_counter()
+        self.head: dict[str, dict[str, Any]] = {}
+        """Repeated at the top of every file, as each must make sense alone."""
+
+    def begin(self, key: str, value: dict[str, Any]) -> None:
+        """From here on `key` is `value`."""
+        self.head[key] = value
+        self._lines.append({key: value})
+
+    def add(self, line: Any) -> None:
+        """One more; written by the next `flush`."""
+        self._lines.append(line)
+
+    def flush_if_due(self) -> None:
+        """Flush once a second."""
+        if time.perf_counter() - self._flushed > _PATIENCE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand what there is to the operating system, which keeps it even if this process is killed."""
+        lines, self._lines = self._lines, []
+        self._file.write("".join(json.dumps(line) + "\n" for line in lines))
+        self._file.flush()
+        self._flushed = time.perf_counter()
+        if self._file.tell() > self._limit:
+            self._file.close()
+            self._path.replace(self._older)
+            self._file = self._path.open("w", encoding="utf-8")
+            self._lines = [{key: value} for key, value in self.head.items()]
+
+    def close(self) -> None:
+        """Flush, and write no more; twice does nothing."""
+        if not self._file.closed:
+            self.flush()
+            self._file.close()
+
+
+class Recorder:
+    """Makes records of the operations of one rank, for a `Log`.
+
+    Args:
+        log: where they go.
+        stage: this stage.
+        about: what else ``ds-ddg trace`` must know of this rank.
+    """
+
+    def __init__(self, log: Log, stage: int, **about: Any) -> None:
+        self._log, self._stage = log, stage
+        clock = {"wall": time.time(), "monotonic": time.perf_counter(), "machine": _machine()}
+        log.begin("rank", {"stage": stage, **about, **clock})
+        self._spent: dict[str, float] = {}
+        self._numbers = {FORWARD: 0, BACKWARD: 0}
+        self._plan: dict[str, Any] = {}
+        self._changes = 0
+        self._left = time.perf_counter()
+        self._named = 0.0
+        # Neither a script's end nor a dropped engine loses the last second.
+        multiprocessing.util.Finalize(self, log.close, exitpriority=5)
+
+    def under(self, **plan: Any) -> None:
+        """What follows is done under this plan."""
+        if plan != self._plan:
+            self._plan, self._changes = plan, self._changes + 1
+            self._log.begin("plan", {**plan, "changes": self._changes})
+
+    def operation(self, kind: str, run: _Function) -> _Function:
+        """`run`, recorded. Micro-batches go forward and come back in order, so the kind says which one it is."""
+
+        @functools.wraps(run)
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = run(*args, **kwargs)
+            self._did(kind, start, time.perf_counter())
+            return result
+
+        return recorded  # type: ignore[return-value]
+
+    def waiting(self, what: str, run: _Function) -> _Function:
+        """`run`, its time counted as spent on `what` before the next operation."""
+
+        @functools.wraps(run)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return run(*args, **kwargs)
+            finally:
+                self._spent[what] = self._spent.get(what, 0.0) + time.perf_counter() - start
+
+        return timed  # type: ignore[return-value]
+
+    def beginning(self, run: _Function) -> _Function:
+        """`run`, with which a call begins: what has passed since the last one, and has no name, was the script's."""
+
+        @functools.wraps(run)
+        def begin(*args: Any, **kwargs: Any) -> Any:
+            self._spent.pop("script", None)  # an evaluation has begun since, and is part of it
+            named = sum(self._spent.values()) - self._named
+            self._spent["script"] = time.perf_counter() - self._left - named
+            return run(*args, **kwargs)
+
+        return begin  # type: ignore[return-value]
+
+    def end(self, flush: bool) -> None:
+        """The operations of a call, or of a drain, are over."""
+        self._left, self._named = time.perf_counter(), sum(self._spent.values())
+        if flush:
+            self._log.flush()
+        else:
+            self._log.flush_if_due()
+
+    def _did(self, kind: str, start: float, end: float) -> None:
+        number = self._numbers[BACKWARD] - 1 if kind == UPDATE else self._numbers[kind]
+        if kind != UPDATE:
+            self._numbers[kind] += 1
+        spent = {what: round(seconds, 6) for what, seconds in self._spent.items()}
+        self._log.add([str(Op(kind, self._stage, number)), round(start, 6), round(end, 6), spent])
+        self._spent = {}
+
+
+class Recorded(Executor):
+    """Mixed into a ``PipelineEngine``: records its training calls if asked to, and names instructions in profiles."""
+
+    schedule: str
+
+    _recorder: Recorder | None = None
+
+    def _start_recording(self) -> None:
+        """Collective, if a trace is wanted."""
+        if self.ddg.trace is None:
+            return
+        run = [time.time_ns()]  # tells this run's files from older ones in the same folder
+        torch.distributed.broadcast_object_list(run, src=0)
+        place = self.grid.topology().get_coord(self.global_rank)._asdict()
+        replica, part = place.get("data", 0), place.get("model", 0)
+        name = f"stage{self.stage_id}-replica{replica}-slice{part}"
+        about = {"run": run[0], "stages": self.num_stages, "replica": replica, "slice": part}
+        try:
+            log = Log(Path(self.ddg.trace) / name)
+        except OSError as error:
+            raise ValueError(f'"ddg": {{"trace": {self.ddg.trace!r}}} cannot be written: {error}') from error
+        recorder = self._recorder = Recorder(log, self.stage_id, **about)
+        feed: Any = self._feed
+        links: Any = self._links
+        feed.fetch = recorder.beginning(recorder.waiting("data", feed.fetch))
+        links.begin = recorder.waiting("activation", links.begin)  # a call's first one announces it
+        for name in ("next_loss", "share"):
+            setattr(links, name, recorder.waiting("loss", getattr(links, name)))
+
+    def destroy(self) -> None:
+        """DeepSpeed's; what is recorded is on its way to the disk."""
+        if self._recorder is not None:
+            self._recorder.end(flush=True)
+        super().destroy()
+
+    def _exec_schedule(self, pipe_schedule: Any) -> None:
+        recorder = self._recorder if torch.is_grad_enabled() else None
+        if recorder is None and not torch._C._autograd._profiler_enabled():
+            super()._exec_schedule(pipe_schedule)
+            return
+        if recorder is not None:
+            slack = self.plan.slack if self.schedule == "ddg" else 0
+            recorder.under(schedule=self.schedule, micro_batches=self.micro_batches, slack=slack)
+        with self._watched(recorder):
+            super()._exec_schedule(pipe_schedule)
+        if recorder is not None:
+            recorder.end(flush=isinstance(pipe_schedule, DDGSchedule) and pipe_schedule.draining)
+
+    @contextmanager
+    def _watched(self, recorder: Recorder | None) -> Iterator[None]:
+        """Inside, instructions are wrapped."""
+        own = self.__dict__.get("_INSTRUCTION_MAP")
+        self._INSTRUCTION_MAP = {step: _watched(step, run, recorder) for step, run in self._INSTRUCTION_MAP.items()}
+        try:
+            yield
+        finally:
+            if own is None:
+                del self._INSTRUCTION_MAP  # the class's own is there again
+            else:
+                self._INSTRUCTION_MAP = own
+
+
+def _watched(step: type, run: Callable[..., None], recorder: Recorder | None) -> Callable[..., None]:
+    """The method of an instruction, recorded and named."""
+    if recorder is not None and step in _OPERATIONS:
+        run = recorder.operation(_OPERATIONS[step], run)
+    elif recorder is not None and step in _WAITS:
+        run = recorder.waiting(_WAITS[step], run)
+    if not torch._C._autograd._profiler_enabled():
+        return run
+
+    def named(*args: Any, **kwargs: Any) -> None:
+        with torch.profiler.record_function(f"ds_ddg.{step.__name__}"):
+            run(*args, **kwargs)
+
+    return named
+
+
+def _machine() -> str:
+    """Of processes that share a monotonic clock."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return socket.gethostname()
