@@ -7,7 +7,8 @@ value out of range is an error that names the key, the value and what is allowed
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from itertools import groupby
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -28,8 +29,9 @@ class DDGConfig(BaseModel):
     activations: Literal["keep", "recompute"] = "keep"
     """Keep the graph until its gradient arrives, or only the stage's input and run the forward again."""
 
-    slack: int = Field(default=0, ge=0)
-    """Extra micro-batches in flight per hop: hides the latency of the links, costs staleness."""
+    slack: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
+    """Extra micro-batches in flight per hop: hides the latency of the links, costs staleness. "auto": measured in the
+    first calls, then the smallest that hides it."""
 
     clip: Literal["stage", "global"] = "stage"
     """``gradient_clipping`` by the stage's own norm, or by that of the whole pipeline in the newest call for which
@@ -54,13 +56,13 @@ class DDGConfig(BaseModel):
         try:
             return cls.model_validate({} if block is None else block)
         except ValidationError as error:
-            raise ValueError("\n".join(_explain(problem) for problem in error.errors())) from None
+            by_key = groupby(error.errors(), key=lambda problem: problem["loc"][:1])
+            raise ValueError("\n".join(_explain(list(problems)) for _, problems in by_key)) from None
 
 
-_PLANNED = [("slack", "auto")]
-
-
-def _explain(problem: Mapping[str, Any]) -> str:
+def _explain(problems: Sequence[Mapping[str, Any]]) -> str:
+    """What is wrong with the value of one key, which may be of several types."""
+    problem = problems[0]
     if not problem["loc"]:
         return f'"ddg" must be a block of settings such as {{"enabled": true}}, got {problem["input"]!r}'
     key = str(problem["loc"][0])
@@ -68,8 +70,8 @@ def _explain(problem: Mapping[str, Any]) -> str:
         return (
             f'"ddg": unknown key {key!r} (value {problem["input"]!r}); known keys: {", ".join(DDGConfig.model_fields)}'
         )
-    later = " (that value is planned, not supported yet)" if (key, problem["input"]) in _PLANNED else ""
-    return f'"ddg": {{"{key}": {problem["input"]!r}}} is not valid: {problem["msg"]}{later}'
+    reasons = " or ".join(str(problem["msg"]) for problem in problems)
+    return f'"ddg": {{"{key}": {problem["input"]!r}}} is not valid: {reasons}'
 
 
 def refuse_unsupported(config: Any, module: Any) -> None:

@@ -26,6 +26,7 @@ from ds_ddg.data import Feed
 from ds_ddg.message import Kind
 from ds_ddg.record import Recorded
 from ds_ddg.schedule import DDGSchedule
+from ds_ddg.slack import AutoSlack
 from ds_ddg.tied import Ties
 from ds_ddg.together import Together, stay_until_the_others_leave, together, with_its_data
 from ds_ddg.watch import WatchedLinks
@@ -33,7 +34,7 @@ from ds_ddg.watch import WatchedLinks
 __all__ = ["DDGEngine", "DDGMixin"]
 
 
-class DDGMixin(Checkpoints, Recorded, Together):
+class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
     """The delayed schedule on top of any ``PipelineEngine``; see the module's docstring."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -41,6 +42,7 @@ class DDGMixin(Checkpoints, Recorded, Together):
         if self.ddg.enabled:
             refuse_unsupported(kwargs["config_class"], kwargs["model"])
         self._schedule = "1f1b"
+        self._start_trial(kwargs["model"].num_stages)
         self._ties = Ties(kwargs["model"], self.ddg.enabled)
         if self.ddg.enabled:
             refuse_idle_stages(kwargs["config_class"], kwargs["model"], self._ties.held)
@@ -89,6 +91,7 @@ class DDGMixin(Checkpoints, Recorded, Together):
         """
         if self._ddg_from is not None and self.global_steps >= self._ddg_from:
             self.schedule = "ddg"
+        self._settle_slack()
         if data_iter is not None:
             self.set_dataiterator(data_iter)
         self._begin("train_batch", self.data_iterator, self.micro_batches)

@@ -70,20 +70,31 @@ class Links:
             return Wire(group, ranks[other], f"stage {other} (rank {ranks[other]})", lane)
 
         self._wire = wire
+        self._stage = stage
         down, up, across = range(3)
         last = len(ranks) - 1
-        # An Outbox waits for its oldest message beyond `depth`, so depth is what may still be unread by the receiver:
-        # the gradient of n tells that the activation of n was read; the activation of n, that the stage before has
-        # used the gradient that its tick n - 1 needs; being in call t, that every stage has read loss t - L - 1.
         if stage > 0:
             self._activations_in = Inbox(wire(down, stage - 1))
-            self._gradients_out = Outbox(wire(up, stage - 1), depth=plan.delay(stage - 1) - plan.delay(stage) + 1)
+            self._gradients_out = Outbox(wire(up, stage - 1), depth=0)
         if stage < last:
-            self._activations_out = Outbox(wire(down, stage + 1), depth=plan.activations(stage))
+            self._activations_out = Outbox(wire(down, stage + 1), depth=0)
             self._gradients_in = Inbox(wire(up, stage + 1))
             self._losses_in = Inbox(wire(across, last))
         else:
-            self._losses_out = [Outbox(wire(across, k), depth=plan.delay(0) + 1) for k in range(last)]
+            self._losses_out = [Outbox(wire(across, k), depth=0) for k in range(last)]
+        self.expect(plan)
+
+    def expect(self, plan: DDGPlan) -> None:
+        """With nothing in flight: from here on `plan` says how many messages can be on their way."""
+        # An Outbox waits for its oldest message beyond `depth`, so depth is what may still be unread by the receiver:
+        # the gradient of n tells that the activation of n was read; the activation of n, that the stage before has
+        # used the gradient that its tick n - 1 needs; being in call t, that every stage has read loss t - L - 1.
+        if self._gradients_out is not None:
+            self._gradients_out.depth = plan.delay(self._stage - 1) - plan.delay(self._stage) + 1
+        if self._activations_out is not None:
+            self._activations_out.depth = plan.activations(self._stage)
+        for outbox in self._losses_out:
+            outbox.depth = plan.delay(0) + 1
 
     def open(self, stage: int, lane_out: int, lane_in: int, depth: int) -> tuple[Outbox, Inbox]:
         """Another pair of channels to `stage`, which opens it with the lanes exchanged; lanes below 3 are taken."""

@@ -147,6 +147,14 @@ class DDGPlan(Plan):
     def activations(self, stage: int) -> int:
         return self.delay(stage) + 1
 
+    def slowdown(self, latency: float) -> float:
+        """How many times longer a tick takes if each hop has this latency, in ticks: 1 up to a latency of slack / 2.
+
+        A gradient that climbs h hops and its answer that comes down again take 2h latencies and h + 1 passes through
+        a tick's work, in h(1 + slack) + 1 ticks; the slowest such loop sets the pace.
+        """
+        return max((h + 1 + 2 * h * latency) / (h * (1 + self.slack) + 1) for h in range(self.num_stages))
+
     def tick(self, stage: int, n: int, start: int = 0) -> list[Op]:
         """F(n), then B(n - d_k) once the gradient of that micro-batch has had time to come back."""
         ops = [Op(FORWARD, stage, n)]

@@ -51,12 +51,15 @@ class Reporter(Executor):
     def _start_reports(self) -> None:
         self._losses = Losses(self._links)
         self._samples: dict[int, int] = {}
-        self._gauge = Gauge(self.stage_id, self._links, self.num_stages * (1 + self.ddg.slack) + 1)
+        self._new_gauge()
         self._seconds_printed: dict[str, float] = {}
         if not self.is_last_stage():
             # There DeepSpeed 0.19.8 starts these timers twice, in the pipeline's backward and in hooks, and fails.
             self.engine_timers.backward_timers = []
             self.engine_timers.backward_inner_timers = []
+
+    def _new_gauge(self) -> None:
+        self._gauge = Gauge(self.stage_id, self._links, self.num_stages * (1 + self.plan.slack) + 1)
 
     @property
     def loss_step(self) -> int:

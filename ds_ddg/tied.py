@@ -68,10 +68,16 @@ class Ties:
         """Open the channels to the other stages."""
         self._links = links
         for other in (*self._lent, *self._held):
-            apart = abs(plan.delay(stage) - plan.delay(other))
             mine, its = (_WEIGHTS, _GRADIENTS) if other in self._lent else (_GRADIENTS, _WEIGHTS)
-            # A holder is at most `apart` ticks behind its owner, plus the one that each of them is in.
-            self._outbox[other], self._inbox[other] = links.open(other, mine, its, depth=apart + 2)
+            self._outbox[other], self._inbox[other] = links.open(other, mine, its, depth=0)
+        self._stage = stage
+        self.expect(plan)
+
+    def expect(self, plan: DDGPlan) -> None:
+        """With nothing in flight: from here on `plan` says how many messages can be on their way."""
+        for other, outbox in self._outbox.items():
+            # A holder is at most so many ticks behind its owner, plus the one that each of them is in.
+            outbox.depth = abs(plan.delay(self._stage) - plan.delay(other)) + 2
 
     def send_gradients(self) -> None:
         """On a holder, after a backward: this micro-batch's gradients to their owners."""

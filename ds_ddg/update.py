@@ -39,6 +39,7 @@ class Updater(_Host):
     _ties: Ties
     _calls: int
     _filled_at: int
+    _slack: int
 
     # The host's state that updates share with it.
     micro_batches: int
@@ -59,7 +60,7 @@ class Updater(_Host):
     @property
     def plan(self) -> DDGPlan:
         """The plan of the delayed schedule at the present number of micro-batches."""
-        return DDGPlan(self.num_stages, self.micro_batches, self.ddg.slack)
+        return DDGPlan(self.num_stages, self.micro_batches, self._slack)
 
     def _exec_reduce_grads(self) -> None:
         with self._ties.hidden():

@@ -79,7 +79,7 @@ def test_is_frozen() -> None:
         ("slack", 1.0, ["integer"]),
         ("slack", True, ["integer"]),
         ("slack", -1, ["greater than or equal to 0"]),
-        ("slack", "auto", ["integer"]),  # announced, not available yet
+        ("slack", "Auto", ["integer", "'auto'"]),
         ("loss", "late", ["'delayed'", "'exact'"]),
         ("sync_steps", -3, ["greater than or equal to 0"]),
         ("sync_steps", "10", ["integer"]),

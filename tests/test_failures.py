@@ -218,7 +218,6 @@ def assert_told(ends: list[End], culprit: int, kind: str, *parts: str, call: int
 REFUSALS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "unknown key": ({"ddg": {"slak": 1}}, "ValueError", ["'slak'", "slack, clip"]),
     "wrong type": ({"ddg": {"slack": "1"}}, "ValueError", ['"slack"', "'1'", "integer"]),
-    "not yet": ({"ddg": {"slack": "auto"}}, "ValueError", ['"slack"', "'auto'", "planned"]),
     "global clip of a wrapped optimizer": (
         {"ddg": {"clip": "global"}, "bf16": {"enabled": True}},
         "ValueError",
@@ -283,7 +282,6 @@ REMEDIES = {
         'activation checkpointing with "weights": "current" and "activations": "keep"',
         '"stash" or "recompute"',
     ),
-    "not yet": ('"slack": "auto"', "an integer; planned"),
 }
 """What the support matrix says of them."""
 

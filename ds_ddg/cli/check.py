@@ -167,6 +167,8 @@ def _effects(settings: DDGConfig, plan: DDGPlan, clipping: float) -> dict[str, s
 
 
 def _slack(settings: DDGConfig) -> str:
+    if settings.slack == "auto":
+        return "the first calls run at slack 0 and are timed; then the smallest that hides the latency is chosen"
     if settings.slack == 0:
         return "each hop's latency is paid in every tick; 1 would hide half a tick of it, for twice the delay"
     hidden = f"{settings.slack / 2:g}"

@@ -1,0 +1,109 @@
+"""The rule of `"slack": "auto"`, its choice under a latency of our own, and that training goes on by the equation."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import toy
+from benchmarks.latency import added_latency
+from distributed import Ranks
+from ds_ddg.plan import DDGPlan
+from ds_ddg.simulate import Cost, replay
+from ds_ddg.slack import MOST, smallest_slack, trial_calls
+
+GetRanks = Callable[[int], Ranks]
+
+
+@pytest.mark.parametrize(
+    ("latency", "slack"), [(0, 0), (0.005, 0), (0.1, 1), (0.5, 1), (0.505, 1), (0.6, 2), (1, 2), (3.2, 7), (99, MOST)]
+)
+def test_smallest_that_hides_the_latency(latency: float, slack: int) -> None:
+    """In ticks, K = 4; three per cent of a tick are not worth a larger delay."""
+    assert smallest_slack(4, 0.09, 0.09 * latency) == slack
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 5])
+@pytest.mark.parametrize("slack", [0, 1, 3])
+@pytest.mark.parametrize("latency", [0.0, 0.3, 1.0, 2.5])
+def test_slowdown_is_that_of_a_replay(num_stages: int, slack: int, latency: float) -> None:
+    plan = DDGPlan(num_stages, 1, slack)
+    period = replay(plan, 160, Cost(1, 2, link=3 * latency)).period()
+    assert plan.slowdown(latency) == pytest.approx(period / 3, rel=1e-6)
+
+
+def test_the_trial_fills_the_pipeline_and_measures_some_ticks() -> None:
+    assert [trial_calls(DDGPlan(4, m)) for m in (1, 2, 4, 16)] == [12, 7, 5, 5]
+
+
+CALLS_AFTER = 6
+
+
+def choose(rank: int, world_size: int, latency: float, micro_batches: int) -> dict[str, Any]:
+    with added_latency(latency), contextlib.redirect_stdout(io.StringIO()) as said:
+        engine = toy.engine(world_size, micro_batches, "sgd", {"slack": "auto"})
+        engine.module.register_forward_pre_hook(lambda module, args: time.sleep(0.09))
+        trial = trial_calls(engine.plan)
+        data = toy.batches((trial + CALLS_AFTER) * micro_batches)
+        seen = []
+        for _ in range(trial + CALLS_AFTER):
+            loss = engine.train_batch(data)
+            seen.append((engine.plan.slack, float(loss), engine.loss_step))
+        stats = engine.ddg_stats()
+        buffers = engine.num_pipe_buffers
+        engine.drain()
+        return {
+            "seen": seen,
+            "state": toy.state(engine.module),
+            "said": said.getvalue(),
+            "stats": stats,
+            "buffers": buffers,
+        }
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("latency", "micro_batches", "slack"), [(0, 1, 0), (0.03, 1, 1), (0.075, 2, 2)])
+def test_chooses_by_what_it_measures_and_trains_on_exactly(
+    ranks: GetRanks, latency: float, micro_batches: int, slack: int
+) -> None:
+    results = ranks(3).run(choose, latency, micro_batches)
+    trial = trial_calls(DDGPlan(3, micro_batches))
+    assert [r["seen"] for r in results] == [results[0]["seen"]] * 3, "the ranks disagree"
+    assert [s for s, _, _ in results[0]["seen"]] == [0] * trial + [slack] * CALLS_AFTER, results[0]["said"]
+    assert f"chosen: slack {slack}" in results[0]["said"]
+    assert [r["said"].count('"slack": "auto"') for r in results] == [1, 0, 0]
+
+    oracle = toy.reference(3, micro_batches=micro_batches)
+    data = toy.batches((trial + CALLS_AFTER) * micro_batches)
+    losses = [float(oracle.train_batch(data)) for _ in range(trial)]
+    oracle.drain()
+    oracle.delays = [(2 - k) * (1 + slack) for k in range(3)]
+    losses += [float(oracle.train_batch(data)) for _ in range(CALLS_AFTER)]
+    oracle.drain()
+    age = [DDGPlan(3, micro_batches, s).staleness(0) for s in (0, slack)]
+    for call, (_, loss, step) in enumerate(results[0]["seen"]):
+        expected = max(call - age[0], 0) if call < trial else max(call - age[1], trial - 1)
+        assert (loss, step) == (losses[expected], expected)
+    for stage, result in enumerate(results):
+        assert all(torch.equal(a, b) for a, b in zip(result["state"], toy.state(oracle.stages[stage]), strict=True))
+        in_flight = min(DDGPlan(3, micro_batches, slack).delay(stage), CALLS_AFTER * micro_batches)
+        assert result["stats"]["micro_batches_in_flight"] == in_flight
+        assert result["buffers"] >= in_flight
+
+
+def alone(rank: int, world_size: int) -> int:
+    engine = toy.engine(1, 1, "sgd", {"slack": "auto"})
+    data = toy.batches(16)
+    for _ in range(16):
+        engine.train_batch(data)
+    return engine.plan.slack
+
+
+def test_one_stage_has_no_links_to_hide(ranks: GetRanks) -> None:
+    assert ranks(1).run(alone) == [0]
