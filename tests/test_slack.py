@@ -6,15 +6,18 @@ import contextlib
 import io
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
+import test_tied
 import toy
 from benchmarks.latency import added_latency
 from distributed import Ranks
 from ds_ddg.plan import DDGPlan
+from ds_ddg.reference import Reference
 from ds_ddg.simulate import Cost, replay
 from ds_ddg.slack import MOST, smallest_slack, trial_calls
 
@@ -95,6 +98,56 @@ def test_chooses_by_what_it_measures_and_trains_on_exactly(
         in_flight = min(DDGPlan(3, micro_batches, slack).delay(stage), CALLS_AFTER * micro_batches)
         assert result["stats"]["micro_batches_in_flight"] == in_flight
         assert result["buffers"] >= in_flight
+
+
+def choose_tied(rank: int, world_size: int, latency: float) -> tuple[list[int], list[torch.Tensor]]:
+    from deepspeed.pipe import PipelineModule
+
+    import ds_ddg
+
+    with added_latency(latency):
+        net = PipelineModule(
+            test_tied.specs(True), num_stages=3, loss_fn=test_tied.loss_fn, partition_method="uniform"
+        )
+        torch.manual_seed(11)
+        engine, *_ = ds_ddg.initialize(
+            model=net,
+            config=toy.config(1, {"slack": "auto"}),
+            optimizer=toy.OPTIMIZERS["sgd"],
+            model_parameters=list(net.parameters()),
+        )
+        net.register_forward_pre_hook(lambda module, args: time.sleep(0.09))
+        calls = trial_calls(engine.plan) + CALLS_AFTER
+        data = test_tied.batches(calls)
+        for _ in range(calls):
+            engine.train_batch(data)
+        engine.drain()
+        return [engine.plan.slack], toy.state(net)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_tied_weights_go_along(ranks: GetRanks) -> None:
+    """Their messages are bounded by the plan too."""
+    from deepspeed.runtime.utils import partition_uniform
+
+    results = ranks(3).run(choose_tied, 0.075)
+    assert [slack for slack, _ in results] == [[2]] * 3
+    net = test_tied.oracle_layers(True)
+    torch.manual_seed(11)
+    stages = [torch.nn.Sequential(*net[a:b]) for a, b in pairwise(partition_uniform(len(net), 3))]
+    own: list[list[torch.nn.Parameter]] = []
+    for stage in stages:
+        own.append([p for p in stage.parameters() if all(p is not q for other in own for q in other)])
+    oracle = Reference(stages, test_tied.loss_fn, [toy.OPTIMIZERS["sgd"](parameters) for parameters in own])
+    data = test_tied.batches(trial_calls(DDGPlan(3)) + CALLS_AFTER)
+    for slack, calls in ((0, trial_calls(DDGPlan(3))), (2, CALLS_AFTER)):
+        oracle.delays = [DDGPlan(3, 1, slack).delay(stage) for stage in range(3)]
+        for _ in range(calls):
+            oracle.train_batch(data)
+        oracle.drain()
+    for (_, state), stage in zip(results, stages, strict=True):
+        pairs = zip(test_tied.sorted_states(state), test_tied.sorted_states(toy.state(stage)), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def alone(rank: int, world_size: int) -> int:
