@@ -9,13 +9,14 @@ STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test matrix lint clean
+.PHONY: help setup demo test matrix bench lint clean
 
 help:
 	@echo 'make setup   build $(VENV) with everything the recipes and the tests need (PYTHON=python3.12 to choose another Python)'
 	@echo 'make demo    train a ResNet-20 on two pipeline stages (ARGS="--schedule 1f1b" to pass arguments on)'
 	@echo 'make test    lint, then run the tests (ARGS="-k plan" to pass arguments on to pytest)'
 	@echo 'make matrix  write docs/support.md, what works with what, from the tests that prove it'
+	@echo 'make bench   measure DDG against other schedules and the simulator: docs/benchmarks.md (ARGS="--stages 4 --turns 1")'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make clean   remove caches, build files and runs/, keep $(VENV)'
 
@@ -42,6 +43,10 @@ test: lint
 # Only what says what it proves.
 matrix: setup
 	@$(BIN)/python -m pytest -m 'proves or refuses' --matrix docs/support.md $(ARGS)
+
+# On an idle machine: it times processes that sleep.
+bench: setup
+	@$(BIN)/python benchmarks/off_cpu.py $(ARGS)
 
 lint: setup
 	@$(BIN)/ruff check

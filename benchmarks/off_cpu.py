@@ -1,41 +1,85 @@
-"""How much of its time a pipeline spends working: DDG against DeepSpeed's 1F1B, stage time off the CPU.
+"""How much of its time a pipeline spends working, measured and predicted: DDG, DeepSpeed's schedules, one device.
 
-    python benchmarks/off_cpu.py                       # the whole table, about 3 minutes
-    python benchmarks/off_cpu.py --stages 4 --micro-batches 1 4
-    python benchmarks/off_cpu.py --bf16-zero1          # the same in bf16 with ZeRO-1
+    python benchmarks/off_cpu.py                                      # the whole grid, about an hour
+    python benchmarks/off_cpu.py --stages 4 --micro-batches 1 4K --latency 0 --turns 1
+    python benchmarks/off_cpu.py --bf16-zero1                         # the same in bf16 with ZeRO-1
+    python benchmarks/off_cpu.py --from docs/benchmarks/off_cpu.json  # only write the page again
 
 A stage "computes" by sleeping (30 ms forward, 60 ms backward), so many stages fit on few cores and everything that is
-not sleep is overhead: of the schedule, of the engine, of the messages. Both schedules run in the same processes one
-after the other on the same engine (``engine.schedule``). Efficiency = M (forward + backward) / measured time per call,
-in steady state, of the slowest stage. Prints a markdown table, then one JSON line.
+not sleep is overhead: of the schedule, of the engine, of the messages. The schedules take turns in the same processes;
+the median of the turns counts, of the slowest stage, in steady state. Efficiency is the share of the devices' time
+that goes into forward and backward.
+
+Predictions are those of ``ds-ddg simulate``, given what one stage alone takes for a micro-batch and for an update, and
+what a message takes between two idle stages. Latency is added to the links of DDG alone (`latency.py`). Writes
+``OUT/off_cpu.json``, pictures, and a page ``OUT.md``; prints the tables.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import time
-from typing import Any
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
 
 from processes import run_ranks
+from report import machine, write
 
 FORWARD, BACKWARD = 0.030, 0.060
+TICK = FORWARD + BACKWARD
+BF16_ZERO_1 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
 
 
-def stage_layer() -> Any:
+class Cell(NamedTuple):
+    """One setting of the grid."""
+
+    stages: int
+    micro_batches: int
+    slack: int | str = 0
+    latency: float = 0.0
+    """Added to each hop, in ticks."""
+    scale: tuple[float, ...] = ()
+    """Relative time of each stage; empty: all equal."""
+    schedules: tuple[str, ...] = ("ddg",)
+
+
+def cells(options: argparse.Namespace) -> Iterable[Cell]:
+    """The grid: every M without latency, every latency and slack for a few M, and stages of uneven time."""
+    for k in options.stages:
+        numbers = sorted({_number(text, k) for text in options.micro_batches})
+        if 0 in options.latency:
+            for m in numbers:
+                yield Cell(k, m, schedules=("ddg", "1f1b", *(["dualpipev"] if m >= 2 * k else [])))
+            uneven = tuple(1.0 + 0.5 * (stage == k // 2) for stage in range(k))
+            yield Cell(k, numbers[0], scale=uneven, schedules=("ddg", "1f1b"))
+        for latency, slack, m in itertools.product(options.latency, options.slack, options.latency_micro_batches):
+            if latency or slack != 0:
+                yield Cell(k, m, slack, latency)
+
+
+def _number(text: str, num_stages: int) -> int:
+    """``4K`` is four times the number of stages."""
+    return int(text.removesuffix("K")) * (num_stages if text.endswith("K") else 1)
+
+
+def stage_layer(scale: float = 1.0) -> Any:
     """A layer with one weight that takes its time, forward and backward."""
     import torch
 
     class Sleep(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Any) -> Any:
-            time.sleep(FORWARD)
+            time.sleep(FORWARD * scale)
             return x.clone()
 
         @staticmethod
         def backward(ctx: Any, gradient: Any) -> Any:
-            time.sleep(BACKWARD)
+            time.sleep(BACKWARD * scale)
             return gradient
 
     class Layer(torch.nn.Module):
@@ -49,10 +93,9 @@ def stage_layer() -> Any:
     return Layer()
 
 
-def measure(engine: Any, data: Any, schedule: str, calls: int) -> float:
-    """Seconds per call of this stage in steady state."""
-    engine.schedule = schedule
-    for _ in range(2 + engine.plan.staleness(0)):
+def seconds_per_call(engine: Any, data: Any, warm_up: int, calls: int) -> float:
+    """Of this stage, in steady state."""
+    for _ in range(warm_up):
         engine.train_batch(data)
     start = time.perf_counter()
     for _ in range(calls):
@@ -60,96 +103,175 @@ def measure(engine: Any, data: Any, schedule: str, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-BF16_ZERO_1 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
+class Bench:
+    """Measures cells on one rank."""
 
+    def __init__(
+        self, rank: int, num_stages: int, seconds: float, turns: int, more: dict[str, Any], store: str
+    ) -> None:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_stages))
+        import deepspeed
+        import torch
 
-def rank_main(
-    rank: int, num_stages: int, grid: list[int], seconds: float, more: dict[str, Any], store: str, results: Any
-) -> None:
-    """One stage: every M of the grid, both schedules."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_stages))
-    import itertools
+        torch.set_num_threads(1)
+        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_stages)
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for a minute, for inference only
+        deepspeed.init_distributed("gloo")
+        self.seconds, self.turns, self.more = seconds, turns, more
+        dtype = torch.bfloat16 if more else torch.float32
+        self.data = itertools.repeat((torch.ones(4, 16, dtype=dtype), torch.zeros(4, 16, dtype=dtype)))
 
-    import deepspeed
-    import torch
-    from deepspeed.pipe import PipelineModule
+    def measure(self, cell: Cell) -> dict[str, Any]:
+        """Seconds per call by schedule, one number for each turn; the slack; seconds that a message takes."""
+        from latency import added_latency
 
-    import ds_ddg
+        with added_latency(cell.latency * TICK):
+            engine = self._engine(cell, {"slack": cell.slack})
+            if cell.slack == "auto":
+                from ds_ddg.slack import trial_calls
 
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_stages)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for a minute, for inference only
-    deepspeed.init_distributed("gloo")
-    dtype = torch.bfloat16 if more else torch.float32
-    data = itertools.repeat((torch.ones(4, 16, dtype=dtype), torch.zeros(4, 16, dtype=dtype)))
-    rows = []
-    for micro_batches in grid:
-        net = PipelineModule(
-            [stage_layer() for _ in range(num_stages)], num_stages, loss_fn=torch.nn.functional.mse_loss,
+                seconds_per_call(engine, self.data, trial_calls(engine.plan) + 1, 1)
+            engine.drain()
+            hop = engine._links.ping([next(self.data)[0]], times=20)
+            engines = dict.fromkeys(cell.schedules, engine)
+            if "dualpipev" in engines:
+                engines["dualpipev"] = self._engine(cell, {}, chunks=2)
+            found: dict[str, list[float]] = {name: [] for name in engines}
+            for _, (name, trained) in itertools.product(range(self.turns), engines.items()):
+                if trained is engine:
+                    engine.schedule = name
+                    engine.drain()
+                longest = TICK * (cell.micro_batches + (cell.stages - 1) * (name != "ddg"))
+                warm_up = 2 + engine.plan.staleness(0) if name == "ddg" else 1
+                calls = max(3, round(self.seconds / longest))
+                found[name].append(seconds_per_call(trained, self.data, warm_up, calls))
+            engine.schedule = "ddg"  # drained; a process ends when all have left
+            return {"seconds": found, "slack": engine.plan.slack, "hop": hop}
+
+    def _engine(self, cell: Cell, ddg: dict[str, Any], chunks: int = 1) -> Any:
+        import deepspeed
+        import torch
+        from deepspeed.pipe import PipelineModule
+        from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
+
+        import ds_ddg
+
+        scale = cell.scale or (1.0,) * cell.stages
+        order = [*range(cell.stages), *reversed(range(cell.stages))][: chunks * cell.stages]
+        net = (DualPipeVModule if chunks == 2 else PipelineModule)(
+            [stage_layer(scale[stage] / chunks) for stage in order],
+            num_stages=cell.stages,
+            loss_fn=torch.nn.functional.mse_loss,
             partition_method="uniform",
-        )  # fmt: skip
+        )
         config = {
             "train_micro_batch_size_per_gpu": 4,
-            "gradient_accumulation_steps": micro_batches,
+            "gradient_accumulation_steps": cell.micro_batches,
             "steps_per_print": 10**9,
             "optimizer": {"type": "SGD", "params": {"lr": 1e-6}},
-            **more,
+            **({"ddg": ddg} if chunks == 1 else {}),
+            **self.more,
         }
-        engine, *_ = ds_ddg.initialize(model=net, config=config, model_parameters=list(net.parameters()))
-        ideal = micro_batches * (FORWARD + BACKWARD)
-        row = {}
-        for schedule in ("ddg", "1f1b"):
-            calls = max(3, round(seconds / (ideal if schedule == "ddg" else ideal + (num_stages - 1) * 0.09)))
-            row[schedule] = measure(engine, data, schedule, calls)
-        rows.append(row)
-    results.put(rows)
+        build = deepspeed.initialize if chunks == 2 else ds_ddg.initialize
+        engine, *_ = build(model=net, config=config, model_parameters=list(net.parameters()))
+        return engine
 
 
-def run(num_stages: int, grid: list[int], seconds: float, more: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the table for one number of stages; time of the slowest stage."""
-    measured = run_ranks(rank_main, num_stages, grid, seconds, more)
-    rows = []
-    for index, micro_batches in enumerate(grid):
-        ideal = micro_batches * (FORWARD + BACKWARD)
-        seconds_per_call = {s: max(stage[index][s] for stage in measured) for s in ("ddg", "1f1b")}
-        rows.append(
-            {
-                "stages": num_stages,
-                "micro_batches": micro_batches,
-                "ddg": ideal / seconds_per_call["ddg"],
-                "1f1b": ideal / seconds_per_call["1f1b"],
-                "ratio": seconds_per_call["1f1b"] / seconds_per_call["ddg"],
-                "overhead_ms_per_tick": 1e3 * (seconds_per_call["ddg"] - ideal) / micro_batches,
-            }
-        )
-    return rows
+def rank_main(rank: int, num_stages: int, todo: list[Cell], *arguments: Any) -> None:
+    """One stage: every cell in turn."""
+    *settings, store, results = arguments
+    bench = Bench(rank, num_stages, *settings, store)
+    results.put([bench.measure(cell) for cell in todo])
+
+
+def one_stage(seconds: float, turns: int, more: dict[str, Any]) -> dict[str, float]:
+    """What a stage alone takes: seconds for a micro-batch, and for what comes once a call."""
+    few, many = 1, 8
+    todo = [Cell(1, few), Cell(1, many)]
+    ((a, b),) = run_ranks(rank_main, 1, todo, seconds, turns, more)
+    small, large = (median(found["seconds"]["ddg"]) for found in (a, b))
+    tick = (large - small) / (many - few)
+    return {"tick": tick, "update": max(0.0, small - few * tick)}
+
+
+def rows(cell: Cell, by_stage: list[dict[str, Any]], alone: dict[str, float], hop: float) -> Iterable[dict[str, Any]]:
+    """A row for each schedule of a cell: predicted and measured."""
+    from ds_ddg.advise import Model, Setup
+    from ds_ddg.plan import DDGPlan
+    from ds_ddg.simulate import Cost
+    from ds_ddg.synchronous import DualPipeVPlan, OneFOneBPlan
+
+    plans = {"ddg": DDGPlan, "1f1b": OneFOneBPlan, "dualpipev": DualPipeVPlan}
+    work = TICK * (sum(cell.scale) / cell.stages if cell.scale else 1) * cell.micro_batches
+    share = alone["tick"] / TICK
+    for name in cell.schedules:
+        chosen = (by_stage[0]["slack"],) if name == "ddg" else ()
+        added = cell.latency * TICK if name == "ddg" else 0.0
+        cost = Cost(FORWARD * share, BACKWARD * share, alone["update"], hop + added, scale=cell.scale)
+        predicted = Setup(plans[name](cell.stages, cell.micro_batches, *chosen), Model(cost)).time_per_call
+        turns = [max(times) for times in zip(*(stage["seconds"][name] for stage in by_stage), strict=True)]
+        yield {
+            "stages": cell.stages,
+            "micro_batches": cell.micro_batches,
+            "link": cell.latency,
+            "uneven": bool(cell.scale),
+            "schedule": name,
+            "slack": cell.slack if name == "ddg" else None,
+            "chosen": chosen[0] if chosen else None,
+            "seconds_per_call": median(turns),
+            "turns": turns,
+            "predicted_seconds": predicted,
+            "measured": work / median(turns),
+            "efficiency": work / predicted,
+            "hop_ms": 1e3 * max(stage["hop"] for stage in by_stage),
+        }
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure the grid."""
+    more = BF16_ZERO_1 if options.bf16_zero1 else {}
+    settings = options.seconds, options.turns, more
+    alone = one_stage(*settings)
+    found: list[dict[str, Any]] = []
+    for num_stages, group in itertools.groupby(cells(options), key=lambda cell: cell.stages):
+        todo = list(group)
+        measured = run_ranks(rank_main, num_stages, todo, *settings)
+        by_cell = list(zip(*measured, strict=True))
+        # Between idle stages, without what was added.
+        hop = median(max(stage["hop"] for stage in stages) - c.latency * TICK
+                     for c, stages in zip(todo, by_cell, strict=True))  # fmt: skip
+        for cell, stages in zip(todo, by_cell, strict=True):
+            found += rows(cell, list(stages), alone, max(0.0, hop))
+        print(f"K = {num_stages}: {len(todo)} settings measured", flush=True)
+    about = {"forward_ms": 1e3 * FORWARD, "backward_ms": 1e3 * BACKWARD, "turns": options.turns, **machine()}
+    return {"benchmark": "off_cpu", "bf16_zero1": options.bf16_zero1, "about": about, "alone": alone, "rows": found}
+
+
+def _slack(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--seconds", type=float, default=4.0, help="time to spend on each cell in steady state")
+    parser.add_argument(
+        "--micro-batches", nargs="+", default=["1", "2", "4", "8", "4K", "8K"], help="4K: four a stage"
+    )
+    parser.add_argument("--latency", type=float, nargs="+", default=[0, 0.1, 0.5, 1], help="added to a hop, in ticks")
+    parser.add_argument("--latency-micro-batches", type=int, nargs="+", default=[1, 4], help="M of those")
+    parser.add_argument("--slack", type=_slack, nargs="+", default=[0, 1, "auto"])
+    parser.add_argument("--seconds", type=float, default=3.0, help="of a turn in steady state")
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--bf16-zero1", action="store_true")
-    arguments = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder; the page lies beside it")
+    parser.add_argument(
+        "--from", dest="source", type=Path, help="results to write the page from, instead of measuring"
+    )
+    options = parser.parse_args()
     os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     os.environ.setdefault("LOG_LEVEL", "ERROR")
-    print(
-        "| stages | M | DDG | DeepSpeed 1F1B | ratio | (M+K-1)/M | overhead per tick |\n|---|---|---|---|---|---|---|"
-    )
-    rows = []
-    for num_stages in arguments.stages:
-        more = BF16_ZERO_1 if arguments.bf16_zero1 else {}
-        for row in run(num_stages, arguments.micro_batches, arguments.seconds, more):
-            bound = 1 + (num_stages - 1) / row["micro_batches"]
-            print(
-                f"| {num_stages} | {row['micro_batches']} | {row['ddg']:.3f} | {row['1f1b']:.3f} | {row['ratio']:.2f} "
-                f"| {bound:.2f} | {row['overhead_ms_per_tick']:.2f} ms |",
-                flush=True,
-            )
-            rows.append(row)
-    machine = {"cores": os.cpu_count(), "forward_ms": FORWARD * 1e3, "backward_ms": BACKWARD * 1e3}
-    print(json.dumps({"benchmark": "off_cpu", "machine": machine, "rows": rows}))
+    results = json.loads(options.source.read_text(encoding="utf-8")) if options.source else run(options)
+    print(write(results, options.out))
 
 
 if __name__ == "__main__":

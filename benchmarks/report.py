@@ -1,0 +1,130 @@
+"""Results of `off_cpu.py` as a page: tables, pictures, and what they were measured on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ds_ddg.curves import save_curves
+
+Row = dict[str, Any]
+
+
+def machine() -> dict[str, Any]:
+    """What a result depends on."""
+    packages = {name: version(name) for name in ("torch", "deepspeed")}
+    return {"cores": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version(), **packages}
+
+
+def write(results: dict[str, Any], folder: Path) -> str:
+    """Write ``FOLDER/off_cpu.json``, the pictures there, and the page ``FOLDER.md``; returns its text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "off_cpu_bf16_zero1" if results["bf16_zero1"] else "off_cpu"
+    (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    even = [row for row in results["rows"] if not row["uneven"]]
+    pictures = []
+    for title, rows in (("micro_batches", _without_latency(even)), ("latency", _with_latency(even))):
+        if rows:
+            save_curves(rows, folder / f"{name}_{title}.png")
+            pictures.append(f"![efficiency over {title.replace('_', '-')}]({folder.name}/{name}_{title}.png)")
+    text = "\n\n".join([*_head(results), *_tables(results), *pictures]) + "\n"
+    page = folder.with_name(f"{folder.name}.md") if name == "off_cpu" else folder / f"{name}.md"
+    page.write_text(text, encoding="utf-8")
+    return text
+
+
+def _without_latency(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["link"] == 0 and row["slack"] in (0, None)]
+
+
+def _with_latency(rows: Sequence[Row]) -> list[Row]:
+    """DDG over latency, for the M that were measured with one."""
+    late = {row["micro_batches"] for row in rows if row["link"] > 0}
+    return [row for row in rows if row["schedule"] == "ddg" and row["micro_batches"] in late]
+
+
+def _head(results: dict[str, Any]) -> Iterable[str]:
+    about, alone = results["about"], results["alone"]
+    yield "# Benchmarks"
+    yield (
+        f"Written by `make bench` (`benchmarks/off_cpu.py`), on {about['cores']} cores, {about['platform']}, Python "
+        f"{about['python']}, torch {about['torch']}, DeepSpeed {about['deepspeed']}"
+        + (", in bf16 with ZeRO-1." if results["bf16_zero1"] else ", in fp32.")
+    )
+    yield (
+        f"A stage sleeps {about['forward_ms']:.0f} ms for a forward and {about['backward_ms']:.0f} ms for a backward, "
+        "so all stages fit on these cores and all else is overhead. Efficiency is the share of the devices' time that "
+        f"goes into them; medians of {about['turns']} turns that the schedules took in the same processes, with the "
+        "lowest and the highest. Predictions are those of `ds-ddg simulate`, given what one stage alone takes here: "
+        f"{1e3 * alone['tick']:.2f} ms for a micro-batch and {1e3 * alone['update']:.2f} ms once a call."
+    )
+
+
+def _tables(results: dict[str, Any]) -> Iterable[str]:
+    rows = results["rows"]
+    even = [row for row in rows if not row["uneven"]]
+    plain = _without_latency(even)
+    if plain:
+        yield "## DDG, DeepSpeed's schedules and M"
+        yield _table(
+            ["K", "M", "schedule", "efficiency", "lowest, highest", "predicted", "error", "1F1B / this", "(M+K-1)/M"],
+            [[*_start(row), *_compared(row, plain)] for row in plain],
+        )
+    late = [row for row in even if row["link"] > 0 or row["slack"] not in (0, None)]
+    if late:
+        yield "## Latency of the links"
+        yield "Added to every hop, in ticks; `auto` chose the slack in brackets."
+        yield _table(
+            ["K", "M", "latency", "slack", "efficiency", "lowest, highest", "predicted", "error"],
+            [[row["stages"], row["micro_batches"], f"{row['link']:g}", _slack(row), *_numbers(row)] for row in late],
+        )
+    uneven = [row for row in rows if row["uneven"]]
+    if uneven:
+        yield "## Uneven stages"
+        yield "One stage takes half as long again as the others."
+        yield _table(
+            ["K", "M", "schedule", "efficiency", "lowest, highest", "predicted", "error"],
+            [[*_start(row), *_numbers(row)] for row in uneven],
+        )
+    errors = sorted(abs(_error(row)) for row in rows)
+    yield (
+        f"Prediction against measurement, {len(errors)} rows: median error {errors[len(errors) // 2]:.1%}, largest "
+        f"{errors[-1]:.1%}; within 5% in {sum(error <= 0.05 for error in errors)} of them."
+    )
+
+
+def _start(row: Row) -> list[Any]:
+    return [row["stages"], row["micro_batches"], row["schedule"]]
+
+
+def _slack(row: Row) -> str:
+    return f"auto ({row['chosen']})" if row["slack"] == "auto" else str(row["slack"])
+
+
+def _numbers(row: Row) -> list[str]:
+    spread = sorted(row["measured"] * row["seconds_per_call"] / seconds for seconds in row["turns"])
+    found = f"{row['measured']:.3f}", f"{spread[0]:.3f}, {spread[-1]:.3f}", f"{row['efficiency']:.3f}"
+    return [*found, f"{_error(row):+.1%}"]
+
+
+def _compared(row: Row, rows: Sequence[Row]) -> list[str]:
+    """With the ratio to DeepSpeed's 1F1B, and that which theory gives DDG."""
+    same = [r for r in rows if (r["stages"], r["micro_batches"]) == (row["stages"], row["micro_batches"])]
+    theirs = next(r["seconds_per_call"] for r in same if r["schedule"] == "1f1b")
+    bound = f"{1 + (row['stages'] - 1) / row['micro_batches']:.2f}" if row["schedule"] == "ddg" else ""
+    return [*_numbers(row), f"{theirs / row['seconds_per_call']:.2f}", bound]
+
+
+def _error(row: Row) -> float:
+    """Of the predicted time per call."""
+    return float(row["predicted_seconds"] / row["seconds_per_call"] - 1)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
