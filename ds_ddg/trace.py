@@ -87,16 +87,24 @@ class Run:
     def shares(self) -> list[Share]:
         """Of each stage, in the steady state."""
         begin, end = self.steady
+        length = (end - begin) or 1.0
+
+        def inside(start: float, stop: float) -> float:
+            """How much of an interval is in the steady state."""
+            return max(0.0, min(stop, end) - max(start, begin))
+
         found = []
         for stage, records in enumerate(self.stages):
-            inside = [(event, gaps) for event, gaps in records if event.end > begin and event.start < end]
-            work = sum(min(event.end, end) - max(event.start, begin) for event, _ in inside)
-            length = (end - begin) or 1.0
-            gaps = {reason: sum(gap.get(reason, 0.0) for _, gap in inside) / length for reason in REASONS}
-            busy = work / length
+            events = [event for event, _ in records]
+            busy = sum(inside(event.start, event.end) for event in events) / length
+            gaps = dict.fromkeys(REASONS, 0.0)
+            for before, (event, spent) in zip(events, records[1:], strict=False):
+                gap = event.start - before.end
+                for reason, seconds in spent.items() if gap > 0 else ():
+                    gaps[reason] += seconds * inside(before.end, event.start) / gap / length
             gaps["other"] = max(0.0, 1 - busy - sum(gaps.values()))
             kinds = {
-                kind: [event.end - event.start for event, _ in inside if event.op.kind == kind]
+                kind: [e.end - e.start for e in events if e.op.kind == kind and inside(e.start, e.end)]
                 for kind in (FORWARD, BACKWARD, UPDATE)
             }
             times = {kind: 1e3 * median(seconds) for kind, seconds in kinds.items() if seconds}

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def test_of_a_long_run_the_end_is_kept(tmp_path: Path) -> None:
     log = Log(tmp_path / "stage0", limit=1000)
     log.begin("rank", {"stage": 0})
     for number in range(300):
-        log.add([f"0F{number}", 0.0, 0.0, {}])
+        log.add(f'["0F{number}", 0.0, 0.0, {{}}]')
         if number % 10 == 9:
             log.flush()
     log.close()
@@ -144,7 +145,8 @@ def record_for_ever(folder: str, ready: Any) -> None:
         for step in steps:
             step()
         recorder.end(flush=False)
-        if log._path.stat().st_size > 10_000:
+        time.sleep(0.001)
+        if log._path.stat().st_size > 2_000:
             ready.set()
 
 
@@ -159,4 +161,4 @@ def test_a_killed_rank_leaves_what_it_had(tmp_path: Path) -> None:
     process.join()
     records = read(tmp_path).stages[0]
     assert [event.op for event, _ in records[:3]] == [Op("F", 0, 0), Op("B", 0, 0), Op("U", 0, 0)]
-    assert len(records) > 100
+    assert len(records) > 20

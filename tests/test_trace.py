@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,11 @@ def write(folder: Path, plan: Plan, timeline: Timeline, run: int = 1, skew: floa
         clock = {"wall": 5e8 + skew * stage, "monotonic": lag, "machine": f"m{stage}"}
         settings = {"schedule": plan.name, "micro_batches": plan.micro_batches, "slack": 0, "changes": 1}
         lines: list[Any] = [{"rank": {**about, **clock}}, {"plan": settings}]
-        lines += [[str(op), start + lag, end + lag, {"gradient": 0.001}] for op, start, end in row]
+        gaps = [0.0, *(event.start - before.end for before, event in pairwise(row))]
+        lines += [
+            [str(op), start + lag, end + lag, {"gradient": gap / 2}]
+            for (op, start, end), gap in zip(row, gaps, strict=True)
+        ]
         path = folder / f"stage{stage}-replica0-slice0.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
@@ -59,7 +64,8 @@ def test_shares_of_the_steady_state(folder: Path) -> None:
     for share in read(folder).shares():
         assert share.milliseconds == pytest.approx({"F": 30, "B": 60, "U": 1}, rel=1e-3)
         assert share.busy == pytest.approx(0.091 / 0.1043, abs=0.03)  # a latency of 10 ms costs 4/3 of it, K = 3
-        assert share.gaps["gradient"] == pytest.approx(3 * 0.001 / 0.1043, abs=0.003)
+        assert share.gaps["gradient"] == pytest.approx(share.gaps["other"])  # half of each gap
+        assert share.gaps["gradient"] == pytest.approx((1 - share.busy) / 2)
         assert share.busy + sum(share.gaps.values()) == pytest.approx(1)
 
 
