@@ -15,8 +15,10 @@ from torch import Tensor
 from distributed import Outcome, Ranks
 from ds_ddg import outbox as outboxes
 from ds_ddg.inbox import Inbox
+from ds_ddg.links import Links
 from ds_ddg.message import INLINE_BYTES, Kind
 from ds_ddg.outbox import Outbox
+from ds_ddg.plan import DDGPlan
 from ds_ddg.wire import Peer, StageError, Wire
 
 GetRanks = Callable[[int], Ranks]
@@ -341,6 +343,28 @@ def test_asking_the_dead_again_is_answered_again(ranks: GetRanks) -> None:
     answers = first.message.split(" | ")
     assert len(answers) == 3, "each time an error, never a hang"
     assert answers[0] == "stage 1 (rank 1) failed: enough"
+
+
+def send_to_the_dead(rank: int, world_size: int) -> None:
+    """First over a channel of the test's own, then at the end of training, over those of a pipeline."""
+    outbox, _ = link(rank)
+    links = Links([[0, 1]], rank, DDGPlan(2))
+    dist.barrier()
+    if rank == 1:
+        outbox.post_error("stage 1 (rank 1) failed: enough")
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(StageError) as caught:
+        while True:
+            outbox.post(Kind.DATA, [torch.ones(4)])
+            time.sleep(0.01)
+    links.leave()
+    raise caught.value
+
+
+def test_whoever_sends_to_the_dead_hears_its_last_words(ranks: GetRanks) -> None:
+    first, _ = ranks(2).run(send_to_the_dead, timeout=30.0, expect_failure=True)
+    assert (first.state, first.exc_type) == ("raised", "StageError"), str(first)
+    assert first.message == "stage 1 (rank 1) failed: enough"
 
 
 @pytest.mark.parametrize("when", ["waiting", "busy"])
