@@ -6,6 +6,7 @@ labels. So everything random here depends on (seed, epoch, data-parallel rank) o
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import warnings
 from collections.abc import Iterator
@@ -200,6 +201,13 @@ class TrainBatches:
         for chosen in order.split(self.micro_batch_size)[: len(self) * self.micro_batches]:
             images = augment(self.split.images[chosen], self.split.flip, generator)
             yield self.split.normalise(images), self.split.labels[chosen]
+
+    def from_call(self, call: int) -> Iterator[Batch]:
+        """One epoch after the other without end, from the micro-batches of ``train_batch()`` call number `call` on."""
+        first, done = divmod(call, len(self))
+        for epoch in itertools.count(first):
+            start = done if epoch == first else 0
+            yield from itertools.islice(self.epoch(epoch), start * self.micro_batches, None)
 
 
 def held_out_batches(

@@ -36,35 +36,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from any fo
 import ds_ddg
 from ds_ddg.models import cifar_resnet
 from recipes import common
+from recipes.progress import Progress
 from recipes.resnet import data
 
 
-class Meter:
-    """A loss function that also counts, so that the test accuracy is exact: ``eval_batch`` only returns averages."""
-
-    def __init__(self) -> None:
-        self.sums = torch.zeros(3, dtype=torch.float64)
-        """Loss, correct answers, images."""
-
-    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """(B, classes), (B,) -> sum of the losses, 0-dim. Images labelled `data.NO_LABEL` do not count."""
-        loss = cross_entropy(logits, labels, ignore_index=data.NO_LABEL, reduction="sum")
-        correct = (logits.argmax(dim=1) == labels).sum()
-        self.sums += torch.stack([loss, correct, (labels != data.NO_LABEL).sum()]).cpu()
-        return loss
-
-
-def evaluate(engine: ds_ddg.DDGEngine, batches: list[data.Batch]) -> tuple[float, float]:
-    """Mean loss and accuracy (0 to 1) over the whole test split, the same on every rank."""
-    meter = Meter()
-    train_loss_fn, engine.module.loss_fn = engine.module.loss_fn, meter
-    engine.eval_batch(iter(batches), num_micro_batches=len(batches))
-    engine.module.loss_fn = train_loss_fn
-    # Only last stages have counted; the others add zeros.
-    sums = meter.sums.to(engine.device)
-    dist.all_reduce(sums)
-    loss, correct, images = sums.tolist()
-    return loss / images, correct / images
+def measure(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B, classes), (B,) -> loss, correct answers, images: sums over those not labelled `data.NO_LABEL`."""
+    loss = cross_entropy(logits, labels, ignore_index=data.NO_LABEL, reduction="sum")
+    return torch.stack([loss, (logits.argmax(dim=1) == labels).sum(), (labels != data.NO_LABEL).sum()])
 
 
 def main() -> None:
@@ -74,7 +53,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=20, help="layers of the ResNet, 6n + 2")
     parser.add_argument("--epochs", type=int, default=10)
     common.add_arguments(parser)
-    args = parser.parse_args()
+    args = common.parse(parser)
     common.set_threads()
     config = common.read_config(args.deepspeed_config, args.schedule)
     train_split, test_split = data.load(args.dataset, args.data_dir)
@@ -101,30 +80,25 @@ def main() -> None:
     common.fill_scheduler(config, calls=args.epochs * len(train_batches))
 
     engine, _, _, _ = ds_ddg.initialize(model=net, model_parameters=net.parameters(), config=config)
-    progress = common.Progress(args.epochs, len(train_batches), engine.train_batch_size())
-    for epoch in range(args.epochs):
-        micro_batches = train_batches.epoch(epoch)
+    calls = args.epochs * len(train_batches)
+    progress = Progress(engine, calls, len(train_batches), dataset=args.dataset, depth=args.depth, seed=args.seed)
+    checkpoints = common.Checkpoints(args, engine, progress, every=len(train_batches))
+    checkpoints.restore()
+
+    micro_batches = train_batches.from_call(progress.calls)
+    while progress.calls < calls:
         with progress:
-            for _ in range(len(train_batches)):
-                loss = engine.train_batch(micro_batches)
-                progress.update(loss, engine.loss_step)
-            if epoch == args.epochs - 1:
+            loss = engine.train_batch(micro_batches)
+            progress.update(loss, engine.loss_step)
+            if progress.calls == calls:
                 engine.drain()  # the network is trained once its last gradients have arrived
-        progress.evaluated(*evaluate(engine, test_batches))
+        if progress.calls % len(train_batches) == 0:
+            loss_sum, correct, images = common.evaluate(engine, test_batches, len(test_batches), measure)
+            progress.evaluated({"test_loss": loss_sum / images, "test_accuracy": correct / images})
+        checkpoints.save_if_due()
 
     output_dir = args.output_dir or Path("runs") / f"resnet{args.depth}-{args.dataset}-{engine.schedule}"
-    progress.finish(
-        output_dir,
-        title=f"ResNet-{args.depth} on {args.dataset}, {stages} stages, {engine.schedule}",
-        schedule=engine.schedule,
-        stages=stages,
-        micro_batches=engine.gradient_accumulation_steps(),
-        dataset=args.dataset,
-        depth=args.depth,
-        epochs=args.epochs,
-        seed=args.seed,
-        test_accuracy=list(progress.accuracies.values())[-1],
-    )
+    progress.finish(output_dir, f"ResNet-{args.depth} on {args.dataset}", draw=["test_accuracy"], epochs=args.epochs)
 
 
 if __name__ == "__main__":
