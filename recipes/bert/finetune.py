@@ -29,7 +29,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from any folder, installed or not
 
@@ -38,8 +38,22 @@ from ds_ddg.models import classification_loss, load_pretrained, sequence_classif
 from ds_ddg.models.transformer import Head
 from recipes import common
 from recipes.bert import glue, model
-from recipes.bert.batches import IGNORED, Batch, TrainBatches, held_out_batches
+from recipes.bert.batches import IGNORED, Batch, MakeBatch, TrainBatches, held_out_batches
 from recipes.progress import Progress
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory of the pretrained model")
+    parser.add_argument("--train", type=Path, help=".tsv or .csv (default: docstrings of the standard library)")
+    parser.add_argument("--dev", type=Path, help="the same, to measure")
+    parser.add_argument("--length", type=int, default=64, help="tokens of an example; longer ones are cut")
+    parser.add_argument("--epochs", type=int, default=5)
+    common.add_arguments(parser)
+    args = common.parse(parser)
+    if (args.train is None) != (args.dev is None):
+        parser.error("--train and --dev go together")
+    return args
 
 
 def prepare(args: argparse.Namespace) -> tuple[glue.Examples, glue.Examples, list[str]]:
@@ -99,46 +113,30 @@ def scores(counts: list[float], classes: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory of the pretrained model")
-    parser.add_argument("--train", type=Path, help=".tsv or .csv (default: docstrings of the standard library)")
-    parser.add_argument("--dev", type=Path, help="the same, to measure")
-    parser.add_argument("--length", type=int, default=64, help="tokens of an example; longer ones are cut")
-    parser.add_argument("--epochs", type=int, default=5)
-    common.add_arguments(parser)
-    args = common.parse(parser)
-    if (args.train is None) != (args.dev is None):
-        parser.error("--train and --dev go together")
+    args = parse_arguments()
     common.set_threads()
     config = common.read_config(args.deepspeed_config, args.schedule)
 
     common.init_distributed()
     train, dev, names = model.from_first_rank(lambda: prepare(args))
     with common.on_every_rank():
-        tokenizer = model.load_tokenizer(args.model)
+        tokenizer = model.load_tokenizer(args.model, args.length)
         numbers = {name: number for number, name in enumerate(names)}
-        bert = AutoConfig.from_pretrained(
-            args.model, num_labels=len(names), label2id=numbers, id2label=dict(enumerate(names))
-        )
-        model.check_length(args.length, tokenizer, bert)
+        bert = model.load_config(args.model, num_labels=len(names), id2label=dict(enumerate(names)), label2id=numbers)
         encoder = Encoder(tokenizer, names, args.length)
         specs = sequence_classification(bert, inputs=encoder.inputs)
     net = model.pipeline(specs, classification_loss, args.stages or dist.get_world_size(), args.seed)
     load_encoder(net, args.model)
 
+    def encoded(examples: glue.Examples) -> MakeBatch:
+        return lambda rows, _: encoder(examples, rows)
+
     batch = DeepSpeedConfig(config, net.mpu())
-    size = batch.train_micro_batch_size_per_gpu
+    size, micro_batches = batch.train_micro_batch_size_per_gpu, batch.gradient_accumulation_steps
     shard = (net.mpu().get_data_parallel_rank(), net.mpu().get_data_parallel_world_size())
     with common.on_every_rank():
-        train_batches = TrainBatches(
-            len(train),
-            lambda rows, _: encoder(train, rows),
-            size,
-            batch.gradient_accumulation_steps,
-            args.seed,
-            *shard,
-        )
-    held_out = held_out_batches(len(dev), lambda rows, _: encoder(dev, rows), size, *shard)
+        train_batches = TrainBatches(len(train), encoded(train), size, micro_batches, args.seed, *shard)
+    held_out = held_out_batches(len(dev), encoded(dev), size, *shard)
     calls = args.epochs * len(train_batches)
     common.fill_scheduler(config, calls)
 
@@ -154,10 +152,10 @@ def main() -> None:
     checkpoints = common.Checkpoints(args, engine, progress, every=len(train_batches))
     checkpoints.restore()
 
-    micro_batches = train_batches.from_call(progress.calls)
+    data = train_batches.from_call(progress.calls)
     while progress.calls < calls:
         with progress:
-            loss = engine.train_batch(micro_batches)
+            loss = engine.train_batch(data)
             progress.update(loss, engine.loss_step)
             if progress.calls == calls:
                 engine.drain()  # the network is trained once its last gradients have arrived
@@ -166,7 +164,7 @@ def main() -> None:
             progress.evaluated(scores(counts, len(names)))
         checkpoints.save_if_due()
 
-    output_dir = args.output_dir or Path("runs") / f"bert-{settings['task']}-{engine.schedule}"
+    output_dir = args.output_dir or Path("runs") / f"bert-{settings['task']}-{progress.settings['schedule']}"
     model.save(net, tokenizer, output_dir / "model")
     progress.finish(output_dir, f"BERT on {settings['task']}", draw=["accuracy", "f1"], epochs=args.epochs)
 

@@ -10,7 +10,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ds_ddg.models import save_pretrained
 from recipes import common
@@ -28,21 +28,33 @@ def from_first_rank(work: Callable[[], T]) -> T:
     return result[0]
 
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face directory. FileNotFoundError if it is not such a directory."""
+def load_config(directory: Path, **changes: Any) -> Any:
+    """The config in a Hugging Face directory, with changes. FileNotFoundError if it is not such a directory."""
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(
             f"--model: no config.json in {directory}; expected a Hugging Face directory on this machine, with "
             "config.json, tokenizer.json and model.safetensors"
         )
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    return AutoConfig.from_pretrained(directory, local_files_only=True, **changes)
 
 
-def check_length(length: int, tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
-    """ValueError if the model cannot take sequences of `length` tokens."""
+def load_tokenizer(directory: Path, length: int) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face directory.
+
+    FileNotFoundError if it is not such a directory; ValueError if the model in it does not go with the tokenizer, or
+    cannot take sequences of `length` tokens.
+    """
+    config = load_config(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"--model: the tokenizer in {directory} has {len(tokenizer)} tokens, the model {config.vocab_size}; "
+            "expected the files of one model"
+        )
     longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", length))
-    if not 3 < length <= longest:
+    if not 4 <= length <= longest:
         raise ValueError(f"--length must be from 4 to the model's {longest} tokens, got {length}")
+    return tokenizer
 
 
 def pipeline(specs: list[LayerSpec], loss_fn: Callable[..., Any], stages: int, seed: int) -> PipelineModule:

@@ -27,7 +27,7 @@ from deepspeed import comm as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, BertConfig, PreTrainedTokenizerBase
+from transformers import BertConfig, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from any folder, installed or not
 
@@ -35,8 +35,33 @@ import ds_ddg
 from ds_ddg.models import load_pretrained, masked_lm, masked_lm_loss
 from recipes import common
 from recipes.bert import corpus, model, text
-from recipes.bert.batches import IGNORED, TrainBatches, held_out_batches
+from recipes.bert.batches import IGNORED, MakeBatch, TrainBatches, held_out_batches
 from recipes.progress import Progress
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        help="text files and folders with .txt files, documents separated by blank lines (default: the docstrings of "
+        "the Python standard library)",
+    )
+    parser.add_argument("--held-out", type=Path, nargs="+", help="the same, to measure (default: a tenth of the text)")
+    parser.add_argument("--model", type=Path, help="Hugging Face directory to go on from (default: a new BERT)")
+    parser.add_argument("--vocabulary", type=int, default=1024, help="of a new BERT, at most")
+    parser.add_argument("--layers", type=int, default=4, help="of a new BERT")
+    parser.add_argument("--hidden", type=int, default=128, help="width of a new BERT")
+    parser.add_argument("--heads", type=int, default=2, help="of a new BERT")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of a new BERT")
+    parser.add_argument("--length", type=int, default=64, help="tokens in a sequence")
+    parser.add_argument("--epochs", type=int, default=4)
+    common.add_arguments(parser)
+    args = common.parse(parser)
+    if args.length < 4:
+        parser.error(f"--length must be at least 4 tokens, got {args.length}")
+    return args
 
 
 def prepare(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, Tensor, Tensor]:
@@ -47,8 +72,7 @@ def prepare(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, Tensor, 
     else:
         train, held_out = corpus.split(documents)
     if args.model:
-        tokenizer = model.load_tokenizer(args.model)
-        model.check_length(args.length, tokenizer, AutoConfig.from_pretrained(args.model))
+        tokenizer = model.load_tokenizer(args.model, args.length)
     else:
         tokenizer = text.train_tokenizer(train, args.vocabulary, args.length)
     return tokenizer, text.pack(train, tokenizer, args.length), text.pack(held_out, tokenizer, args.length)
@@ -65,6 +89,8 @@ def new_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
         max_position_embeddings=args.length,
         hidden_dropout_prob=args.dropout,
         attention_probs_dropout_prob=args.dropout,
+        # BERT-Base's 0.02 for its width: with smaller weights a narrow model's attention starts out uniform.
+        initializer_range=0.02 * (768 / args.hidden) ** 0.5,
         pad_token_id=tokenizer.pad_token_id,
     )
 
@@ -76,25 +102,7 @@ def measure(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--text",
-        type=Path,
-        nargs="+",
-        help="text files and folders with .txt files, documents separated by blank lines (default: the docstrings of "
-        "the Python standard library)",
-    )
-    parser.add_argument("--held-out", type=Path, nargs="+", help="the same, to measure (default: a tenth of the text)")
-    parser.add_argument("--model", type=Path, help="Hugging Face directory to go on from (default: a new BERT)")
-    parser.add_argument("--vocabulary", type=int, default=4096, help="of a new BERT, at most")
-    parser.add_argument("--layers", type=int, default=4, help="of a new BERT")
-    parser.add_argument("--hidden", type=int, default=128, help="width of a new BERT")
-    parser.add_argument("--heads", type=int, default=2, help="of a new BERT")
-    parser.add_argument("--dropout", type=float, default=0.0, help="of a new BERT")
-    parser.add_argument("--length", type=int, default=64, help="tokens in a sequence")
-    parser.add_argument("--epochs", type=int, default=4)
-    common.add_arguments(parser)
-    args = common.parse(parser)
+    args = parse_arguments()
     common.set_threads()
     config = common.read_config(args.deepspeed_config, args.schedule)
 
@@ -102,27 +110,21 @@ def main() -> None:
     tokenizer, train_text, held_out_text = model.from_first_rank(lambda: prepare(args))
     with common.on_every_rank():
         masking = text.Masking.of(tokenizer)
-        bert = AutoConfig.from_pretrained(args.model) if args.model else new_config(args, tokenizer)
+        bert = model.load_config(args.model) if args.model else new_config(args, tokenizer)
         specs = masked_lm(bert, inputs=("input_ids",))
     net = model.pipeline(specs, masked_lm_loss, args.stages or dist.get_world_size(), args.seed)
     if args.model:
         load_pretrained(net, args.model)
 
+    def masked(split: Tensor) -> MakeBatch:
+        return lambda rows, generator: masking(split[rows], generator)
+
     batch = DeepSpeedConfig(config, net.mpu())
-    size = batch.train_micro_batch_size_per_gpu
+    size, micro_batches = batch.train_micro_batch_size_per_gpu, batch.gradient_accumulation_steps
     shard = (net.mpu().get_data_parallel_rank(), net.mpu().get_data_parallel_world_size())
     with common.on_every_rank():
-        train_batches = TrainBatches(
-            len(train_text),
-            lambda rows, generator: masking(train_text[rows], generator),
-            size,
-            batch.gradient_accumulation_steps,
-            args.seed,
-            *shard,
-        )
-    held_out = held_out_batches(
-        len(held_out_text), lambda rows, generator: masking(held_out_text[rows], generator), size, *shard
-    )
+        train_batches = TrainBatches(len(train_text), masked(train_text), size, micro_batches, args.seed, *shard)
+    held_out = held_out_batches(len(held_out_text), masked(held_out_text), size, *shard)
     calls = args.epochs * len(train_batches)
     common.fill_scheduler(config, calls)
 
@@ -133,17 +135,18 @@ def main() -> None:
         len(train_batches),
         sequences=len(train_text),
         length=args.length,
+        layers=bert.num_hidden_layers,
+        hidden=bert.hidden_size,
         vocabulary=len(tokenizer),
         seed=args.seed,
-        **{f"model_{key}": getattr(bert, key) for key in ("num_hidden_layers", "hidden_size")},
     )
     checkpoints = common.Checkpoints(args, engine, progress, every=len(train_batches))
     checkpoints.restore()
 
-    micro_batches = train_batches.from_call(progress.calls)
+    data = train_batches.from_call(progress.calls)
     while progress.calls < calls:
         with progress:
-            loss = engine.train_batch(micro_batches)
+            loss = engine.train_batch(data)
             progress.update(loss, engine.loss_step)
             if progress.calls == calls:
                 engine.drain()  # the network is trained once its last gradients have arrived
@@ -152,7 +155,7 @@ def main() -> None:
             progress.evaluated({"perplexity": math.exp(losses / tokens)})
         checkpoints.save_if_due()
 
-    output_dir = args.output_dir or Path("runs") / f"bert-pretrain-{engine.schedule}"
+    output_dir = args.output_dir or Path("runs") / f"bert-pretrain-{progress.settings['schedule']}"
     model.save(net, tokenizer, output_dir / "model")
     progress.finish(output_dir, "BERT, masked language model", draw=["perplexity"], epochs=args.epochs)
 
