@@ -190,14 +190,27 @@ def test_f1_of_two_labels_is_that_of_the_second() -> None:
         ("finetune", f"{FINETUNE} --dev {{work}}/text/all.txt", "all.txt: expected a .tsv file"),
         ("finetune", f"{FINETUNE} --model {{work}}", "no config.json in .*; expected a Hugging Face directory"),
         ("finetune", f"{FINETUNE} --length 17", "model's 16 tokens, got 17"),
+        ("finetune", f"{FINETUNE} --model {{work}}/cut", "lack parts of the encoder: bert.encoder.layer.1"),
+        ("pretrain", f"{PRETRAIN} --model {{work}}/cut", "lacks 16 tensors"),
     ],
-    ids=["no text", "too long", "heads", "no table", "no model", "too long for the model"],
+    ids=["no text", "too long", "heads", "no table", "no model", "too long for the model", "part of it", "part"],
 )
 def test_every_rank_says_what_is_wrong_before_training(
     ranks: GetRanks, pretrained: Path, work: Path, name: str, arguments: str, expected: str
 ) -> None:
     import re
+    import shutil
 
+    from safetensors.torch import save_file
+
+    from ds_ddg.models import read_state_dict
+
+    cut = work / "cut"
+    if not cut.exists():
+        shutil.copytree(pretrained / "model", cut, ignore=shutil.ignore_patterns("model*.safetensors*"))
+        state = read_state_dict(pretrained / "model")
+        kept = {key: tensor for key, tensor in state.items() if ".layer.1." not in key}
+        save_file(kept, cut / "model.safetensors")
     for text in ranks(2).run(recipe, name, arguments, work, expected):
         assert re.search(expected, text, re.DOTALL | re.IGNORECASE), text
 

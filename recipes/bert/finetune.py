@@ -83,16 +83,16 @@ class Encoder:
 
 
 def load_encoder(net: PipelineModule, directory: Path) -> None:
-    """The pretrained weights of all but the head, of which the files may have some or nothing."""
+    """Pretrained weights for all but the head, which may be new in part or as a whole. ValueError if others lack."""
     loaded = load_pretrained(net, directory, strict=False)
     heads = [module for module in net.modules() if isinstance(module, Head)]
-    new = {key for head in heads for key in head.original_state()} & set(loaded.missing)
-    with common.on_every_rank():
-        if lacking := sorted(set(loaded.missing) - new):
-            raise ValueError(f"--model: {directory} lacks weights of the encoder: {', '.join(lacking[:4])}, ...")
-    new_anywhere = sorted(key for keys in common.gather(new) for key in keys)
-    if dist.get_rank() == 0:
-        print(f"new weights: {', '.join(new_anywhere) or 'none'}", flush=True)
+    new = set(loaded.missing) & {key for head in heads for key in head.original_state()}
+    if lacking := sorted(set(loaded.missing) - new):
+        raise ValueError(
+            f"--model: the weights in {directory} lack parts of the encoder: {', '.join(lacking[:4])}, ..."
+        )
+    if new:
+        print(f"new weights: {', '.join(sorted(new))}", flush=True)
 
 
 def measure(logits: Tensor, labels: Tensor) -> Tensor:
@@ -126,7 +126,8 @@ def main() -> None:
         encoder = Encoder(tokenizer, names, args.length)
         specs = sequence_classification(bert, inputs=encoder.inputs)
     net = model.pipeline(specs, classification_loss, args.stages or dist.get_world_size(), args.seed)
-    load_encoder(net, args.model)
+    with common.on_every_rank():
+        load_encoder(net, args.model)
 
     def encoded(examples: glue.Examples) -> MakeBatch:
         return lambda rows, _: encoder(examples, rows)
@@ -142,7 +143,7 @@ def main() -> None:
 
     engine, _, _, _ = ds_ddg.initialize(model=net, model_parameters=model.parameter_groups(net), config=config)
     settings: dict[str, Any] = {
-        "task": "stdlib-packages" if args.train is None else args.train.parent.name,
+        "task": "stdlib-packages" if args.train is None else args.train.resolve().parent.name,
         "examples": len(train),
         "classes": len(names),
         "length": args.length,

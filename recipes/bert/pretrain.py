@@ -4,15 +4,16 @@ On the docstrings of the Python standard library, nothing to download; three min
 
     deepspeed --quiet --num_gpus 2 recipes/bert/pretrain.py --deepspeed_config configs/bert_pretrain.json
 
-On your own text, for BERT-Base at the lengths of its first phase:
+Your own text, and a BERT-Base in four stages:
 
-    deepspeed --quiet --num_gpus 4 recipes/bert/pretrain.py --deepspeed_config configs/bert_pretrain.json \
-        --text DIR_OR_FILE ... --vocabulary 30000 --layers 12 --hidden 768 --heads 12 --length 128
+    deepspeed --quiet --num_gpus 4 recipes/bert/pretrain.py --deepspeed_config configs/bert_base_pretrain.json \
+        --text DIR_OR_FILE ... --vocabulary 30000 --layers 12 --hidden 768 --heads 12 --dropout 0.1 --length 128
 
-`--model DIR` goes on from a Hugging Face directory with its own vocabulary instead. Model and tokenizer go to
+`--model DIR` goes on from a Hugging Face directory, with its own vocabulary, instead. Model and tokenizer go to
 `--output-dir`/model, which AutoModelForMaskedLM and AutoTokenizer read; curves.png and metrics.json beside it.
 `--schedule 1f1b` trains the same network on the same batches with DeepSpeed's schedule, for comparison. Perplexity is
-that of the masked tokens of held-out documents, with the same masks in every run.
+that of the masked tokens of held-out documents, with the same masks in every run. Rank 0 prepares the text, which has
+to fit into memory. Without `--quiet` the launcher has the last word instead of the metrics.
 """
 
 from __future__ import annotations
@@ -114,7 +115,8 @@ def main() -> None:
         specs = masked_lm(bert, inputs=("input_ids",))
     net = model.pipeline(specs, masked_lm_loss, args.stages or dist.get_world_size(), args.seed)
     if args.model:
-        load_pretrained(net, args.model)
+        with common.on_every_rank():
+            load_pretrained(net, args.model)
 
     def masked(split: Tensor) -> MakeBatch:
         return lambda rows, generator: masking(split[rows], generator)
