@@ -128,7 +128,7 @@ class TrainBatches:
         self._micro_batches = micro_batches
         self._seed = seed
         self._sampler: DistributedSampler[Any] = DistributedSampler(
-            split.labels,  # it only asks for the length
+            split.labels,  # type: ignore[arg-type]  # it only asks for the length
             num_replicas=share.size,
             rank=share.rank,
             shuffle=True,
