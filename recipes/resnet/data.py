@@ -8,7 +8,7 @@ A stage other than the first reads no images at all.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,7 +128,7 @@ class TrainBatches:
         self._micro_batches = micro_batches
         self._seed = seed
         self._sampler: DistributedSampler[Any] = DistributedSampler(
-            split.labels,  # it only asks for the length
+            split.labels,  # type: ignore[arg-type]  # it only asks for the length
             num_replicas=share.size,
             rank=share.rank,
             shuffle=True,
@@ -155,7 +155,7 @@ class TrainBatches:
         ]
         return self._share.read(self._split, wanted)
 
-    def from_call(self, call: int) -> Iterator[Batch]:
+    def from_call(self, call: int) -> Generator[Batch, None, None]:
         """One epoch after the other without end, from the micro-batches of ``train_batch()`` call number `call` on."""
         first, done = divmod(call, len(self))
         yield from self.epoch(first, done)

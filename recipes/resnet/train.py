@@ -25,6 +25,7 @@ metrics.json go to `--output-dir`. Without `--quiet` the launcher has the last w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -138,16 +139,16 @@ def train(
     checkpoints: common.Checkpoints,
 ) -> None:
     """Make the calls that are left, evaluate after every epoch."""
-    micro_batches = train_batches.from_call(progress.calls)
-    while progress.calls < progress.total_calls:
-        with progress:
-            loss = engine.train_batch(micro_batches)
-            progress.update(loss, engine.loss_step)
-            if progress.calls == progress.total_calls:
-                engine.drain()  # the network is trained once its last gradients have arrived
-        if progress.calls % len(train_batches) == 0:
-            progress.evaluated(evaluate(engine, test_batches))
-        checkpoints.save_if_due()
+    with contextlib.closing(train_batches.from_call(progress.calls)) as micro_batches:
+        while progress.calls < progress.total_calls:
+            with progress:
+                loss = engine.train_batch(micro_batches)
+                progress.update(loss, engine.loss_step)
+                if progress.calls == progress.total_calls:
+                    engine.drain()  # the network is trained once its last gradients have arrived
+            if progress.calls % len(train_batches) == 0:
+                progress.evaluated(evaluate(engine, test_batches))
+            checkpoints.save_if_due()
 
 
 if __name__ == "__main__":
