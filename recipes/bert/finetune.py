@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train", type=Path, help=".tsv or .csv (default: docstrings of the standard library)")
     parser.add_argument("--dev", type=Path, help="the same, to measure")
     parser.add_argument("--length", type=int, default=64, help="tokens of an example; longer ones are cut")
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=6)
     common.add_arguments(parser)
     args = common.parse(parser)
     if (args.train is None) != (args.dev is None):

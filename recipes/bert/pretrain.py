@@ -4,6 +4,14 @@ On the docstrings of the Python standard library, nothing to download; three min
 
     deepspeed --quiet --num_gpus 2 recipes/bert/pretrain.py --deepspeed_config configs/bert_pretrain.json
 
+Its last line, where the speed is the machine's:
+
+    {"schedule": "ddg", "stages": 2, "micro_batches": 4, "batch_size": 16, "sequences": 8127, "length": 64,
+     "layers": 4, "hidden": 128, "vocabulary": 1024, "seed": 0, "epochs": 4, "perplexity": 184.23376820408728,
+     "train_loss": 5.21696, "samples_per_second": ..., "seconds": ...}
+
+(Python 3.11.7; other versions have other docstrings. The frequencies of the tokens alone give 357.)
+
 Your own text, and a BERT-Base in four stages:
 
     deepspeed --quiet --num_gpus 4 recipes/bert/pretrain.py --deepspeed_config configs/bert_base_pretrain.json \
