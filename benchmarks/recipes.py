@@ -4,9 +4,9 @@
     python benchmarks/recipes.py --recipe resnet --stages 2 4 --seeds 0 1 2
     python benchmarks/recipes.py --recipe resnet --stages 2 --seeds 0 -- --epochs 1     # more arguments for the recipe
 
-Each run is what a user would start with the ``deepspeed`` launcher. One whose metrics.json is in `--output-dir`, made by
-the same command, is not repeated, so an interrupted benchmark goes on where it was. Prints a markdown table, then one
-JSON line, and writes both beside the runs; `--docs FILE` also puts the table between that file's markers.
+Each run is what a user would start with the ``deepspeed`` launcher. One whose metrics.json is in `--output-dir`, made
+by the same command, is not repeated, so an interrupted benchmark goes on where it was. Prints a markdown table, then
+one JSON line, and writes both beside the runs; `--docs FILE` also puts the table between markers in that file.
 """
 
 from __future__ import annotations
