@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import io
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -289,6 +292,24 @@ def test_all_ranks_stop_if_they_differ(ranks: GetRanks, tmp_path: Path) -> None:
     assert second[0] == first[0].replace(f"{tmp_path}/0", f"{tmp_path}/1")
     assert first[1] == second[1] == "rank 1: no such file"
     assert (first[2], second[2]) == ("rank 1: 'name'", "'name'")
+
+
+# -- the example of the documentation ---------------------------------------------------------------------------------
+
+
+def run_example(rank: int, world_size: int, code: str) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "docs/recipes.md", "exec"), {"__name__": "__main__"})
+    return printed.getvalue()
+
+
+def test_the_example_in_the_documentation_learns(ranks: GetRanks) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(), re.S)
+    for printed in ranks(2).run(run_example, code):
+        step, loss = re.search(r"loss of step (\d+): ([\d.]+)$", printed.strip()).groups()  # type: ignore[union-attr]
+        assert step == "98", "one call ago"
+        assert float(loss) < 0.5
 
 
 # -- the benchmark ----------------------------------------------------------------------------------------------------
