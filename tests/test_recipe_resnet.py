@@ -53,7 +53,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 pixels = torch.randint(0, 100, (40, 40, 3), generator=generator, dtype=torch.uint8)
                 pixels[:, :, 2 * label] += 120
                 Image.fromarray(pixels.numpy()).save(folder / split / f"class{label}" / f"{i}.png")
-    (folder / "ds.json").write_text(json.dumps(CONFIG))
+    monitor = {"enabled": True, "output_path": str(folder / "csv"), "job_name": "all"}
+    (folder / "ds.json").write_text(json.dumps({**CONFIG, "csv_monitor": monitor}))
     return folder
 
 
@@ -173,6 +174,8 @@ def test_weights_of_a_cifar_resnet_load_without_a_pipeline(ranks: GetRanks, file
     net.load_state_dict(read_state_dict(files / "cifar"))
     _, test = data.load("digits")
     assert_same_metrics(metrics, net, test)
+    (monitored,) = (files / "csv").rglob("*test_accuracy.csv")
+    assert str(metrics["test_accuracy"]) in monitored.read_text()
 
 
 def assert_same_metrics(metrics: dict[str, Any], net: torch.nn.Module, test: Split) -> None:
