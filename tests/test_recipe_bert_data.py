@@ -32,9 +32,18 @@ def test_held_out_documents_are_no_training_documents() -> None:
     assert set(fewer) == set(held_out) & set(SENTENCES[:150])
 
 
-def test_too_few_documents_to_hold_some_out() -> None:
-    with pytest.raises(ValueError, match=r"1 different documents are too few .* --held-out"):
+def test_held_out_documents_of_their_own() -> None:
+    train, held_out = corpus.split(["one", "two", "three", "one"], ["two", "four", "four"])
+    assert (train, held_out) == (["one", "three"], ["two", "four"])
+
+
+def test_too_few_documents() -> None:
+    with pytest.raises(
+        ValueError, match=r"1 different documents give [01] to train on and [01] to measure .*; give more"
+    ):
         corpus.split(["one", "one"])
+    with pytest.raises(ValueError, match=r"1 different documents give 0 to train on and 1 to measure .*; give more"):
+        corpus.split(["one"], ["one"])
 
 
 def test_text_files_and_folders_of_them(tmp_path: Path) -> None:

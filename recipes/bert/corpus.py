@@ -24,19 +24,25 @@ def is_held_out(document: str) -> bool:
     return zlib.crc32(document.encode()) % HELD_OUT == 0
 
 
-def split(documents: Iterable[str]) -> tuple[list[str], list[str]]:
+def split(documents: Iterable[str], held_out: Iterable[str] | None = None) -> tuple[list[str], list[str]]:
     """Training and held-out documents, each once, in the order in which they come.
 
-    ValueError if one of the two has none.
+    Args:
+        documents: all of them, or those to train on.
+        held_out: documents of its own to measure; training documents that are among them are left out.
+
+    Raises:
+        ValueError: one of the two has none.
     """
-    unique = list(dict.fromkeys(documents))
-    held_out = [document for document in unique if is_held_out(document)]
-    if not 0 < len(held_out) < len(unique):
+    unique = dict.fromkeys(documents)
+    apart = dict.fromkeys(filter(is_held_out, unique) if held_out is None else held_out)
+    train = [document for document in unique if document not in apart]
+    if not train or not apart:
         raise ValueError(
-            f"{len(unique)} different documents are too few to hold one out of {HELD_OUT} of them; give more text, "
-            "documents separated by blank lines, or files of its own with --held-out"
+            f"{len(unique)} different documents give {len(train)} to train on and {len(apart)} to measure (one out of "
+            f"{HELD_OUT}); give more text, documents separated by blank lines, or files of its own with --held-out"
         )
-    return [document for document in unique if not is_held_out(document)], held_out
+    return train, list(apart)
 
 
 def read_documents(paths: Iterable[Path]) -> list[str]:

@@ -76,10 +76,7 @@ def parse_arguments() -> argparse.Namespace:
 def prepare(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, Tensor, Tensor]:
     """Tokenizer, packed training text and packed held-out text, both (N, length) int32."""
     documents = corpus.read_documents(args.text) if args.text else corpus.docstrings()
-    if args.held_out:
-        train, held_out = list(dict.fromkeys(documents)), corpus.read_documents(args.held_out)
-    else:
-        train, held_out = corpus.split(documents)
+    train, held_out = corpus.split(documents, corpus.read_documents(args.held_out) if args.held_out else None)
     if args.model:
         tokenizer = model.load_tokenizer(args.model, args.length)
     else:

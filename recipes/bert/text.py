@@ -52,13 +52,16 @@ def train_tokenizer(documents: Sequence[str], vocabulary: int, max_length: int) 
 
 def _letters(documents: Iterable[str], tokenizer: Any) -> list[str]:
     """Each letter as it starts a word, then as it continues one ("##a"); sorted."""
-    counts: Counter[str] = Counter()
-    continuing: set[str] = set()
+    words: Counter[str] = Counter()
     for document in documents:
         text = tokenizer.normalizer.normalize_str(document)
-        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text):
-            counts.update(word)
-            continuing.update(word[1:])
+        words.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
+    counts: Counter[str] = Counter()
+    continuing: set[str] = set()
+    for word, count in words.items():
+        continuing.update(word[1:])
+        for letter in word:
+            counts[letter] += count
     frequent = sorted(counts, key=lambda letter: (-counts[letter], letter))[:NUM_LETTERS]
     return [*sorted(frequent), *sorted(f"##{letter}" for letter in frequent if letter in continuing)]
 
