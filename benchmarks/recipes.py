@@ -1,6 +1,6 @@
 """Does a recipe learn as well under DDG as under DeepSpeed's 1F1B? The same runs with both, over several seeds.
 
-    python benchmarks/recipes.py                                  # resnet and bert, 24 runs, an hour on two cores
+    python benchmarks/recipes.py               # resnet and bert, 24 runs: one to two hours on two cores
     python benchmarks/recipes.py --recipe resnet --stages 2 4 --seeds 0 1 2
     python benchmarks/recipes.py --recipe resnet --stages 2 --seeds 0 -- --epochs 1     # more arguments for the recipe
 

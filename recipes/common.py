@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
 from torch import Tensor
 from tqdm import tqdm
 
@@ -125,6 +126,13 @@ def read_config(path: str | None, schedule: str | None) -> dict[str, Any]:
     if schedule is not None and isinstance(config.setdefault("ddg", {}), dict):
         config["ddg"]["enabled"] = schedule == "ddg"
     return config
+
+
+def dtype_of(config: DeepSpeedConfig) -> torch.dtype:
+    """That of the weights, and so of inputs that are numbers: DeepSpeed casts the one and not the other."""
+    if config.bfloat16_config.enabled:
+        return torch.bfloat16
+    return torch.float16 if config.float16_config.enabled else torch.float32
 
 
 def fill_scheduler(config: dict[str, Any], calls: int) -> None:

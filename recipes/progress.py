@@ -149,7 +149,7 @@ class Progress:
         }
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "metrics.json").write_text(json.dumps(line, indent=2) + "\n")
-        shown = {name: self.held_out[name] for name in draw}
+        shown = {name: self.held_out.get(name, {}) for name in draw}
         stages = self.settings["stages"]
         full_title = f"{title}, {stages} {'stage' if stages == 1 else 'stages'}, {self.settings['schedule']}"
         path = output_dir / "curves.png"

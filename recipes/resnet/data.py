@@ -26,7 +26,7 @@ from recipes.resnet.images import Noise, Split, load_digits_32x32
 DATASETS = ("digits", *FORMATS, "imagefolder", "random")
 
 Batch = tuple[Tensor | None, Tensor]
-"""Normalised images (B, 3, H, W) float32, or None where nobody needs them, and labels (B,) int64."""
+"""Normalised images (B, 3, H, W), or None where nobody needs them, and labels (B,) int64."""
 
 NO_LABEL = -100
 """Label of an image that only fills up a batch; `torch.nn.functional.cross_entropy` ignores it."""
@@ -77,6 +77,7 @@ class Share:
         size: of the data-parallel group.
         images: False on stages that need labels only.
         workers: processes that read images from disk.
+        dtype: that the network wants.
     """
 
     micro_batch_size: int
@@ -84,6 +85,7 @@ class Share:
     size: int = 1
     images: bool = True
     workers: int = 0
+    dtype: torch.dtype = torch.float32
 
     def read(self, split: Split, wanted: list[_Wanted]) -> Iterator[Batch]:
         """The micro-batches, in order. Lazy: no worker starts before the first one is asked for."""
@@ -98,7 +100,7 @@ class Share:
             generator=torch.Generator(),  # it would take a number from the global one
         )
         for images, micro_batch in zip(loader, wanted, strict=True):
-            yield images, micro_batch.labels
+            yield images.to(self.dtype), micro_batch.labels
 
 
 class _MicroBatches(Dataset[Tensor]):
