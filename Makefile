@@ -37,8 +37,9 @@ demo: setup
 	@$(BIN)/python -m deepspeed.launcher.runner --quiet --num_gpus 2 recipes/resnet/train.py \
 		--deepspeed_config configs/resnet20_digits.json $(ARGS)
 
+# A file's tests run in one process, which shares its ranks among them. Most wait for processes that start.
 test: lint
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 # Only what says what it proves.
 matrix: setup

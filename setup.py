@@ -15,7 +15,7 @@ RECIPES = [
     "tqdm>=4.66,<5",
     "transformers>=5.17,<6",
 ]
-TEST = ["mypy>=2.4,<3", "pytest>=9,<10", "pytest-timeout>=2.4,<3", "ruff>=0.17,<0.18"]
+TEST = ["mypy>=2.4,<3", "pytest>=9,<10", "pytest-timeout>=2.4,<3", "pytest-xdist>=3.6,<4", "ruff>=0.17,<0.18"]
 
 setup(
     name="ds_ddg",

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ds_ddg import links
+from ds_ddg import connections
 from ds_ddg.wire import Wire
 
 
@@ -60,8 +60,8 @@ def added_latency(seconds: float) -> Iterator[None]:
                     late.error = error
                 late.begun.set()
 
-    original, links.Wire = links.Wire, LateWire if seconds else Wire
+    original, connections.Wire = connections.Wire, LateWire if seconds else Wire
     try:
         yield
     finally:
-        links.Wire = original
+        connections.Wire = original

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from types import MethodType
 from typing import Any
 
 import torch
 from deepspeed.runtime.pipe import schedule as instructions
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import Module
 
 from ds_ddg.data import Feed
 from ds_ddg.links import Links, as_tuple
@@ -31,9 +31,6 @@ from ds_ddg.schedule import AdvanceClocks, UpdateWeights
 from ds_ddg.update import Updater
 
 __all__ = ["Executor"]
-
-
-_PLAIN = {type(None), bool, int, float, list, dict, MethodType, Tensor}
 
 
 class _Join(torch.autograd.Function):
@@ -80,7 +77,9 @@ class Executor(Updater):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """An engine is a Module, which examines each value for parameters; DeepSpeed sets 40 plain ones a call."""
-        if type(value) in _PLAIN and name in self.__dict__:
+        # A parameter is a tensor too, of a class of its own.
+        registered = isinstance(value, Module) or (isinstance(value, Tensor) and type(value) is not Tensor)
+        if name in self.__dict__ and not registered:
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
@@ -177,8 +176,11 @@ class Executor(Updater):
         if not pairs:
             return False
         starts, gradients = zip(*pairs, strict=True)
-        self.pipe_buffers["outputs"][buffer_id] = _Join.apply(gradients, *starts)
-        self.grad_layer = torch.ones_like(self.pipe_buffers["outputs"][buffer_id])
+        start, self.grad_layer = starts[0], gradients[0]
+        if len(pairs) > 1:
+            start = _Join.apply(gradients, *starts)
+            self.grad_layer = torch.ones_like(start)
+        self.pipe_buffers["outputs"][buffer_id] = start
         return True
 
     def _recompute(self, buffer_id: int) -> None:

@@ -74,6 +74,9 @@ def clip_stage_gradients(
     norm = square.pow(0.5)
     largest = norm if known is None else norm.new_tensor(known)
     coefficient = torch.clamp(norm.new_tensor(max_norm) / (largest + 1e-6), max=1.0)
+    # On the CPU it costs less to look than to multiply by one.
+    if coefficient.is_cpu and coefficient.item() == 1.0:
+        return norm
     for gradient in gradients:
         gradient.mul_(coefficient)
     return norm

@@ -53,7 +53,7 @@ class Losses:
 
     def tell(self, loss: Loss) -> None:
         """On the last stage: to every stage, itself included."""
-        self._links.tell_loss(**loss._asdict())
+        self._links.tell_loss(**{**loss._asdict(), "update": tuple(loss.update)})
 
     def note(self, loss: Loss) -> None:
         """Every stage knows this one already."""
@@ -63,7 +63,8 @@ class Losses:
         """Those up to that of `call` which are new here, each once; waits for what has not arrived."""
         new = []
         while self.newest.call < max(call, self._oldest):
-            self.newest = _received(**self._links.next_loss())
+            told = self._links.next_loss()
+            self.newest = Loss(**{**told, "update": Update(*told["update"])})
             new.append(self.newest)
         return new
 
@@ -83,9 +84,3 @@ class Losses:
 
     def _knows(self) -> bool:
         return self.newest.call >= self._oldest
-
-
-def _received(call: int, mean: float, additional: Any, rows: Any, update: Any) -> Loss:
-    """A loss from its message, where tuples may have become lists."""
-    pairs = None if additional is None else tuple((name, value) for name, value in additional)
-    return Loss(call, mean, pairs, tuple(map(tuple, rows)), Update(*update))

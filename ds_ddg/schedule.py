@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 from deepspeed.runtime.pipe.schedule import (
@@ -60,26 +61,27 @@ class DDGSchedule(PipeSchedule):
     def steps(self) -> Iterator[list[PipeInstruction]]:
         """Yield the instructions of one operation at a time."""
         for op in self.ops:
-            yield self._instructions(op)
+            if op.kind == UPDATE:
+                yield [ReduceGrads(), UpdateWeights() if self.draining else OptimizerStep()]
+            else:
+                buffer_id = op.micro_batch % self.num_pipe_buffers()
+                yield _instructions(op.kind, buffer_id, self.is_first_stage, self.is_last_stage)
         if not self.draining and all(op.kind != UPDATE for op in self.ops):
             yield [AdvanceClocks()]
 
-    def _instructions(self, op: Op) -> list[PipeInstruction]:
-        buffer_id = op.micro_batch % self.num_pipe_buffers()
-        instructions: list[tuple[bool, type[PipeInstruction]]]
-        if op.kind == FORWARD:
-            instructions = [
-                (self.is_first_stage or self.is_last_stage, LoadMicroBatch),
-                (not self.is_first_stage, RecvActivation),
-                (True, ForwardPass),
-                (not self.is_last_stage, SendActivation),
-            ]
-        elif op.kind == BACKWARD:
-            instructions = [
-                (not self.is_last_stage, RecvGrad),
-                (True, BackwardPass),
-                (not self.is_first_stage, SendGrad),
-            ]
-        else:
-            return [ReduceGrads(), UpdateWeights() if self.draining else OptimizerStep()]
-        return [instruction(buffer_id) for wanted, instruction in instructions if wanted]
+
+@functools.lru_cache(maxsize=1024)
+def _instructions(kind: str, buffer_id: int, first: bool, last: bool) -> list[PipeInstruction]:
+    """What a forward or backward pass is made of; nobody changes an instruction, so one list serves every tick."""
+    instructions: list[tuple[bool, type[PipeInstruction]]]
+    if kind == FORWARD:
+        instructions = [
+            (first or last, LoadMicroBatch),
+            (not first, RecvActivation),
+            (True, ForwardPass),
+            (not last, SendActivation),
+        ]
+    else:
+        assert kind == BACKWARD, kind
+        instructions = [(not last, RecvGrad), (True, BackwardPass), (not first, SendGrad)]
+    return [instruction(buffer_id) for wanted, instruction in instructions if wanted]

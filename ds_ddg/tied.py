@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_ddg.channel import Inbox, Outbox
+from ds_ddg.inbox import Inbox
 from ds_ddg.links import Links
 from ds_ddg.message import Kind
+from ds_ddg.outbox import Outbox
 from ds_ddg.plan import DDGPlan
 
 __all__ = ["Ties", "left_out_of_checkpoints"]

@@ -81,9 +81,16 @@ class Together(Executor):
     def _understood(self, error: Exception) -> Exception:
         """`error`, or what it means to users."""
         if not isinstance(error, StageError) and "gloo/transport" in str(error):
-            replicas = [rank for rank in self.grid.dp_group if rank != self.global_rank]
+            others = [
+                rank for rank in self.grid.topology().get_axis_list("pipe", self.stage_id) if rank != self.global_rank
+            ]
+            what = (
+                "a data-parallel replica"
+                if self.grid.get_slice_parallel_world_size() == 1
+                else "a replica or tensor slice"
+            )
             return StageError(
-                f"a data-parallel replica of stage {self.stage_id} (one of ranks {replicas}) is lost: rank "
+                f"{what} of stage {self.stage_id} (one of ranks {others}) is lost: rank "
                 f"{self.global_rank} waited for it in call {self._calls} ({str(error).splitlines()[0]})"
             )
         return error

@@ -127,7 +127,7 @@ class Updater(_Host):
             return
         known = self._pipeline_norm if self.ddg.clip == "global" else None
         slices = StageLocalGrid(self.mpu)
-        norm = clip_stage_gradients(self.module.parameters(), self.gradient_clipping(), slices, known)
+        norm = clip_stage_gradients(self.versions.parameters, self.gradient_clipping(), slices, known)
         self._global_grad_norm = norm
 
     def _exec_advance_clocks(self) -> None:

@@ -36,9 +36,10 @@ class WeightVersions:
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], stash: bool = True, pinned: bool = False) -> None:
-        self._parameters = tuple(parameters)
+        self.parameters = tuple(parameters)
+        """All of the stage."""
         self._stash = stash
-        self._home = [p.data for p in self._parameters] if pinned else None
+        self._home = [p.data for p in self.parameters] if pinned else None
         self._away = False
         self._seen: dict[int, int] = {}
         self._old: dict[int, list[Tensor]] = {}
@@ -70,7 +71,7 @@ class WeightVersions:
         if old is None:
             yield
             return
-        newest = [p.data for p in self._parameters]
+        newest = [p.data for p in self.parameters]
         self._point_to(old)
         try:
             yield
@@ -87,14 +88,14 @@ class WeightVersions:
     def updating(self) -> Iterator[None]:
         """The optimizer may write into the weights inside this block; micro-batches in flight do not notice."""
         if self._stash and self.version in self._seen.values():
-            self._old[self.version] = [p.data for p in self._parameters]
+            self._old[self.version] = [p.data for p in self.parameters]
             self._point_to(self._home or self._copies())
         elif self._home is not None:
             self._point_to(self._home)
         self._away = False
         # An optimizer that bumps the counter would make autograd refuse every graph still in flight, though what
         # those graphs saved is intact ("stash") or meant to be new ("current").
-        with _unsafe_preserve_version_counter(self._parameters):
+        with _unsafe_preserve_version_counter(self.parameters):
             yield
         self.version += 1
 
@@ -104,8 +105,8 @@ class WeightVersions:
         assert not self._old, f"old versions: {list(self._old)}"
 
     def _copies(self) -> list[Tensor]:
-        return [p.data.clone() if p.requires_grad else p.data for p in self._parameters]
+        return [p.data.clone() if p.requires_grad else p.data for p in self.parameters]
 
     def _point_to(self, weights: list[Tensor]) -> None:
-        for parameter, weight in zip(self._parameters, weights, strict=True):
+        for parameter, weight in zip(self.parameters, weights, strict=True):
             parameter.data = weight

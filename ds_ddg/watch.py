@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -36,6 +35,21 @@ class Mark(NamedTuple):
         return 1.0 - (later.waited - self.waited) / max(later.time - self.time, 1e-9)
 
 
+class _Waiting:
+    """Adds the time inside the block to `seconds`; a generator would cost more than the reading of the clock."""
+
+    __slots__ = ("_seconds", "_start", "_what")
+
+    def __init__(self, seconds: dict[str, float], what: str) -> None:
+        self._seconds, self._what = seconds, what
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds[self._what] += time.perf_counter() - self._start
+
+
 class WatchedLinks(Links):
     """``Links`` that count the seconds spent in receives.
 
@@ -58,37 +72,37 @@ class WatchedLinks(Links):
 
     def begin(self, here: Here, ready: bool, with_data: bool) -> Kind:
         """As in ``Links``; takes over the rows of the stages above."""
-        with self._waiting(PIPE_RECV_INPUT_TIMER):
+        with _Waiting(self.seconds, PIPE_RECV_INPUT_TIMER):
             kind = super().begin(here, ready, with_data)
         info = {} if self._first is None else self._first.info
-        self.rows = tuple(map(tuple, info.get("rows", ())))
+        self.rows = info.get("rows", ())
         self.update = Update(*info.get("update", ()))
         return kind
 
     def send_activations(self, outputs: Any, more: dict[str, Any] | None = None) -> None:
         """As in ``Links``; rows and updates ride along, where there are any."""
-        riders = {"rows": self.rows, "update": self.update if any(self.update) else ()}
+        riders = {"rows": self.rows, "update": tuple(self.update) if any(self.update) else ()}
         self.rows, self.update = (), Update()
         super().send_activations(outputs, {**(more or {}), **{name: what for name, what in riders.items() if what}})
 
     def recv_activations(self) -> Any:
         """As in ``Links``."""
-        with self._waiting(PIPE_RECV_INPUT_TIMER):
+        with _Waiting(self.seconds, PIPE_RECV_INPUT_TIMER):
             return super().recv_activations()
 
     def recv_grads(self) -> tuple[Tensor | None, ...]:
         """As in ``Links``."""
-        with self._waiting(PIPE_RECV_GRAD_TIMER):
+        with _Waiting(self.seconds, PIPE_RECV_GRAD_TIMER):
             return super().recv_grads()
 
     def next_loss(self) -> dict[str, Any]:
         """As in ``Links``."""
-        with self._waiting(_LOSS):
+        with _Waiting(self.seconds, _LOSS):
             return super().next_loss()
 
     def share(self, value: float) -> float:
         """As in ``Links``."""
-        with self._waiting(_LOSS):
+        with _Waiting(self.seconds, _LOSS):
             return super().share(value)
 
     def ping(self, tensors: Sequence[Tensor], times: int = 5) -> float:
@@ -111,14 +125,6 @@ class WatchedLinks(Links):
                 seconds.append((time.perf_counter() - start) / 2)
         self.park()
         return median(seconds[1:]) if seconds else 0.0  # at the first one the receiver did not know the shape
-
-    @contextmanager
-    def _waiting(self, what: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[what] += time.perf_counter() - start
 
 
 class Gauge:

@@ -1,4 +1,4 @@
-"""Raw bytes between this stage and one other, over a process group of their own.
+"""Raw bytes between this stage and one other, in a lane of a process group that all stages of a pipeline share.
 
 Sends and receives go to the group itself: ``dist.isend`` and ``irecv`` check per message what never changes here, at a
 good part of the cost of a small one.
@@ -15,8 +15,9 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["StageError", "Wire"]
+__all__ = ["HEADER_TAG", "LAST_WORDS_TAG", "ON_DEMAND_TAG", "STANDING_TAG", "Peer", "StageError", "Wire"]
 
+HEADER_TAG, STANDING_TAG, ON_DEMAND_TAG, LAST_WORDS_TAG = range(4)
 _TAGS = 8
 
 
@@ -24,35 +25,46 @@ class StageError(RuntimeError):
     """Another stage failed, left or was lost; the message says which and why."""
 
 
+class Peer:
+    """Another stage, as this one reaches it.
+
+    Args:
+        group: a gloo process group of this project's own.
+        rank: global rank of the other.
+        name: what errors call it, such as "stage 1 (rank 1)".
+    """
+
+    def __init__(self, group: dist.ProcessGroup, rank: int, name: str) -> None:
+        self.group, self.name = group, name
+        self.rank = dist.get_group_rank(group, rank)
+        self.last_words: list[Callable[[], None]] = []
+        """Called when it turns out to be lost; each may raise what it said before."""
+
+
 class Wire:
     """Asynchronous sends and receives of byte tensors.
 
     Args:
-        group: a gloo process group of this project's own.
-        peer: global rank of the other.
-        name: what errors call the other, such as "stage 1 (rank 1)".
-        lane: tells apart what travels over one group for different purposes, 0 and up. Gloo matches messages by tag,
-            so a receive pending in one lane delays nothing in another, as if each had a group of its own; but each
-            group has a thread that wakes up a hundred times a second.
+        peer: the other stage.
+        lane: tells apart what travels to one peer for different purposes, 0 and up. Gloo matches messages by tag, so
+            a receive pending in one lane delays nothing in another, as if each had a group of its own; but each group
+            has a thread that wakes up a hundred times a second.
     """
 
-    def __init__(self, group: dist.ProcessGroup, peer: int, name: str, lane: int = 0) -> None:
-        self.group, self.name, self._lane = group, name, lane
-        self._peer = dist.get_group_rank(group, peer)
-        self.last_words: Callable[[], None] = lambda: None
-        """Called when the other turns out to be lost; may raise what it said before."""
+    def __init__(self, peer: Peer, lane: int = 0) -> None:
+        self.peer, self._lane = peer, lane
 
     def send(self, part: Tensor, tag: int) -> Any:
         """Start to send, with a tag below 8; `part` and the handle returned must live until it has arrived."""
         try:
-            return self.group.send([part], self._peer, self._lane * _TAGS + tag)
+            return self.peer.group.send([part], self.peer.rank, self._lane * _TAGS + tag)
         except RuntimeError as error:
             self._raise_lost("a message could not be sent to it", error)
 
     def recv(self, part: Tensor, tag: int, why: str) -> Any:
         """Start to receive into `part`; a handle to wait on. StageError with `why` if the other is lost."""
         try:
-            return self.group.recv([part], self._peer, self._lane * _TAGS + tag)
+            return self.peer.group.recv([part], self.peer.rank, self._lane * _TAGS + tag)
         except RuntimeError as error:
             self._raise_lost(why, error)
 
@@ -64,6 +76,7 @@ class Wire:
             self._raise_lost(why, error)
 
     def _raise_lost(self, why: str, error: RuntimeError) -> NoReturn:
-        self.last_words()
+        for last_words in self.peer.last_words:
+            last_words()
         reason = str(error).splitlines()[0].partition(". This is typically")[0]
-        raise StageError(f"{self.name} is lost: {why} ({reason})") from error
+        raise StageError(f"{self.peer.name} is lost: {why} ({reason})") from error

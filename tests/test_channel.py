@@ -13,10 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distributed import Outcome, Ranks
-from ds_ddg import channel
-from ds_ddg.channel import Inbox, Outbox
+from ds_ddg import outbox as outboxes
+from ds_ddg.inbox import Inbox
+from ds_ddg.links import Links
 from ds_ddg.message import INLINE_BYTES, Kind
-from ds_ddg.wire import StageError, Wire
+from ds_ddg.outbox import Outbox
+from ds_ddg.plan import DDGPlan
+from ds_ddg.wire import Peer, StageError, Wire
 
 GetRanks = Callable[[int], Ranks]
 TIMEOUT = 60.0
@@ -42,18 +45,18 @@ def link(rank: int, depth: int = 8, inline: int = 0) -> tuple[Outbox, Inbox]:
 
     Tensors of up to `inline` bytes ride in the header; with 0, what is tested is how the others travel.
     """
-    channel.INLINE_BYTES = inline
+    outboxes.INLINE_BYTES = inline
     group = dist.new_group([0, 1])
     other = 1 - rank
-    name = f"stage {other} (rank {other})"
-    return Outbox(Wire(group, other, name, lane=rank), depth), Inbox(Wire(group, other, name, lane=other))
+    peer = Peer(group, other, f"stage {other} (rank {other})")
+    return Outbox(Wire(peer, lane=rank), depth), Inbox(Wire(peer, lane=other))
 
 
 def close(outbox: Outbox, inbox: Inbox) -> None:
     inbox.listen()
     outbox.park()
     inbox.take(Kind.PARK)
-    channel.INLINE_BYTES = INLINE_BYTES
+    outboxes.INLINE_BYTES = INLINE_BYTES
 
 
 def assert_same(got: tuple[Tensor | None, ...], sent: tuple[Tensor | None, ...]) -> None:
@@ -248,7 +251,7 @@ def test_error_arrives_in_place_of_a_message(ranks: GetRanks) -> None:
 
 @pytest.mark.parametrize("letter", ["x", "\n", '"', "ü", "中", "\U0001f600", "\udcff"])
 def test_long_error_arrives_at_least_in_part(ranks: GetRanks, letter: str) -> None:
-    """Headers have a fixed size, and JSON can take several bytes for a letter."""
+    """Headers have a fixed size, and a letter can take several bytes of it."""
     text = "stage 0 (rank 0) failed: " + 9999 * letter
     received = ranks(2).run(fail_and_tell, text, timeout=TIMEOUT)[1]
     assert received.startswith("stage 0 (rank 0) failed: ")
@@ -257,8 +260,8 @@ def test_long_error_arrives_at_least_in_part(ranks: GetRanks, letter: str) -> No
 
 def send_what_does_not_fit(rank: int, world_size: int) -> str:
     outbox, inbox = link(rank)
-    with pytest.raises(ValueError, match="500 tensors") as caught:
-        outbox.post(Kind.DATA, [torch.ones(1)] * 500)
+    with pytest.raises(ValueError, match="2000 tensors") as caught:
+        outbox.post(Kind.DATA, [torch.ones(1)] * 2000)
     outbox.post(Kind.DATA, [torch.ones(1)])
     assert_same(inbox.take(Kind.DATA).tensors, (torch.ones(1),))
     close(outbox, inbox)
@@ -340,6 +343,28 @@ def test_asking_the_dead_again_is_answered_again(ranks: GetRanks) -> None:
     answers = first.message.split(" | ")
     assert len(answers) == 3, "each time an error, never a hang"
     assert answers[0] == "stage 1 (rank 1) failed: enough"
+
+
+def send_to_the_dead(rank: int, world_size: int) -> None:
+    """First over a channel of the test's own, then at the end of training, over those of a pipeline."""
+    outbox, _ = link(rank)
+    links = Links([[0, 1]], rank, DDGPlan(2))
+    dist.barrier()
+    if rank == 1:
+        outbox.post_error("stage 1 (rank 1) failed: enough")
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(StageError) as caught:
+        while True:
+            outbox.post(Kind.DATA, [torch.ones(4)])
+            time.sleep(0.01)
+    links.leave()
+    raise caught.value
+
+
+def test_whoever_sends_to_the_dead_hears_its_last_words(ranks: GetRanks) -> None:
+    first, _ = ranks(2).run(send_to_the_dead, timeout=30.0, expect_failure=True)
+    assert (first.state, first.exc_type) == ("raised", "StageError"), str(first)
+    assert first.message == "stage 1 (rank 1) failed: enough"
 
 
 @pytest.mark.parametrize("when", ["waiting", "busy"])

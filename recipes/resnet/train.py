@@ -1,4 +1,4 @@
-r"""Train a CIFAR ResNet in a pipeline, with DDG or with DeepSpeed's own 1F1B schedule.
+r"""Train a ResNet in a pipeline, with DDG or with DeepSpeed's own 1F1B schedule; evaluate, resume, save the weights.
 
 On images that come with scikit-learn, nothing to download; a minute on two cores:
 
@@ -6,13 +6,20 @@ On images that come with scikit-learn, nothing to download; a minute on two core
 
 Its last line, where the speed is the machine's:
 
-    {"schedule": "ddg", "stages": 2, "micro_batches": 2, "dataset": "digits", "depth": 20, "epochs": 10, "seed": 0,
-     "test_accuracy": 0.9944444444444445, "train_loss": 0.03022, "samples_per_second": ..., "seconds": ...}
+    {"schedule": "ddg", "stages": 2, "micro_batches": 2, "batch_size": 32, "model": "cifar_resnet20",
+     "dataset": "digits", "seed": 0, "epochs": 10, "test_loss": 0.018592341316656935,
+     "test_accuracy": 0.9916666666666667, "test_top5_accuracy": 1.0, "train_loss": 0.03056,
+     "samples_per_second": ..., "seconds": ...}
 
 The paper's recipe (Huo et al., ICML 2018, section 5.2), days on CPU, for a folder DIR with cifar-10-batches-py/ in it:
 
     deepspeed --quiet --num_gpus 2 recipes/resnet/train.py --deepspeed_config configs/resnet110_cifar10.json \
-        --dataset cifar10 --data-dir DIR --depth 110 --epochs 300
+        --dataset cifar10 --data-dir DIR --model cifar_resnet110 --epochs 300
+
+A torchvision ResNet on ImageNet, for a folder DIR with train/CLASS/*.JPEG and val/CLASS/*.JPEG:
+
+    deepspeed --quiet --num_gpus 4 recipes/resnet/train.py --deepspeed_config configs/resnet50_imagenet.json \
+        --dataset imagefolder --data-dir DIR --model resnet50 --epochs 90 --checkpoint-dir ckpt --resume --save out
 
 `--schedule 1f1b` trains the same network in the same order with DeepSpeed's schedule, for comparison. curves.png and
 metrics.json go to `--output-dir`. Without `--quiet` the launcher has the last word instead of the metrics.
@@ -21,6 +28,7 @@ metrics.json go to `--output-dir`. Without `--quiet` the launcher has the last w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -34,97 +42,119 @@ from torch.nn.functional import cross_entropy
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from any folder, installed or not
 
 import ds_ddg
-from ds_ddg.models import cifar_resnet
 from recipes import common
-from recipes.resnet import data
+from recipes.progress import Progress
+from recipes.resnet import data, model
 
 
-class Meter:
-    """A loss function that also counts, so that the test accuracy is exact: ``eval_batch`` only returns averages."""
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="cifar_resnet20", help="cifar_resnet{6n+2}, or a ResNet of torchvision's")
+    parser.add_argument("--dataset", choices=data.DATASETS, default="digits")
+    parser.add_argument(
+        "--data-dir", type=Path, help="cifar-10-batches-py/, cifar-100-python/ or train/ and val/ in it"
+    )
+    parser.add_argument("--image-size", type=int, help="of imagefolder and random (default: 224)")
+    parser.add_argument("--workers", type=int, default=4, help="processes that read images from disk (imagefolder)")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--load", type=Path, metavar="PATH", help="start from these weights (a file or a folder)")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="write the trained weights here")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate the weights of --load or --resume")
+    common.add_arguments(parser)
+    args = common.parse(parser)
+    if args.eval_only and not (args.load or args.resume):
+        parser.error("--eval-only needs weights: --load PATH, or --resume with --checkpoint-dir")
+    return args
 
-    def __init__(self) -> None:
-        self.sums = torch.zeros(3, dtype=torch.float64)
-        """Loss, correct answers, images."""
 
-    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """(B, classes), (B,) -> sum of the losses, 0-dim. Images labelled `data.NO_LABEL` do not count."""
-        loss = cross_entropy(logits, labels, ignore_index=data.NO_LABEL, reduction="sum")
-        correct = (logits.argmax(dim=1) == labels).sum()
-        self.sums += torch.stack([loss, correct, (labels != data.NO_LABEL).sum()]).cpu()
-        return loss
+def measure(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B, classes), (B,) -> loss, top-1 and top-5 hits, images: sums over those not labelled `data.NO_LABEL`."""
+    loss = cross_entropy(logits.float(), labels, ignore_index=data.NO_LABEL, reduction="sum")
+    hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+    return torch.stack([loss, hits[:, 0].sum(), hits.sum(), (labels != data.NO_LABEL).sum()])
 
 
-def evaluate(engine: ds_ddg.DDGEngine, batches: list[data.Batch]) -> tuple[float, float]:
-    """Mean loss and accuracy (0 to 1) over the whole test split, the same on every rank."""
-    meter = Meter()
-    train_loss_fn, engine.module.loss_fn = engine.module.loss_fn, meter
-    engine.eval_batch(iter(batches), num_micro_batches=len(batches))
-    engine.module.loss_fn = train_loss_fn
-    # Only last stages have counted; the others add zeros.
-    sums = meter.sums.to(engine.device)
-    dist.all_reduce(sums)
-    loss, correct, images = sums.tolist()
-    return loss / images, correct / images
+def evaluate(engine: ds_ddg.DDGEngine, batches: data.HeldOutBatches) -> dict[str, float]:
+    """Over the whole test split: mean loss, and the share of images with the right class first, or among five."""
+    loss, top1, top5, images = common.evaluate(engine, batches, len(batches), measure)
+    return {"test_loss": loss / images, "test_accuracy": top1 / images, "test_top5_accuracy": top5 / images}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", choices=["digits", "cifar10"], default="digits")
-    parser.add_argument("--data-dir", type=Path, help="folder that holds cifar-10-batches-py/")
-    parser.add_argument("--depth", type=int, default=20, help="layers of the ResNet, 6n + 2")
-    parser.add_argument("--epochs", type=int, default=10)
-    common.add_arguments(parser)
-    args = parser.parse_args()
+    args = parse_arguments()
     common.set_threads()
     config = common.read_config(args.deepspeed_config, args.schedule)
-    train_split, test_split = data.load(args.dataset, args.data_dir)
-
     common.init_distributed()
-    stages = args.stages or dist.get_world_size()
+
+    with common.on_every_rank():
+        train_split, test_split = data.load(args.dataset, args.data_dir, args.image_size)
+        specs = model.layer_specs(args.model, train_split.num_classes)
     net = PipelineModule(
-        cifar_resnet(args.depth),
-        num_stages=stages,
+        specs,
+        num_stages=args.stages or dist.get_world_size(),
         loss_fn=cross_entropy,
-        partition_method="type:Stem|BasicBlock",
+        partition_method=model.PARTITION,
         # Layer i starts from seed base_seed + i: the initial weights must not depend on the number of stages.
         seed_layers=True,
         seed_fn=torch.manual_seed,
         base_seed=1000 * args.seed,
     )
-    batch = DeepSpeedConfig(config, net.mpu())
     grid = net.mpu()
-    shard = (grid.get_data_parallel_rank(), grid.get_data_parallel_world_size())
-    train_batches = data.TrainBatches(
-        train_split, batch.train_micro_batch_size_per_gpu, batch.gradient_accumulation_steps, args.seed, *shard
+    batch = DeepSpeedConfig(config, grid)
+    share = data.Share(
+        batch.train_micro_batch_size_per_gpu,
+        rank=grid.get_data_parallel_rank(),
+        size=grid.get_data_parallel_world_size(),
+        images=grid.get_stage_id() == 0,
+        workers=args.workers,
+        dtype=common.dtype_of(batch),
     )
-    test_batches = data.held_out_batches(test_split, batch.train_micro_batch_size_per_gpu, *shard)
-    common.fill_scheduler(config, calls=args.epochs * len(train_batches))
+    with common.on_every_rank():
+        train_batches = data.TrainBatches(train_split, share, batch.gradient_accumulation_steps, args.seed)
+        test_batches = data.HeldOutBatches(test_split, share)
+        if args.load:
+            model.load_weights(net, args.model, args.load)
+    calls = args.epochs * len(train_batches)
+    common.fill_scheduler(config, calls)
 
     engine, _, _, _ = ds_ddg.initialize(model=net, model_parameters=net.parameters(), config=config)
-    progress = common.Progress(args.epochs, len(train_batches), engine.train_batch_size())
-    for epoch in range(args.epochs):
-        micro_batches = train_batches.epoch(epoch)
-        with progress:
-            for _ in range(len(train_batches)):
+    progress = Progress(engine, calls, len(train_batches), model=args.model, dataset=args.dataset, seed=args.seed)
+    checkpoints = common.Checkpoints(args, engine, progress, every=len(train_batches))
+    checkpoints.restore()
+    if args.eval_only:
+        if not (args.load or progress.calls):
+            raise SystemExit(f"--eval-only: there is no checkpoint in {args.checkpoint_dir}, and no --load")
+        progress.evaluated(evaluate(engine, test_batches))
+    else:
+        train(engine, train_batches, test_batches, progress, checkpoints)
+    if args.save:
+        model.save_weights(net, args.model, args.save)
+    progress.finish(
+        args.output_dir or Path("runs") / f"{args.model}-{args.dataset}-{progress.settings['schedule']}",
+        title=f"{args.model} on {args.dataset}",
+        draw=["test_accuracy", "test_top5_accuracy"],
+        epochs=args.epochs,
+    )
+
+
+def train(
+    engine: ds_ddg.DDGEngine,
+    train_batches: data.TrainBatches,
+    test_batches: data.HeldOutBatches,
+    progress: Progress,
+    checkpoints: common.Checkpoints,
+) -> None:
+    """Make the calls that are left, evaluate after every epoch."""
+    with contextlib.closing(train_batches.from_call(progress.calls)) as micro_batches:
+        while progress.calls < progress.total_calls:
+            with progress:
                 loss = engine.train_batch(micro_batches)
                 progress.update(loss, engine.loss_step)
-            if epoch == args.epochs - 1:
-                engine.drain()  # the network is trained once its last gradients have arrived
-        progress.evaluated(*evaluate(engine, test_batches))
-
-    output_dir = args.output_dir or Path("runs") / f"resnet{args.depth}-{args.dataset}-{engine.schedule}"
-    progress.finish(
-        output_dir,
-        title=f"ResNet-{args.depth} on {args.dataset}, {stages} stages, {engine.schedule}",
-        schedule=engine.schedule,
-        stages=stages,
-        micro_batches=engine.gradient_accumulation_steps(),
-        dataset=args.dataset,
-        depth=args.depth,
-        epochs=args.epochs,
-        seed=args.seed,
-        test_accuracy=list(progress.accuracies.values())[-1],
-    )
+                if progress.calls == progress.total_calls:
+                    engine.drain()  # the network is trained once its last gradients have arrived
+            if progress.calls % len(train_batches) == 0:
+                progress.evaluated(evaluate(engine, test_batches))
+            checkpoints.save_if_due()
 
 
 if __name__ == "__main__":

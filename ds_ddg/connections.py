@@ -1,0 +1,154 @@
+"""A stage's channels to the others, from opening to farewell; what travels over them is in ``links.py``.
+
+Each direction has a lane of its own, so that a receive pending in one never delays a send in the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from deepspeed.constants import default_pg_timeout
+
+from ds_ddg.inbox import Inbox
+from ds_ddg.message import Kind
+from ds_ddg.outbox import Outbox
+from ds_ddg.plan import DDGPlan
+from ds_ddg.wire import Peer, StageError, Wire
+
+__all__ = ["Connections"]
+
+
+class Connections:
+    """The channels of one rank. Constructing them is collective: every rank creates the groups of every pipeline.
+
+    Args:
+        pipelines: global ranks of each pipeline in stage order (one for each data-parallel replica).
+        rank: this global rank.
+        plan: says how many messages can be on their way.
+    """
+
+    def __init__(self, pipelines: Sequence[Sequence[int]], rank: int, plan: DDGPlan) -> None:
+        self._activations_in: Inbox | None = None
+        self._activations_out: Outbox | None = None
+        self._gradients_in: Inbox | None = None
+        self._gradients_out: Outbox | None = None
+        self._losses_in: Inbox | None = None
+        self._losses_out: list[Outbox] = []
+        self._more: list[tuple[Outbox, Inbox]] = []
+        self._peers: dict[int, Peer] = {}
+        self._group: Any = None
+        self._failed = False
+        self._left = False
+        for ranks in pipelines:
+            if len(ranks) == 1:
+                continue
+            group = dist.new_group(list(ranks), default_pg_timeout, backend="gloo")
+            if rank in ranks:
+                self._group = group
+                self._open(list(ranks), list(ranks).index(rank), group, plan)
+
+    def _open(self, ranks: list[int], stage: int, group: Any, plan: DDGPlan) -> None:
+        for other in range(len(ranks)):
+            if other != stage:
+                self._peers[other] = Peer(group, ranks[other], f"stage {other} (rank {ranks[other]})")
+        self._stage = stage
+        down, up, across = range(3)
+        last = len(ranks) - 1
+        if stage > 0:
+            self._activations_in = Inbox(Wire(self._peers[stage - 1], down))
+            self._gradients_out = Outbox(Wire(self._peers[stage - 1], up), depth=0)
+        if stage < last:
+            self._activations_out = Outbox(Wire(self._peers[stage + 1], down), depth=0)
+            self._gradients_in = Inbox(Wire(self._peers[stage + 1], up))
+            self._losses_in = Inbox(Wire(self._peers[last], across))
+        else:
+            self._losses_out = [Outbox(Wire(self._peers[k], across), depth=0) for k in range(last)]
+        self.expect(plan)
+
+    def expect(self, plan: DDGPlan) -> None:
+        """With nothing in flight: from here on `plan` says how many messages can be on their way."""
+        # An Outbox waits for its oldest message beyond `depth`, so depth is what may still be unread by the receiver:
+        # the gradient of n tells that the activation of n was read; the activation of n, that the stage before has
+        # used the gradient that its tick n - 1 needs; being in call t, that every stage has read loss t - L - 1.
+        if self._gradients_out is not None:
+            self._gradients_out.depth = plan.delay(self._stage - 1) - plan.delay(self._stage) + 1
+        if self._activations_out is not None:
+            self._activations_out.depth = plan.activations(self._stage)
+        for outbox in self._losses_out:
+            outbox.depth = plan.delay(0) + 1
+
+    def open(self, stage: int, lane_out: int, lane_in: int, depth: int) -> tuple[Outbox, Inbox]:
+        """Another pair of channels to `stage`, which opens it with the lanes exchanged; lanes below 3 are taken."""
+        peer = self._peers[stage]
+        self._more.append((Outbox(Wire(peer, lane_out), depth), Inbox(Wire(peer, lane_in))))
+        return self._more[-1]
+
+    def park(self) -> None:
+        """With all stages drained: wait until everything sent has arrived, and release the posted receives."""
+        for inbox in self._inboxes():
+            inbox.listen()
+        for outbox in self._outboxes():
+            outbox.park()
+        for inbox in self._inboxes():
+            inbox.take(Kind.PARK, what="the end of a drain")
+
+    @property
+    def usable(self) -> bool:
+        """Whether there is anybody to talk to: another stage, over a process group that has not been destroyed."""
+        try:
+            return self._group is not None and bool(dist.get_process_group_ranks(self._group))
+        except (KeyError, ValueError):
+            return False
+
+    def leave(self) -> None:
+        """Tell the others, those that are still there, that this stage will send nothing more."""
+        if self._left or self._failed:
+            return
+        self._left = True
+        for outbox in self._outboxes():
+            try:
+                outbox.post(Kind.LEAVE)
+            except StageError:
+                continue  # it is gone already, or has failed, which is for others to report
+
+    def farewell(self, patience: timedelta) -> None:
+        """At the end of the process: wait until the others leave too.
+
+        A process takes with it what it has sent and others have not received, and what others send to it fails. The
+        first stage is done long before the last, so it reads on until nobody needs it any more. Failures of others
+        are theirs to report.
+
+        Args:
+            patience: for each message of the others.
+        """
+        try:
+            self.leave()
+            for inbox in [] if self._failed else self._inboxes():
+                while inbox.take(*Kind, what="the end of training", patience=patience).kind is not Kind.LEAVE:
+                    pass
+            for outbox in [] if self._failed else self._outboxes():
+                outbox.settle(patience)
+        except StageError:
+            return
+
+    def tell_failure(self, text: str) -> None:
+        """Let the neighbours (from the last stage: all) know that this stage failed; they pass it on."""
+        self._failed = True
+        for outbox in self._outboxes():
+            outbox.post_error(text)
+
+    @property
+    def pending(self) -> int:
+        """Messages sent and not known to have arrived."""
+        return sum(outbox.pending for outbox in self._outboxes())
+
+    def _outboxes(self) -> list[Outbox]:
+        boxes = self._activations_out, self._gradients_out, *self._losses_out, *(outbox for outbox, _ in self._more)
+        return [box for box in boxes if box is not None]
+
+    def _inboxes(self) -> list[Inbox]:
+        boxes = self._activations_in, self._gradients_in, self._losses_in, *(inbox for _, inbox in self._more)
+        return [box for box in boxes if box is not None]

@@ -1,0 +1,132 @@
+"""Receiving the messages of another stage, listening ahead; see ``outbox.py`` for what travels how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_ddg.message import HEADER_BYTES, Header, Kind, Message, Spec, bytes_of, empty, unpack
+from ds_ddg.wire import HEADER_TAG, LAST_WORDS_TAG, ON_DEMAND_TAG, STANDING_TAG, StageError, Wire
+
+__all__ = ["Inbox"]
+
+
+class Inbox:
+    """Receives the messages of another stage, in the order in which they were sent.
+
+    Args:
+        wire: where from.
+    """
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+        self._standing: Spec | None = None
+        self._standing_receive: tuple[list[Tensor | None], list[Any]] | None = None
+        self._header, self._header_bytes = _room_for_header()
+        self._header_work: Any = None
+        """Posted and not waited for; the header is read before the next receive is posted, so one buffer does."""
+        last_words, self._last_words_bytes = _room_for_header()
+        self._last_words_work = wire.recv(last_words, LAST_WORDS_TAG, "it cannot be listened to")
+        self._last_words: str | None = None
+        wire.peer.last_words.append(self._raise_last_words)
+        self.listen()
+
+    def listen(self, what: str = "a message") -> None:
+        """Post the receives for the next message, if they are not; `take` would do it, and wait that much longer."""
+        if self._header_work is None:
+            self._header_work = self.wire.recv(self._header, HEADER_TAG, _waited(what))
+            if self._standing is not None and self._standing_receive is None:
+                self._standing_receive = self._post(self._standing, STANDING_TAG, what)
+
+    def take(self, *expected: Kind, what: str = "a message", patience: timedelta | None = None) -> Message:
+        """Wait for the next message and hand it over; `what` says in errors what was waited for.
+
+        Raises:
+            StageError: the sender failed, or has left, or is lost, or the wait timed out.
+            RuntimeError: the message is of a kind not `expected`; the ranks are out of step.
+        """
+        header = self._take_header(what, patience)
+        if header.kind is Kind.RESHAPE:
+            self._take_standing(what)
+            self._standing = None
+            header = self._take_header(what, patience)
+        tensors: list[Tensor | None] = []
+        if header.kind is Kind.PARK:
+            self._take_standing(what)
+            self._standing = None
+        elif header.inline is not None:
+            tensors = unpack(header.spec, header.inline)
+        else:
+            tensors = self._take_standing(what) if header.standing else self._receive(header.spec, what)
+            if self._standing is None and header.recurs:
+                self._standing = header.spec
+        if header.kind not in expected:
+            self._refuse(header.kind, expected, what)
+        return Message(header.kind, header.info, tuple(tensors))
+
+    def _take_header(self, what: str, patience: timedelta | None) -> Header:
+        self.listen(what)
+        work, self._header_work = self._header_work, None
+        self._wait([work], what, patience)
+        header = Header.decode(self._header_bytes)
+        if header.kind is Kind.ERROR:
+            raise StageError(header.info["text"])
+        return header
+
+    def _refuse(self, kind: Kind, expected: Sequence[Kind], what: str) -> None:
+        if kind is Kind.LEAVE:
+            raise StageError(
+                f"{self.wire.peer.name} has left: its script ended, or dropped its engine, while this stage waited "
+                f"for {what}; make the same number of calls on every rank"
+            )
+        raise RuntimeError(
+            f"the ranks are out of step: expected {what} ({' or '.join(kind.name for kind in expected)}) from "
+            f"{self.wire.peer.name}, got {kind.name}; "
+            "make the same calls (train_batch, eval_batch, drain, ...) in the same order on every rank"
+        )
+
+    def _post(self, spec: Spec, tag: int, what: str) -> tuple[list[Tensor | None], list[Any]]:
+        tensors = empty(spec)
+        return tensors, [self.wire.recv(part, tag, _waited(what)) for part in bytes_of(tensors)]
+
+    def _take_standing(self, what: str) -> list[Tensor | None]:
+        if self._standing_receive is None:
+            return []
+        tensors, works = self._standing_receive
+        self._standing_receive = None
+        self._wait(works, what)
+        return tensors
+
+    def _receive(self, spec: Spec, what: str) -> list[Tensor | None]:
+        tensors, works = self._post(spec, ON_DEMAND_TAG, what)
+        self._wait(works, what)
+        return tensors
+
+    def _wait(self, works: Sequence[Any], what: str, patience: timedelta | None = None) -> None:
+        for work in works:
+            self.wire.wait(work, _waited(what), patience)
+
+    def _raise_last_words(self) -> None:
+        """If the sender had time to say why it leaves, raise that."""
+        if self._last_words_work is not None:
+            work, self._last_words_work = self._last_words_work, None  # to be waited on once
+            try:
+                work.wait(timedelta(milliseconds=1))
+            except RuntimeError:
+                return
+            self._last_words = Header.decode(self._last_words_bytes).info["text"]
+        if self._last_words is not None:
+            raise StageError(self._last_words)
+
+
+def _room_for_header() -> tuple[Tensor, memoryview]:
+    room = torch.empty(HEADER_BYTES, dtype=torch.uint8)
+    return room, room.numpy().data
+
+
+def _waited(what: str) -> str:
+    return f"this stage waited for {what} from it"

@@ -1,0 +1,174 @@
+r"""Fine-tune a pretrained encoder to classify texts or pairs of texts, with DDG or with DeepSpeed's 1F1B schedule.
+
+Which package of the Python standard library does a docstring document? Nothing to download; after `pretrain.py`:
+
+    deepspeed --quiet --num_gpus 2 recipes/bert/finetune.py --deepspeed_config configs/bert_finetune.json \
+        --model runs/bert-pretrain-ddg/model
+
+GLUE, from the folders that its archives unpack to, with BERT-Base in a folder of the Hugging Face layout:
+
+    deepspeed --quiet --num_gpus 2 recipes/bert/finetune.py --deepspeed_config configs/bert_finetune_glue.json \
+        --model bert-base-uncased/ --train SST-2/train.tsv --dev SST-2/dev.tsv --length 128 --epochs 3
+
+and MNLI likewise with `MNLI/train.tsv` and `MNLI/dev_matched.tsv`. Columns are found by their names in the header, see
+`glue.py`. Model and tokenizer go to `--output-dir`/model, which AutoModelForSequenceClassification and AutoTokenizer
+read; curves.png and metrics.json beside it. F1 is that of the second of two labels, and the mean over more (macro).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.config import DeepSpeedConfig
+from sklearn.metrics import accuracy_score, f1_score
+from torch import Tensor
+from torch.nn.functional import cross_entropy, one_hot
+from transformers import PreTrainedTokenizerBase
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from any folder, installed or not
+
+import ds_ddg
+from ds_ddg.models import classification_loss, load_pretrained, sequence_classification
+from ds_ddg.models.transformer import Head
+from recipes import common
+from recipes.bert import glue, model
+from recipes.bert.batches import IGNORED, Batch, MakeBatch, TrainBatches, held_out_batches
+from recipes.progress import Progress
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory of the pretrained model")
+    parser.add_argument("--train", type=Path, help=".tsv or .csv (default: docstrings of the standard library)")
+    parser.add_argument("--dev", type=Path, help="the same, to measure")
+    parser.add_argument("--length", type=int, default=64, help="tokens of an example; longer ones are cut")
+    parser.add_argument("--epochs", type=int, default=6)
+    common.add_arguments(parser)
+    args = common.parse(parser)
+    if (args.train is None) != (args.dev is None):
+        parser.error("--train and --dev go together")
+    return args
+
+
+def prepare(args: argparse.Namespace) -> tuple[glue.Examples, glue.Examples, list[str]]:
+    """Training examples, held-out examples, names of the labels."""
+    if args.train is None:
+        train, held_out = glue.stdlib_packages()
+    else:
+        train, held_out = glue.read_examples(args.train), glue.read_examples(args.dev)
+    return train, held_out, glue.label_names(train, held_out)
+
+
+class Encoder:
+    """Makes micro-batches of examples: inputs in the order of `inputs`, each (B, length) int64, and labels (B,)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, names: list[str], length: int) -> None:
+        self.inputs = tuple(tokenizer.model_input_names)
+        self._tokenizer, self._length = tokenizer, length
+        self._numbers = {name: number for number, name in enumerate(names)}
+
+    def __call__(self, examples: glue.Examples, rows: Tensor) -> Batch:
+        texts = zip(*(examples.texts[row] for row in rows.tolist()), strict=True)
+        encoded = self._tokenizer(
+            *map(list, texts), padding="max_length", truncation=True, max_length=self._length, return_tensors="pt"
+        )
+        labels = torch.tensor([self._numbers[examples.labels[row]] for row in rows.tolist()])
+        return tuple(encoded[name] for name in self.inputs), labels
+
+
+def load_encoder(net: PipelineModule, directory: Path) -> None:
+    """Pretrained weights for all but the head, which may be new in part or as a whole. ValueError if others lack."""
+    loaded = load_pretrained(net, directory, strict=False)
+    heads = [module for module in net.modules() if isinstance(module, Head)]
+    new = set(loaded.missing) & {key for head in heads for key in head.original_state()}
+    if lacking := sorted(set(loaded.missing) - new):
+        raise ValueError(
+            f"--model: the weights in {directory} lack parts of the encoder: {', '.join(lacking[:4])}, ..."
+        )
+    if new:
+        print(f"new weights: {', '.join(sorted(new))}", flush=True)
+
+
+def measure(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B, classes), (B,) -> sum of the losses, then how often each label got each answer (classes x classes)."""
+    loss = cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    classes, counted = logits.shape[1], labels != IGNORED
+    pairs = labels[counted] * classes + logits.argmax(dim=1)[counted]
+    return torch.cat([loss[None], one_hot(pairs, classes**2).sum(dim=0)])
+
+
+def scores(counts: list[float], classes: int) -> dict[str, float]:
+    """Accuracy and F1 of what `measure` counted."""
+    table = torch.tensor(counts).view(classes, classes)
+    labels, answers = torch.meshgrid(torch.arange(classes), torch.arange(classes), indexing="ij")
+    pairs = {"y_true": labels.flatten(), "y_pred": answers.flatten(), "sample_weight": table.flatten()}
+    f1 = f1_score(**pairs, average="binary" if classes == 2 else "macro", zero_division=0.0)
+    return {"accuracy": float(accuracy_score(**pairs)), "f1": float(f1)}
+
+
+def main() -> None:
+    args = parse_arguments()
+    common.set_threads()
+    config = common.read_config(args.deepspeed_config, args.schedule)
+
+    common.init_distributed()
+    train, dev, names = model.from_first_rank(lambda: prepare(args))
+    with common.on_every_rank():
+        tokenizer = model.load_tokenizer(args.model, args.length)
+        numbers = {name: number for number, name in enumerate(names)}
+        bert = model.load_config(args.model, num_labels=len(names), id2label=dict(enumerate(names)), label2id=numbers)
+        encoder = Encoder(tokenizer, names, args.length)
+        specs = sequence_classification(bert, inputs=encoder.inputs)
+    net = model.pipeline(specs, classification_loss, args.stages or dist.get_world_size(), args.seed)
+    with common.on_every_rank():
+        load_encoder(net, args.model)
+
+    def encoded(examples: glue.Examples) -> MakeBatch:
+        return lambda rows, _: encoder(examples, rows)
+
+    batch = DeepSpeedConfig(config, net.mpu())
+    size, micro_batches = batch.train_micro_batch_size_per_gpu, batch.gradient_accumulation_steps
+    shard = (net.mpu().get_data_parallel_rank(), net.mpu().get_data_parallel_world_size())
+    with common.on_every_rank():
+        train_batches = TrainBatches(len(train), encoded(train), size, micro_batches, args.seed, *shard)
+    held_out = held_out_batches(len(dev), encoded(dev), size, *shard)
+    calls = args.epochs * len(train_batches)
+    common.fill_scheduler(config, calls)
+
+    engine, _, _, _ = ds_ddg.initialize(model=net, model_parameters=model.parameter_groups(net), config=config)
+    settings: dict[str, Any] = {
+        "task": "stdlib-packages" if args.train is None else args.train.resolve().parent.name,
+        "examples": len(train),
+        "classes": len(names),
+        "length": args.length,
+        "seed": args.seed,
+    }
+    progress = Progress(engine, calls, len(train_batches), **settings)
+    checkpoints = common.Checkpoints(args, engine, progress, every=len(train_batches))
+    checkpoints.restore()
+
+    data = train_batches.from_call(progress.calls)
+    while progress.calls < calls:
+        with progress:
+            loss = engine.train_batch(data)
+            progress.update(loss, engine.loss_step)
+            if progress.calls == calls:
+                engine.drain()  # the network is trained once its last gradients have arrived
+        if progress.calls % len(train_batches) == 0:
+            _, *counts = common.evaluate(engine, held_out, len(held_out), measure)
+            progress.evaluated(scores(counts, len(names)))
+        checkpoints.save_if_due()
+
+    output_dir = args.output_dir or Path("runs") / f"bert-{settings['task']}-{progress.settings['schedule']}"
+    model.save(net, tokenizer, output_dir / "model")
+    progress.finish(output_dir, f"BERT on {settings['task']}", draw=["accuracy", "f1"], epochs=args.epochs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""What pretraining and fine-tuning do alike with a model: into a pipeline, and out to a Hugging Face directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.pipe import LayerSpec, PipelineModule
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from ds_ddg.models import save_pretrained
+from recipes import common
+
+T = TypeVar("T")
+
+
+def from_first_rank(work: Callable[[], T]) -> T:
+    """What `work` returns on rank 0, which alone does it, on every rank; if it fails, all leave with the reason."""
+    result: list[Any] = [None]
+    with common.on_every_rank():
+        if dist.get_rank() == 0:
+            result[0] = work()
+    dist.broadcast_object_list(result, src=0)
+    return result[0]
+
+
+def load_config(directory: Path, **changes: Any) -> Any:
+    """The config in a Hugging Face directory, with changes. FileNotFoundError if it is not such a directory."""
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(
+            f"--model: no config.json in {directory}; expected a Hugging Face directory on this machine, with "
+            "config.json, tokenizer.json and model.safetensors"
+        )
+    return AutoConfig.from_pretrained(directory, local_files_only=True, **changes)
+
+
+def load_tokenizer(directory: Path, length: int) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face directory.
+
+    FileNotFoundError if it is not such a directory; ValueError if the model in it does not go with the tokenizer, or
+    cannot take sequences of `length` tokens.
+    """
+    config = load_config(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"--model: the tokenizer in {directory} has {len(tokenizer)} tokens, the model {config.vocab_size}; "
+            "expected the files of one model"
+        )
+    longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", length))
+    if not 4 <= length <= longest:
+        raise ValueError(f"--length must be from 4 to the model's {longest} tokens, got {length}")
+    return tokenizer
+
+
+def pipeline(specs: list[LayerSpec], loss_fn: Callable[..., Any], stages: int, seed: int) -> PipelineModule:
+    """The same number of transformer layers on each stage, and weights that do not depend on the number of stages."""
+    return PipelineModule(
+        specs,
+        num_stages=stages,
+        loss_fn=loss_fn,
+        partition_method="type:TransformerLayer",
+        # Layer i starts from seed base_seed + i.
+        seed_layers=True,
+        seed_fn=torch.manual_seed,
+        base_seed=1000 * seed,
+    )
+
+
+def parameter_groups(net: nn.Module) -> list[dict[str, Any]]:
+    """Biases and norms do not decay, as in BERT's own training."""
+    parameters = list(net.parameters())
+    return [
+        {"params": [parameter for parameter in parameters if parameter.ndim > 1]},
+        {"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def save(net: PipelineModule, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write model and tokenizer as plain transformers reads them; on all ranks, after a drain."""
+    save_pretrained(net, directory)
+    with common.on_every_rank():
+        if dist.get_rank() == 0:
+            tokenizer.save_pretrained(directory)

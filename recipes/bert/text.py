@@ -1,0 +1,123 @@
+"""From documents to masked sequences: a WordPiece vocabulary, packing and dynamic masking (Devlin et al., 2019)."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers import trainers
+from torch import Tensor
+from transformers import BertTokenizer, PreTrainedTokenizerBase
+
+from recipes.bert.batches import IGNORED
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+NUM_LETTERS = 1000
+"""The most frequent letters enter the vocabulary; a word with another one is unknown."""
+
+MASKED = 0.15
+"""Share of a sequence that is to be predicted."""
+
+
+def train_tokenizer(documents: Sequence[str], vocabulary: int, max_length: int) -> BertTokenizer:
+    """A WordPiece tokenizer of at most `vocabulary` entries, lower case, the same for the same documents.
+
+    ValueError if `vocabulary` has no room for the letters.
+    """
+    plain = BertTokenizer().backend_tokenizer
+    letters = _letters(documents, plain)
+    if len(SPECIAL) + len(letters) > vocabulary:
+        raise ValueError(
+            f"--vocabulary {vocabulary} is too small for this text: its letters and the special tokens alone are "
+            f"{len(SPECIAL) + len(letters)}"
+        )
+    # Left to itself the trainer numbers "##a", "##b", ... in the order of a randomised hash table, and breaks ties by
+    # these numbers: another vocabulary in every process.
+    plain.train_from_iterator(
+        documents,
+        trainers.WordPieceTrainer(
+            vocab_size=vocabulary,
+            special_tokens=[*SPECIAL, *letters],
+            limit_alphabet=0,
+            show_progress=False,
+        ),
+    )
+    by_number = sorted(plain.get_vocab(with_added_tokens=False).items(), key=lambda entry: entry[1])
+    return BertTokenizer(vocab=dict(by_number), model_max_length=max_length)
+
+
+def _letters(documents: Iterable[str], tokenizer: Any) -> list[str]:
+    """Each letter as it starts a word, then as it continues one ("##a"); sorted."""
+    words: Counter[str] = Counter()
+    for document in documents:
+        text = tokenizer.normalizer.normalize_str(document)
+        words.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
+    counts: Counter[str] = Counter()
+    continuing: set[str] = set()
+    for word, count in words.items():
+        continuing.update(word[1:])
+        for letter in word:
+            counts[letter] += count
+    frequent = sorted(counts, key=lambda letter: (-counts[letter], letter))[:NUM_LETTERS]
+    return [*sorted(frequent), *sorted(f"##{letter}" for letter in frequent if letter in continuing)]
+
+
+def pack(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
+    """Documents one after another, each ended by a separator, cut into full sequences that start with [CLS].
+
+    Returns:
+        (N, length) int32. The last documents, too short to fill a sequence, are left out.
+
+    Raises:
+        ValueError: they do not fill a single one.
+    """
+    encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    stream = list(itertools.chain.from_iterable([*tokens, tokenizer.sep_token_id] for tokens in encoded))
+    count = len(stream) // (length - 1)
+    if count == 0:
+        raise ValueError(f"{len(documents)} documents of {len(stream)} tokens do not fill one sequence of {length}")
+    body = torch.tensor(stream[: count * (length - 1)], dtype=torch.int32).view(count, length - 1)
+    return torch.cat([torch.full((count, 1), tokenizer.cls_token_id, dtype=torch.int32), body], dim=1)
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Hides tokens at random: of those to predict 80% become [MASK], 10% another token, 10% stay."""
+
+    mask: int
+    """Number of [MASK]."""
+    special: Tensor
+    """Numbers of special tokens, never to be predicted."""
+    ordinary: Tensor
+    """Numbers of all others."""
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Masking:
+        """For a tokenizer's vocabulary. ValueError if that has no mask."""
+        if tokenizer.mask_token_id is None:
+            raise ValueError(
+                f"the tokenizer of {tokenizer.name_or_path!r} has no mask token: no masked language model"
+            )
+        special = set(tokenizer.all_special_ids)
+        ordinary = sorted(set(tokenizer.get_vocab().values()) - special)
+        return cls(tokenizer.mask_token_id, torch.tensor(sorted(special)), torch.tensor(ordinary))
+
+    def __call__(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(B, S) -> inputs and labels, both (B, S) int64; a label is `IGNORED` where there is nothing to predict.
+
+        Each sequence has the same number to predict, so that the losses of all micro-batches count alike.
+        """
+        tokens = tokens.long()
+        order = torch.rand(tokens.shape, generator=generator)
+        order[torch.isin(tokens, self.special)] = 2.0
+        first = order.topk(max(1, round(MASKED * tokens.shape[1])), dim=1, largest=False).indices
+        hidden = torch.zeros_like(tokens, dtype=torch.bool).scatter(1, first, True) & (order < 2.0)
+        fate = torch.rand(tokens.shape, generator=generator)
+        others = self.ordinary[torch.randint(len(self.ordinary), tokens.shape, generator=generator)]
+        inputs = tokens.masked_fill(hidden & (fate < 0.8), self.mask)
+        inputs = torch.where(hidden & (fate >= 0.9), others, inputs)
+        return inputs, tokens.masked_fill(~hidden, IGNORED)

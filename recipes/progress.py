@@ -1,0 +1,169 @@
+"""What a run has come to: the progress bar, the losses and held-out metrics so far, and the last line of JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from torch import Tensor
+from tqdm import tqdm
+
+import ds_ddg
+from recipes.plots import draw_curves, words
+
+READ_EVERY = 10
+"""Calls between two looks at the losses: reading one waits for the device."""
+
+
+class Progress:
+    """Progress bar on rank 0, and on every rank the record that curves and metrics are made from.
+
+    Under DDG a returned loss is a few calls old, so losses are stored by the call that they belong to. What a
+    checkpoint needs to go on with the same record is in `state_dict`.
+
+    Args:
+        engine: made by ``ds_ddg.initialize``.
+        calls: of ``train_batch()`` in the whole run.
+        calls_per_epoch: None for a recipe that counts calls.
+        **settings: of the recipe, what makes this run another one than the next: data set, model, seed, ... They are
+            among the metrics, and a checkpoint of a run with others is refused.
+    """
+
+    def __init__(
+        self, engine: ds_ddg.DDGEngine, calls: int, calls_per_epoch: int | None = None, **settings: Any
+    ) -> None:
+        self.total_calls = calls
+        self.calls_per_epoch = calls_per_epoch
+        self.settings = {
+            "schedule": "ddg" if engine.ddg.enabled else "1f1b",
+            "stages": engine.num_stages,
+            "micro_batches": engine.gradient_accumulation_steps(),
+            "batch_size": engine.train_batch_size(),
+            **settings,
+        }
+        self.calls = 0
+        """Made so far, those before a resumption included."""
+        self.seconds = 0.0
+        """Spent in training, without evaluation and checkpoints."""
+        self.held_out: dict[str, dict[int, float]] = {}
+        """Metric -> number of calls made before the evaluation -> value."""
+        self._engine = engine
+        self._losses: dict[int, float] = {}
+        self._unread: list[tuple[int, Tensor]] = []
+        self._bar = tqdm(
+            total=calls * engine.train_batch_size(),
+            unit=" samples",
+            unit_scale=True,
+            mininterval=1.0,
+            disable=dist.get_rank() != 0,
+        )
+
+    def __enter__(self) -> Progress:
+        """Measure the training inside a ``with`` block."""
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.seconds += time.perf_counter() - self._start
+
+    def update(self, loss: Tensor, loss_call: int) -> None:
+        """After a ``train_batch()``: the loss that it returned, and the call (0, 1, ...) that this is the loss of."""
+        self._unread.append((loss_call, loss.detach()))
+        self.calls += 1
+        self._bar.update(self._engine.train_batch_size())
+        if self.calls % READ_EVERY == 0 or self.calls == 1:
+            newest = self.losses[loss_call]
+            self._bar.set_description(f"{self._now()} of {self._of(self.total_calls)}")
+            self._bar.set_postfix_str(f"loss {newest:.4f} (call {loss_call})")
+
+    def evaluated(self, metrics: Mapping[str, float]) -> None:
+        """After an evaluation: name -> value, such as ``{"test_accuracy": 0.98}``. They go to the monitors, too."""
+        for name, value in metrics.items():
+            self.held_out.setdefault(name, {})[self.calls] = value
+        if self._engine.monitor.enabled:
+            samples = self._engine.global_samples
+            self._engine.monitor.write_events([(f"Eval/Samples/{n}", v, samples) for n, v in metrics.items()])
+        if dist.get_rank() == 0:
+            tqdm.write(f"{self._now()}: " + ", ".join(f"{words(n)} {v:.4f}" for n, v in metrics.items()))
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Training loss by call, as far as known: under DDG the last few before a drain never are."""
+        if self._unread:
+            values = torch.stack([loss.float() for _, loss in self._unread]).tolist()
+            self._losses.update(zip([call for call, _ in self._unread], values, strict=True))
+            self._unread = []
+        return self._losses
+
+    @property
+    def train_loss(self) -> float | None:
+        """Mean over the calls of the last epoch (without epochs: of the last tenth); None before the first call."""
+        last = [loss for call, loss in self.losses.items() if call >= self.calls - self._window]
+        last = last or list(self.losses.values())[-1:]
+        return sum(last) / len(last) if last else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "calls": self.calls,
+            "seconds": self.seconds,
+            "held_out": self.held_out,
+            "loss_calls": torch.tensor(list(self.losses), dtype=torch.int64),
+            "losses": torch.tensor(list(self.losses.values()), dtype=torch.float64),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.calls, self.seconds, self.held_out = state["calls"], state["seconds"], state["held_out"]
+        self._losses = dict(zip(state["loss_calls"].tolist(), state["losses"].tolist(), strict=True))
+        self._unread = []
+        self._bar.update(self.calls * self._engine.train_batch_size() - self._bar.n)
+        self._bar.unpause()  # what was done before does not count for the speed
+
+    def finish(self, output_dir: Path, title: str, draw: Sequence[str], **metrics: Any) -> None:
+        """On rank 0: write metrics.json and curves.png, and print the metrics as the last line.
+
+        Args:
+            output_dir: made if it is not there.
+            title: of the picture.
+            draw: names of the held-out metrics that the picture shows.
+            **metrics: of the recipe, besides its settings, its last held-out metrics and its training loss and speed.
+        """
+        self._bar.close()
+        if dist.get_rank() != 0:
+            return
+        loss = self.train_loss
+        samples = self.calls * self._engine.train_batch_size()
+        line = {
+            **self.settings,
+            **metrics,
+            **{name: values[max(values)] for name, values in self.held_out.items()},
+            "train_loss": None if loss is None else round(loss, 5),
+            "samples_per_second": round(samples / self.seconds, 1) if self.seconds else None,
+            "seconds": round(self.seconds, 1),
+        }
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "metrics.json").write_text(json.dumps(line, indent=2) + "\n")
+        shown = {name: self.held_out.get(name, {}) for name in draw}
+        stages = self.settings["stages"]
+        full_title = f"{title}, {stages} {'stage' if stages == 1 else 'stages'}, {self.settings['schedule']}"
+        path = output_dir / "curves.png"
+        draw_curves(path, full_title, self.losses, shown, self._window, self.calls_per_epoch)
+        print(json.dumps(line), flush=True)
+
+    @property
+    def _window(self) -> int:
+        return self.calls_per_epoch or max(1, self.total_calls // 10)
+
+    def _now(self) -> str:
+        if self.calls_per_epoch is None:
+            return f"call {self.calls}"
+        return f"epoch {-(-self.calls // self.calls_per_epoch)}"
+
+    def _of(self, calls: int) -> int:
+        return calls if self.calls_per_epoch is None else calls // self.calls_per_epoch

@@ -1,0 +1,374 @@
+"""What the recipes share: arguments, config, the record of a run, checkpoints; the benchmark that compares runs."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from distributed import Ranks
+from recipes import common
+from recipes.progress import Progress
+
+GetRanks = Callable[[int], Ranks]
+ROOT = Path(__file__).parents[1]
+
+
+def load_benchmark() -> Any:
+    spec = importlib.util.spec_from_file_location("benchmark_recipes", ROOT / "benchmarks" / "recipes.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+benchmark = load_benchmark()
+
+
+class FakeMonitor:
+    enabled = True
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, float, int]] = []
+
+    def write_events(self, events: list[tuple[str, float, int]]) -> None:
+        self.events += events
+
+
+class FakeEngine:
+    """As much of an engine as `Progress` and `Checkpoints` use."""
+
+    num_stages = 4
+
+    def __init__(self) -> None:
+        self.ddg = SimpleNamespace(enabled=True)
+        self.monitor = FakeMonitor()
+        self.global_samples = 0
+        self.saved: list[Any] = []
+
+    def gradient_accumulation_steps(self) -> int:
+        return 2
+
+    def train_batch_size(self) -> int:
+        return 8
+
+    def save_checkpoint(self, directory: str, client_state: dict[str, Any]) -> None:
+        calls = client_state["progress"]["calls"]
+        (Path(directory) / f"global_step{calls}").mkdir()
+        (Path(directory) / "latest").write_text(f"global_step{calls}")
+        self.saved.append(client_state)
+
+    def load_checkpoint(self, directory: str, tag: str) -> tuple[str, Any]:
+        return directory, next(s for s in self.saved if tag == f"global_step{s['progress']['calls']}")
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is the only rank."""
+    monkeypatch.setattr("recipes.progress.dist.get_rank", lambda: 0)
+    monkeypatch.setattr("recipes.common.dist.get_rank", lambda: 0)
+    monkeypatch.setattr("recipes.common.gather", lambda value: [value])
+
+
+# -- arguments and config ---------------------------------------------------------------------------------------------
+
+
+def parsed(monkeypatch: pytest.MonkeyPatch, *words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    common.add_arguments(parser)
+    monkeypatch.setattr(sys, "argv", ["recipe.py", *words])
+    return common.parse(parser)
+
+
+def test_a_launchers_arguments_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = parsed(monkeypatch, "--local_rank=1", "--deepspeed", "--deepspeed_config", "ds.json")
+    assert (args.local_rank, args.deepspeed_config, args.seed, args.resume) == (1, "ds.json", 0, False)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read '.*ds.json' as JSON: .*No such file"),
+        ("{", "cannot read '.*ds.json' as JSON: "),
+        ("[1]", "'.*ds.json' must hold a JSON object, got list"),
+    ],
+)
+def test_a_config_that_cannot_be_read(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "ds.json").write_text(content)
+    with pytest.raises(SystemExit, match=message):
+        common.read_config(str(tmp_path / "ds.json"), None)
+    with pytest.raises(SystemExit, match="--deepspeed_config is required"):
+        common.read_config(None, None)
+
+
+def test_the_schedule_of_the_command_line_wins(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"ddg": {"enabled": True, "slack": 1}}))
+    assert common.read_config(str(path), "1f1b")["ddg"] == {"enabled": False, "slack": 1}
+    assert common.read_config(str(path), None)["ddg"] == {"enabled": True, "slack": 1}
+    path.write_text("{}")
+    assert common.read_config(str(path), "ddg") == {"ddg": {"enabled": True}}
+    assert common.read_config(str(path), None) == {}
+
+
+def test_auto_in_the_scheduler_is_the_length_of_the_run() -> None:
+    config = {"scheduler": {"params": {"total_num_steps": "auto", "warmup_num_steps": 4}}, "train_batch_size": "auto"}
+    common.fill_scheduler(config, 70)
+    assert config["scheduler"] == {"params": {"total_num_steps": 70, "warmup_num_steps": 4}}
+    assert config["train_batch_size"] == "auto"
+    common.fill_scheduler({}, 70)
+
+
+def test_every_config_is_one_that_ds_ddg_takes() -> None:
+    from ds_ddg.config import DDGConfig
+
+    for path in (ROOT / "configs").glob("*.json"):
+        config = common.read_config(str(path), None)
+        assert DDGConfig.parse(config["ddg"]).enabled
+        assert {"train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler"} <= set(
+            config
+        )
+
+
+def test_seeds_of_different_places_differ() -> None:
+    places = [(seed, epoch, rank) for seed in range(4) for epoch in range(4) for rank in range(4)]
+    assert len({common.seed_from(*place) for place in places}) == len(places)
+    assert common.seed_from(1, 2, 3) == common.seed_from(1, 2, 3)
+
+
+# -- the record of a run ----------------------------------------------------------------------------------------------
+
+
+def make_calls(progress: Progress, calls: int, delay: int = 2) -> None:
+    """As an engine would: the loss of call n is 10 - n and comes `delay` calls late."""
+    for _ in range(calls):
+        with progress:
+            of = max(0, progress.calls - delay)
+            progress.update(torch.tensor(10.0 - of), of)
+
+
+def finished(progress: Progress, folder: Path, capsys: pytest.CaptureFixture[str], **metrics: Any) -> dict[str, Any]:
+    progress.finish(folder, "A run", draw=list(progress.held_out), **metrics)
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert json.loads((folder / "metrics.json").read_text()) == line
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    return line
+
+
+@pytest.mark.parametrize("calls_per_epoch", [4, None])
+def test_the_last_line(
+    alone: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], calls_per_epoch: int | None
+) -> None:
+    engine = FakeEngine()
+    progress = Progress(engine, 12, calls_per_epoch, seed=3)  # type: ignore[arg-type]
+    make_calls(progress, 8)
+    engine.global_samples = 64
+    progress.evaluated({"perplexity": 300.0, "accuracy": 0.25})
+    make_calls(progress, 4)
+    engine.global_samples = 96
+    progress.evaluated({"perplexity": 7.5, "accuracy": 0.5})
+    line = finished(progress, tmp_path, capsys, steps=12)
+    assert line.pop("samples_per_second") > 0
+    assert line.pop("seconds") >= 0
+    assert line == {
+        "schedule": "ddg",
+        "stages": 4,
+        "micro_batches": 2,
+        "batch_size": 8,
+        "seed": 3,
+        "steps": 12,
+        "perplexity": 7.5,
+        "accuracy": 0.5,
+        # Of an epoch's four calls the last two losses never come; without epochs it is the newest one.
+        "train_loss": 1.5 if calls_per_epoch else 1.0,
+    }
+    assert progress.losses == {call: 10.0 - call for call in range(10)}
+    assert engine.monitor.events == [
+        ("Eval/Samples/perplexity", 300.0, 64),
+        ("Eval/Samples/accuracy", 0.25, 64),
+        ("Eval/Samples/perplexity", 7.5, 96),
+        ("Eval/Samples/accuracy", 0.5, 96),
+    ]
+
+
+def test_nothing_trained(alone: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(FakeEngine(), 0, 4)  # type: ignore[arg-type]
+    progress.evaluated({"accuracy": 0.5})
+    line = finished(progress, tmp_path, capsys)
+    assert (line["accuracy"], line["train_loss"], line["samples_per_second"]) == (0.5, None, None)
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def arguments(directory: Path | None, **more: Any) -> argparse.Namespace:
+    return argparse.Namespace(
+        **{"checkpoint_dir": directory, "checkpoint_every": None, "resume": False, "seed": 0, **more}
+    )
+
+
+def test_checkpoints_are_few_and_restore_the_record(alone: None, tmp_path: Path) -> None:
+    engine = FakeEngine()
+    progress = Progress(engine, 20, 5)  # type: ignore[arg-type]
+    (tmp_path / "global_step_of_another_kind").mkdir()
+    checkpoints = common.Checkpoints(arguments(tmp_path), engine, progress, every=6)  # type: ignore[arg-type]
+    checkpoints.restore()
+    random_numbers = []
+    for _ in range(20):
+        make_calls(progress, 1)
+        if progress.calls == 7:
+            progress.evaluated({"accuracy": 0.1})
+        checkpoints.save_if_due()
+        random_numbers.append(float(torch.rand(())))
+    kept = {path.name for path in tmp_path.glob("global_step*")}
+    assert kept == {"global_step18", "global_step20", "global_step_of_another_kind"}, "the end is saved, too"
+
+    (tmp_path / "latest").write_text("global_step18")
+    again = Progress(engine, 20, 5)  # type: ignore[arg-type]
+    torch.manual_seed(99)
+    common.Checkpoints(arguments(tmp_path, resume=True), engine, again, every=6).restore()  # type: ignore[arg-type]
+    assert float(torch.rand(())) == random_numbers[17], "dropout goes on as it would have"
+    make_calls(again, 2)
+    assert (again.calls, again.losses, again.held_out) == (progress.calls, progress.losses, progress.held_out)
+    assert again.seconds >= progress.seconds / 2
+
+
+def test_without_a_folder_nothing_is_saved(alone: None, tmp_path: Path) -> None:
+    engine = FakeEngine()
+    progress = Progress(engine, 3)  # type: ignore[arg-type]
+    checkpoints = common.Checkpoints(arguments(None), engine, progress, every=1)  # type: ignore[arg-type]
+    checkpoints.restore()
+    make_calls(progress, 3)
+    checkpoints.save_if_due()
+    assert not engine.saved
+
+
+def fail_on_rank_1(rank: int, error: Exception) -> None:
+    with common.on_every_rank():
+        if rank == 1:
+            raise error
+
+
+def disagree(rank: int, world_size: int, folder: str) -> list[str]:
+    """What is said where ranks differ."""
+    said = []
+    progress = Progress(FakeEngine(), 3, seed=0)  # type: ignore[arg-type]
+    mine = Path(folder) / str(rank)
+    if rank == 0:
+        (mine / "global_step2").mkdir(parents=True)
+        (mine / "latest").write_text("global_step2")
+        (mine / "settings.json").write_text(json.dumps(progress.settings))
+    checkpoints = common.Checkpoints(arguments(mine, resume=True), FakeEngine(), progress, every=1)  # type: ignore[arg-type]
+    with pytest.raises(SystemExit) as stopped:
+        checkpoints.restore()
+    said.append(str(stopped.value))
+    with pytest.raises(SystemExit) as stopped:
+        fail_on_rank_1(rank, FileNotFoundError("no such file"))
+    said.append(str(stopped.value))
+    # A mistake in the code keeps its traceback, and the other ranks do not wait.
+    with pytest.raises(KeyError if rank == 1 else SystemExit) as failed:
+        fail_on_rank_1(rank, KeyError("name"))
+    said.append(str(failed.value))
+    return said
+
+
+def test_all_ranks_stop_if_they_differ(ranks: GetRanks, tmp_path: Path) -> None:
+    first, second = ranks(2).run(disagree, str(tmp_path))
+    assert first[0].endswith("is not the same folder on all machines: by rank it has ['global_step2', None]")
+    assert second[0] == first[0].replace(f"{tmp_path}/0", f"{tmp_path}/1")
+    assert first[1] == second[1] == "rank 1: no such file"
+    assert (first[2], second[2]) == ("rank 1: 'name'", "'name'")
+
+
+# -- the example of the documentation ---------------------------------------------------------------------------------
+
+
+def run_example(rank: int, world_size: int, code: str) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "docs/recipes.md", "exec"), {"__name__": "__main__"})
+    return printed.getvalue()
+
+
+def test_the_example_in_the_documentation_learns(ranks: GetRanks) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(), re.S)
+    for printed in ranks(2).run(run_example, code):
+        step, loss = re.search(r"loss of step (\d+): ([\d.]+)$", printed.strip()).groups()  # type: ignore[union-attr]
+        assert step == "98", "one call ago"
+        assert float(loss) < 0.5
+
+
+# -- the benchmark ----------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmarks_table(tmp_path: Path) -> None:
+    values = {"1f1b": [0.99, 0.98], "ddg": [0.98, 0.98]}
+    runs = {
+        benchmark.Run("resnet", 2, seed, schedule, ()): {
+            "test_accuracy": values[schedule][seed],
+            "samples_per_second": 100.0 if schedule == "ddg" else 50.0,
+        }
+        for seed in (1, 0)
+        for schedule in values
+    }
+    row = benchmark.row("resnet", 2, runs)
+    assert (row["1f1b"], row["ddg"]) == (values["1f1b"], values["ddg"])
+    assert row["differences"] == pytest.approx([-1.0, 0.0])
+    assert row["as_good"], "half a point is the limit"
+    last = benchmark.markdown([row]).splitlines()[-1]
+    assert last == (
+        "| resnet | 2 | 2 | test accuracy | 0.985 (0.98 to 0.99) | 0.98 (0.98 to 0.98) "
+        "| -0.50 (-1.00 to +0.00) points | -0.5: within | 50, 100 |"
+    )
+    bert = benchmark.RECIPES["bert"]
+    assert bert.difference(103.1, 100.0) == pytest.approx(3.1)
+    assert (bert.as_good(2.9), bert.as_good(3.1), bert.as_good(-5)) == (True, False, True)
+
+    document = tmp_path / "page.md"
+    document.write_text(f"above\n{benchmark.START}\nold\n{benchmark.END}\nbelow\n")
+    benchmark.write_between_markers(document, "| new |")
+    assert document.read_text() == f"above\n{benchmark.START}\n\n| new |\n\n{benchmark.END}\nbelow\n"
+    document.write_text("no markers")
+    with pytest.raises(ValueError, match="has no place for the table"):
+        benchmark.write_between_markers(document, "| new |")
+    assert (ROOT / "docs" / "recipes.md").read_text().count(benchmark.START) == 1
+
+
+def test_the_benchmark_repeats_no_run_of_the_same_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+
+    def launch(run: Any, command: list[str], log: Path) -> int:
+        started.append(command)
+        (Path(command[-1]) / "metrics.json").write_text(json.dumps({"run": len(started)}))
+        return 0
+
+    monkeypatch.setattr(benchmark.Run, "_launch", launch)
+    run = benchmark.Run("resnet", 2, 0, "ddg", ())
+    assert [run.metrics(tmp_path)["run"], run.metrics(tmp_path)["run"]] == [1, 1]
+    assert benchmark.Run("resnet", 2, 1, "ddg", ()).metrics(tmp_path)["run"] == 2
+    assert benchmark.Run("resnet", 2, 0, "ddg", ("--epochs", "1")).metrics(tmp_path)["run"] == 3
+    assert started[-1][3:-2] == ["--schedule", "ddg", "--seed", "0", "--epochs", "1"]
+
+
+def test_the_benchmark_says_why_a_run_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(run: Any, command: list[str], log: Path) -> int:
+        log.write_text("line\n" * 100 + "ValueError: too bad\n")
+        return 1
+
+    monkeypatch.setattr(benchmark.Run, "_launch", launch)
+    with pytest.raises(SystemExit, match=r"(?s)deepspeed --quiet --num_gpus 4 recipes/.*exit status 1.*too bad"):
+        benchmark.Run("bert", 4, 0, "1f1b", ()).metrics(tmp_path)
