@@ -353,10 +353,14 @@ def send_to_the_dead(rank: int, world_size: int) -> None:
     if rank == 1:
         outbox.post_error("stage 1 (rank 1) failed: enough")
         os.kill(os.getpid(), signal.SIGKILL)
-    with pytest.raises(StageError) as caught:
+
+    def send_on() -> None:
         while True:
             outbox.post(Kind.DATA, [torch.ones(4)])
             time.sleep(0.01)
+
+    with pytest.raises(StageError) as caught:
+        send_on()
     links.leave()
     raise caught.value
 
