@@ -35,7 +35,9 @@ class Model:
     weight_bytes: Sequence[float] = ()
     """One version of a stage's weights."""
     activation_bytes: Sequence[float] = ()
-    """What one micro-batch keeps on a stage until its backward."""
+    """What one micro-batch keeps on a stage until its backward, without its input."""
+    input_bytes: float = 0.0
+    """The data of a micro-batch."""
 
     def __post_init__(self) -> None:
         for name in ("weight_bytes", "activation_bytes"):
@@ -117,11 +119,20 @@ class Setup:
         return [n * weights[k] + self._kept(k, activations[k]) for k, n in zip(stages, self.versions, strict=True)]
 
     def _kept(self, stage: int, activation_bytes: float) -> float:
-        """Bytes of activations alive on `stage`."""
-        passes = self.plan.activations(stage) / self.plan.num_chunks
-        if self._recomputes(stage):
-            return passes * self.model.cost.num_bytes + activation_bytes  # inputs, and the one that is run again
-        return passes * activation_bytes
+        """Bytes of activations and messages alive on `stage`."""
+        plan, message = self.plan, self.model.cost.num_bytes
+        passes = plan.activations(stage) / plan.num_chunks
+        received = message if stage > 0 else self.model.input_bytes
+        # A micro-batch's input waits for its gradient, and DeepSpeed runs the layers on a copy of it.
+        alive = received + activation_bytes
+        kept = passes * received + alive if self._recomputes(stage) else passes * (received + alive)
+        if stage > 0:
+            kept += 2 * message  # the next activation, and the gradient that is sent
+        else:
+            kept += (plan.micro_batches - 1) * received  # the data of a whole call is fetched first
+        if stage < plan.num_stages - 1:
+            kept += 2 * message  # the gradient that is used, and the next one
+        return kept
 
     def _recomputes(self, stage: int) -> bool:
         return self.activations == "recompute" and self.plan.delay(stage) > 0
