@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -20,8 +19,10 @@ from ds_ddg.plan import DDGPlan
 from ds_ddg.reference import Reference
 from ds_ddg.simulate import Cost, replay
 from ds_ddg.slack import MOST, smallest_slack, trial_calls
+from ds_ddg.watch import Mark
 
 GetRanks = Callable[[int], Ranks]
+TICK = 0.09  # seconds
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,7 @@ GetRanks = Callable[[int], Ranks]
 )
 def test_smallest_that_hides_the_latency(latency: float, slack: int) -> None:
     """In ticks, K = 4; three per cent of a tick are not worth a larger delay."""
-    assert smallest_slack(4, 0.09, 0.09 * latency) == slack
+    assert smallest_slack(4, TICK, TICK * latency) == slack
 
 
 @pytest.mark.parametrize("num_stages", [2, 3, 5])
@@ -48,10 +49,22 @@ def test_the_trial_fills_the_pipeline_and_measures_some_ticks() -> None:
 CALLS_AFTER = 6
 
 
+def measured(engine: Any, latency: float) -> None:
+    """Let the engine find ticks of `TICK` and this latency, which is real, whatever else the machine is doing."""
+    links, ping = engine._links, engine._links.ping
+
+    def ping_at_least(tensors: Any) -> float:
+        assert ping(tensors) >= latency * (engine.stage_id < engine.num_stages - 1)
+        return latency
+
+    links.mark = lambda: Mark(TICK * engine.micro_batches * engine._calls, waited=0.0)
+    links.ping = ping_at_least
+
+
 def choose(rank: int, world_size: int, latency: float, micro_batches: int) -> dict[str, Any]:
     with added_latency(latency), contextlib.redirect_stdout(io.StringIO()) as said:
         engine = toy.engine(world_size, micro_batches, "sgd", {"slack": "auto"})
-        engine.module.register_forward_pre_hook(lambda module, args: time.sleep(0.09))
+        measured(engine, latency)
         trial = trial_calls(engine.plan)
         data = toy.batches((trial + CALLS_AFTER) * micro_batches)
         seen = []
@@ -116,7 +129,7 @@ def choose_tied(rank: int, world_size: int, latency: float) -> tuple[list[int], 
             optimizer=toy.OPTIMIZERS["sgd"],
             model_parameters=list(net.parameters()),
         )
-        net.register_forward_pre_hook(lambda module, args: time.sleep(0.09))
+        measured(engine, latency)
         calls = trial_calls(engine.plan) + CALLS_AFTER
         data = test_tied.batches(calls)
         for _ in range(calls):
