@@ -38,12 +38,14 @@ demo: setup
 		--deepspeed_config configs/resnet20_digits.json $(ARGS)
 
 # A file's tests run in one process, which shares its ranks among them. Most wait for processes that start.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: lint
-	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 # Only what says what it proves.
 matrix: setup
-	@$(BIN)/python -m pytest -m 'proves or refuses' --matrix docs/support.md $(ARGS)
+	@$(PYTEST) -m 'proves or refuses' --matrix docs/support.md $(ARGS)
 
 # On an idle machine: it times processes that sleep.
 bench: setup

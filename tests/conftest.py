@@ -22,7 +22,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if path := config.getoption("--matrix"):
-        config.pluginmanager.register(matrix.Plugin(path))
+        runs_tests_only = hasattr(config, "workerinput")
+        config.pluginmanager.register(matrix.Plugin(None if runs_tests_only else path))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -14,11 +14,14 @@ of them is about the default, "stash" and "keep".
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+_SAID = "matrix"
 
 MODES = [("stash", "keep"), ("stash", "recompute"), ("current", "keep"), ("current", "recompute")]
 
@@ -38,23 +41,18 @@ bit. "~": to a tolerance that the tests name. The number is that of the tests be
 class Matrix:
     """What passed, by feature and mode."""
 
-    proofs: dict[str, dict[tuple[str, str], list[bool]]] = field(default_factory=lambda: defaultdict(dict))
+    proofs: dict[str, dict[tuple[str, ...], list[bool]]] = field(default_factory=lambda: defaultdict(dict))
     """Whether exact, for each test that passed."""
     files: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     refusals: dict[str, str] = field(default_factory=dict)
     failed: int = 0
 
-    def note(self, item: pytest.Item) -> None:
-        """A test passed."""
-        for marker in item.iter_markers("proves"):
-            exact = marker.kwargs.get("exact", True)
-            for feature in marker.args:
-                for mode in marker.kwargs.get("modes", [mode_of(item)]):
-                    self.proofs[feature].setdefault(mode, []).append(exact)
-                self.files[feature].add(item.path.stem)
-        for marker in item.iter_markers("refuses"):
-            what, remedy = marker.args
-            self.refusals[what] = remedy
+    def note(self, file: str, proves: Iterable[tuple[str, tuple[str, str], bool]], refuses: Iterable[Any]) -> None:
+        """A test of `file` passed, with what `said_by` says of it."""
+        for feature, mode, exact in proves:
+            self.proofs[feature].setdefault(tuple(mode), []).append(exact)
+            self.files[feature].add(file)
+        self.refusals.update(refuses)
 
     def __str__(self) -> str:
         rows = [
@@ -85,22 +83,42 @@ def mode_of(item: pytest.Item) -> tuple[str, str]:
     return parameters.get("weights", "stash"), parameters.get("activations", "keep")
 
 
-class Plugin:
-    """Collects what passed and writes the page at the end."""
+def said_by(item: pytest.Item) -> tuple[str, list[Any], list[Any]]:
+    """The file of a test, what it proves as (feature, mode, exact), and what it refuses as (what, remedy)."""
+    proves = [
+        (feature, mode, marker.kwargs.get("exact", True))
+        for marker in item.iter_markers("proves")
+        for feature in marker.args
+        for mode in marker.kwargs.get("modes", [mode_of(item)])
+    ]
+    return item.path.stem, proves, [marker.args for marker in item.iter_markers("refuses")]
 
-    def __init__(self, path: Path) -> None:
+
+class Plugin:
+    """Collects what passed and writes the page at the end; reports bring it from the processes that run tests.
+
+    Args:
+        path: of the page; None in a process that only runs tests.
+    """
+
+    def __init__(self, path: Path | None) -> None:
         self.path, self.matrix = path, Matrix()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
         report = yield
+        report.user_properties.append((_SAID, said_by(item)))
+        return report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
             self.matrix.failed += 1
         elif report.when == "call" and report.passed:
-            self.matrix.note(item)
-        return report
+            self.matrix.note(*dict(report.user_properties)[_SAID])
 
     def pytest_sessionfinish(self) -> None:
+        if self.path is None:
+            return
         if self.matrix.failed:
             print(f"\n{self.path} is left as it is: {self.matrix.failed} tests failed")
         else:
