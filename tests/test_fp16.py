@@ -17,7 +17,7 @@ from torch import Tensor
 import toy
 from distributed import Ranks
 from test_engine_resources import census
-from test_precision import ZERO_1, allow_fp16, batches, layers, loss_fn
+from test_precision import ZERO_1, batches, fp16_allowed, layers, loss_fn
 
 GetRanks = Callable[[int], Ranks]
 
@@ -38,6 +38,7 @@ class Result:
     across: int
 
 
+@fp16_allowed()
 def train(
     rank: int, world_size: int, config: dict[str, Any], powers: list[int], micro_batches: int, ddg: dict[str, Any]
 ) -> Result:
@@ -46,7 +47,6 @@ def train(
 
     import ds_ddg
 
-    allow_fp16()
     net = PipelineModule(layers(), num_stages=world_size, loss_fn=loss_fn, partition_method="uniform")
     torch.manual_seed(11)
     engine, *_ = ds_ddg.initialize(

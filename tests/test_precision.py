@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,13 +112,17 @@ class Result:
     norm: float | None = None
 
 
-def allow_fp16() -> None:
-    """DeepSpeed refuses fp16 on CPU, where torch has it: slow, but right."""
+@contextmanager
+def fp16_allowed() -> Iterator[None]:
+    """DeepSpeed refuses fp16 on CPU, where torch has it: slow, but right. Other tests share these processes."""
     from deepspeed.accelerator import get_accelerator
 
-    type(get_accelerator()).is_fp16_supported = lambda self: True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
+        yield
 
 
+@fp16_allowed()
 def train_engine(
     rank: int, world_size: int, name: str, micro_batches: int, optimizer: str, ddg: dict[str, Any], clip: float
 ) -> Result:
@@ -126,7 +131,6 @@ def train_engine(
     import ds_ddg
 
     form = FORMATS[name]
-    allow_fp16()
     net = PipelineModule(layers(), num_stages=min(world_size, 3), loss_fn=loss_fn, partition_method="uniform")
     torch.manual_seed(11)
     engine, *_ = ds_ddg.initialize(

@@ -16,7 +16,7 @@ import toy
 from distributed import Ranks
 from ds_ddg.reference import Reference
 from test_engine_resources import census
-from test_precision import FORMATS, allow_fp16
+from test_precision import FORMATS, fp16_allowed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -104,12 +104,12 @@ class Result:
     evaluated: list[float]
 
 
+@fp16_allowed()
 def train_engine(rank: int, world_size: int, setting: dict[str, Any], stages: int, more: dict[str, Any]) -> Result:
     from deepspeed.pipe import PipelineModule
 
     import ds_ddg
 
-    allow_fp16()
     net = PipelineModule(specs(setting["three"]), num_stages=stages, loss_fn=loss_fn, partition_method="uniform")
     torch.manual_seed(11)
     engine, *_ = ds_ddg.initialize(
