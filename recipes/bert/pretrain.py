@@ -65,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=2, help="of a new BERT")
     parser.add_argument("--dropout", type=float, default=0.0, help="of a new BERT")
     parser.add_argument("--length", type=int, default=64, help="tokens in a sequence")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=2)
     common.add_arguments(parser)
     args = common.parse(parser)
     if args.length < 4:
