@@ -16,9 +16,20 @@ from ds_ddg.inbox import Inbox
 from ds_ddg.message import Kind
 from ds_ddg.outbox import Outbox
 from ds_ddg.plan import DDGPlan
+from ds_ddg.staging import Staging
 from ds_ddg.wire import Peer, StageError, Wire
 
-__all__ = ["Connections"]
+__all__ = ["Connections", "own_group"]
+
+
+def own_group(groups: Sequence[Sequence[int]], rank: int) -> Any:
+    """That of `groups` (global ranks) which `rank` is in, over gloo; None if it is alone there. Collective."""
+    own = None
+    for ranks in groups:
+        if len(ranks) > 1:
+            group = dist.new_group(list(ranks), default_pg_timeout, backend="gloo")
+            own = group if rank in ranks else own
+    return own
 
 
 class Connections:
@@ -28,9 +39,12 @@ class Connections:
         pipelines: global ranks of each pipeline in stage order (one for each data-parallel replica).
         rank: this global rank.
         plan: says how many messages can be on their way.
+        staging: between this stage's device and host memory; None: it computes on the CPU.
     """
 
-    def __init__(self, pipelines: Sequence[Sequence[int]], rank: int, plan: DDGPlan) -> None:
+    def __init__(
+        self, pipelines: Sequence[Sequence[int]], rank: int, plan: DDGPlan, staging: Staging | None = None
+    ) -> None:
         self._activations_in: Inbox | None = None
         self._activations_out: Outbox | None = None
         self._gradients_in: Inbox | None = None
@@ -39,16 +53,13 @@ class Connections:
         self._losses_out: list[Outbox] = []
         self._more: list[tuple[Outbox, Inbox]] = []
         self._peers: dict[int, Peer] = {}
-        self._group: Any = None
+        self._staging = staging
         self._failed = False
         self._left = False
-        for ranks in pipelines:
-            if len(ranks) == 1:
-                continue
-            group = dist.new_group(list(ranks), default_pg_timeout, backend="gloo")
-            if rank in ranks:
-                self._group = group
-                self._open(list(ranks), list(ranks).index(rank), group, plan)
+        self._group = own_group(pipelines, rank)
+        if self._group is not None:
+            ranks = next(list(ranks) for ranks in pipelines if rank in ranks)
+            self._open(ranks, ranks.index(rank), self._group, plan)
 
     def _open(self, ranks: list[int], stage: int, group: Any, plan: DDGPlan) -> None:
         for other in range(len(ranks)):
@@ -60,13 +71,14 @@ class Connections:
         # the gradient of n tells that the activation of n was read; the activation of n, that the stage before has
         # used the gradient that its tick n - 1 needs; being in call t, that every stage has read loss t - L - 1.
         if stage > 0:
-            self._activations_in = Inbox(Wire(self._peers[stage - 1], down))
-            self._gradients_out = Outbox(
-                Wire(self._peers[stage - 1], up), depth=plan.delay(stage - 1) - plan.delay(stage) + 1
-            )
+            self._activations_in = Inbox(Wire(self._peers[stage - 1], down), self._staging)
+            depth = plan.delay(stage - 1) - plan.delay(stage) + 1
+            self._gradients_out = Outbox(Wire(self._peers[stage - 1], up), depth, self._staging)
         if stage < last:
-            self._activations_out = Outbox(Wire(self._peers[stage + 1], down), depth=plan.activations(stage))
-            self._gradients_in = Inbox(Wire(self._peers[stage + 1], up))
+            depth = plan.activations(stage)
+            self._activations_out = Outbox(Wire(self._peers[stage + 1], down), depth, self._staging)
+            self._gradients_in = Inbox(Wire(self._peers[stage + 1], up), self._staging)
+            # Losses are plain numbers, which need no staging.
             self._losses_in = Inbox(Wire(self._peers[last], across))
         else:
             self._losses_out = [Outbox(Wire(self._peers[k], across), depth=plan.delay(0) + 1) for k in range(last)]
@@ -74,7 +86,9 @@ class Connections:
     def open(self, stage: int, lane_out: int, lane_in: int, depth: int) -> tuple[Outbox, Inbox]:
         """Another pair of channels to `stage`, which opens it with the lanes exchanged; lanes below 3 are taken."""
         peer = self._peers[stage]
-        self._more.append((Outbox(Wire(peer, lane_out), depth), Inbox(Wire(peer, lane_in))))
+        self._more.append(
+            (Outbox(Wire(peer, lane_out), depth, self._staging), Inbox(Wire(peer, lane_in), self._staging))
+        )
         return self._more[-1]
 
     def park(self) -> None:
