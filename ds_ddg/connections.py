@@ -132,6 +132,7 @@ class Connections:
         try:
             self.leave()
             for inbox in [] if self._failed else self._inboxes():
+                inbox.staging = None  # what still comes is not worked on, and the device may have failed
                 while inbox.take(*Kind, what="the end of training", patience=patience).kind is not Kind.LEAVE:
                     pass
             for outbox in [] if self._failed else self._outboxes():

@@ -26,7 +26,7 @@ class Inbox:
     """
 
     def __init__(self, wire: Wire, staging: Staging | None = None) -> None:
-        self.wire, self._staging = wire, staging
+        self.wire, self.staging = wire, staging
         self._standing: Spec | None = None
         self._standing_receive: tuple[list[Tensor | None], list[Any]] | None = None
         self._header, self._header_bytes = _room_for_header()
@@ -70,8 +70,8 @@ class Inbox:
                 self._standing = header.spec
         if header.kind not in expected:
             self._refuse(header.kind, expected, what)
-        if self._staging is not None and tensors:
-            tensors = self._staging.to_device(tensors)
+        if self.staging is not None and tensors:
+            tensors = self.staging.to_device(tensors)
         return Message(header.kind, header.info, tuple(tensors))
 
     def _take_header(self, what: str, patience: timedelta | None) -> Header:
@@ -96,7 +96,7 @@ class Inbox:
         )
 
     def _post(self, spec: Spec, tag: int, what: str) -> tuple[list[Tensor | None], list[Any]]:
-        tensors = empty(spec) if self._staging is None else self._staging.room(spec)
+        tensors = empty(spec) if self.staging is None else self.staging.room(spec)
         return tensors, [self.wire.recv(part, tag, _waited(what)) for part in bytes_of(tensors)]
 
     def _take_standing(self, what: str) -> list[Tensor | None]:
