@@ -1,6 +1,7 @@
 """Between the memory of a GPU and the host memory that messages travel from and into.
 
-Messages go over gloo, which knows host memory alone, so several stages can share one GPU and links without NCCL work.
+Messages go over gloo, which knows host memory alone, so several stages can share one GPU and links without NCCL work;
+NCCL carries no messages of ours, only the collectives of DeepSpeed within a stage, where it is what was initialized.
 **No GPU has run this yet**: the tests of this module put a stand-in in the place of streams and events, those in
 tests/test_gpu.py are to be run first where there is a device.
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -524,6 +525,27 @@ def test_forward_runs_again_under_the_same_circumstances(enabled: bool) -> None:
     assert torch.equal(first, second)
     assert first.dtype == second.dtype
     assert torch.equal(torch.get_rng_state(), after)
+
+
+def peers(rank: int, world_size: int) -> tuple[list[list[int]], list[int], float]:
+    """Ranks of the groups in which the ranks of a stage agree, with GPUs; what one of them agrees on on the CPU."""
+    from deepspeed.pipe import PipelineModule
+
+    from ds_ddg.engine import DDGEngine
+
+    net = PipelineModule(toy.layers(), num_stages=2, loss_fn=toy.loss_fn)
+    engine = SimpleNamespace(device=torch.device("cuda:0"), grid=net.mpu(), global_rank=rank)
+    groups = DDGEngine._peers_of_stage(engine)  # type: ignore[arg-type]
+    total = torch.tensor(float(rank))
+    dist.all_reduce(total, group=groups[0])
+    replicas = dist.get_process_group_ranks(net.mpu().get_data_parallel_group())
+    return [dist.get_process_group_ranks(group) for group in groups], replicas, float(total)
+
+
+def test_ranks_of_a_stage_agree_without_their_devices(ranks: GetRanks) -> None:
+    for groups, replicas, total in ranks(4).run(peers):
+        assert groups == [replicas]
+        assert total == sum(replicas)
 
 
 def accelerator(name: str) -> Any:
