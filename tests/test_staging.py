@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -32,7 +33,7 @@ from ds_ddg.config import refuse_unsupported
 from ds_ddg.data import Feed
 from ds_ddg.inbox import Inbox
 from ds_ddg.local import Circumstances
-from ds_ddg.message import Kind, spec_of
+from ds_ddg.message import Header, Kind, spec_of
 from ds_ddg.outbox import Outbox
 from ds_ddg.staging import Staging, without_greetings
 from ds_ddg.wire import Peer, StageError, Wire
@@ -367,6 +368,20 @@ def fail_before_the_copy(rank: int, world_size: int) -> None:
             outbox.post_error("stage 1 (rank 1) failed: enough")
             os.kill(os.getpid(), signal.SIGKILL)
         inbox.take(Kind.DATA, what="a gradient")
+
+
+def test_last_words_are_heard_by_both_threads() -> None:
+    """A handle of gloo is waited on once, by whichever thread asks first; the other hears the words as well."""
+    last_words = Header(Kind.ERROR, {"text": "enough"}).encode()
+    work, wire = mock.Mock(), mock.Mock()
+    wire.recv.side_effect = lambda part, tag, why: work
+    inbox = Inbox(wire)
+    inbox._last_words_bytes = last_words.numpy().data
+    work.wait.side_effect = lambda patience: time.sleep(0.1)
+    with ThreadPoolExecutor(2) as pool:
+        heard = [future.exception() for future in [pool.submit(inbox._raise_last_words) for _ in range(2)]]
+    assert [str(error) for error in heard] == ["enough"] * 2
+    assert work.wait.call_count == 1
 
 
 def lose_the_receiver(rank: int, world_size: int) -> None:
