@@ -97,7 +97,11 @@ def _refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
     from deepspeed.accelerator import get_accelerator
 
     device = get_accelerator().device_name()
-    yield device != "cpu", f"accelerator {device!r}", "not supported yet; run on CPU (environment DS_ACCELERATOR=cpu)"
+    yield (
+        device not in ("cpu", "cuda"),
+        f"accelerator {device!r}",
+        'not supported; run on "cuda" or on CPU (environment DS_ACCELERATOR=cpu)',
+    )
     stage = int(config.zero_config.stage)
     yield stage >= 2, f"ZeRO stage {stage}", 'no pipeline can run it; set "zero_optimization": {"stage": 0}'
     offload = config.zero_config.offload_optimizer
@@ -186,7 +190,9 @@ def refuse_idle_stages(config: Any, module: Any, held: Sequence[Any]) -> None:
     if not wrapped or module.num_stages == 1:
         return
     import torch.distributed as dist
+    from deepspeed.accelerator import get_accelerator
 
+    get_accelerator().set_device(module.local_rank)  # as DeepSpeed does soon; NCCL gathers on the present one
     not_its_own = {id(parameter) for parameter in held}
     trains = any(p.requires_grad and id(p) not in not_its_own for p in module.parameters())
     stages: list[Any] = [None] * dist.get_world_size()
@@ -202,9 +208,17 @@ def refuse_idle_stages(config: Any, module: Any, held: Sequence[Any]) -> None:
 
 def _one_f_one_b_refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
     """What an engine that was built for DDG cannot run on DeepSpeed's schedule."""
+    import torch.distributed as dist
+    from deepspeed.accelerator import get_accelerator
+
     wrapped = _wrappers(config)
     remedy = 'run DeepSpeed\'s schedule with "ddg": {"enabled": false}, from a checkpoint if need be'
     several = module.num_stages > 1
+    yield (
+        several and get_accelerator().device_name() != "cpu" and dist.get_backend() == "gloo",
+        "1F1B of GPU stages over gloo, which cannot send from a device",
+        'give every stage a GPU of its own and initialize "nccl", or leave DDG on throughout',
+    )
     yield (
         several and "fp16" in wrapped,
         "1F1B between calls of DDG in fp16, whose stages have scales of their own",

@@ -16,9 +16,20 @@ from ds_ddg.inbox import Inbox
 from ds_ddg.message import Kind
 from ds_ddg.outbox import Outbox
 from ds_ddg.plan import DDGPlan
+from ds_ddg.staging import Staging
 from ds_ddg.wire import Peer, StageError, Wire
 
-__all__ = ["Connections"]
+__all__ = ["Connections", "own_group"]
+
+
+def own_group(groups: Sequence[Sequence[int]], rank: int) -> Any:
+    """That of `groups` (global ranks) which `rank` is in, over gloo; None if it is alone there. Collective."""
+    own = None
+    for ranks in groups:
+        if len(ranks) > 1:
+            group = dist.new_group(list(ranks), default_pg_timeout, backend="gloo")
+            own = group if rank in ranks else own
+    return own
 
 
 class Connections:
@@ -28,9 +39,12 @@ class Connections:
         pipelines: global ranks of each pipeline in stage order (one for each data-parallel replica).
         rank: this global rank.
         plan: says how many messages can be on their way.
+        staging: between this stage's device and host memory; None: it computes on the CPU.
     """
 
-    def __init__(self, pipelines: Sequence[Sequence[int]], rank: int, plan: DDGPlan) -> None:
+    def __init__(
+        self, pipelines: Sequence[Sequence[int]], rank: int, plan: DDGPlan, staging: Staging | None = None
+    ) -> None:
         self._activations_in: Inbox | None = None
         self._activations_out: Outbox | None = None
         self._gradients_in: Inbox | None = None
@@ -39,16 +53,13 @@ class Connections:
         self._losses_out: list[Outbox] = []
         self._more: list[tuple[Outbox, Inbox]] = []
         self._peers: dict[int, Peer] = {}
-        self._group: Any = None
+        self._staging = staging
         self._failed = False
         self._left = False
-        for ranks in pipelines:
-            if len(ranks) == 1:
-                continue
-            group = dist.new_group(list(ranks), default_pg_timeout, backend="gloo")
-            if rank in ranks:
-                self._group = group
-                self._open(list(ranks), list(ranks).index(rank), group, plan)
+        self._group = own_group(pipelines, rank)
+        if self._group is not None:
+            ranks = next(list(ranks) for ranks in pipelines if rank in ranks)
+            self._open(ranks, ranks.index(rank), self._group, plan)
 
     def _open(self, ranks: list[int], stage: int, group: Any, plan: DDGPlan) -> None:
         for other in range(len(ranks)):
@@ -58,11 +69,12 @@ class Connections:
         down, up, across = range(3)
         last = len(ranks) - 1
         if stage > 0:
-            self._activations_in = Inbox(Wire(self._peers[stage - 1], down))
-            self._gradients_out = Outbox(Wire(self._peers[stage - 1], up), depth=0)
+            self._activations_in = Inbox(Wire(self._peers[stage - 1], down), self._staging)
+            self._gradients_out = Outbox(Wire(self._peers[stage - 1], up), 0, self._staging)
         if stage < last:
-            self._activations_out = Outbox(Wire(self._peers[stage + 1], down), depth=0)
-            self._gradients_in = Inbox(Wire(self._peers[stage + 1], up))
+            self._activations_out = Outbox(Wire(self._peers[stage + 1], down), 0, self._staging)
+            self._gradients_in = Inbox(Wire(self._peers[stage + 1], up), self._staging)
+            # Losses are plain numbers, which need no staging.
             self._losses_in = Inbox(Wire(self._peers[last], across))
         else:
             self._losses_out = [Outbox(Wire(self._peers[k], across), depth=0) for k in range(last)]
@@ -83,7 +95,9 @@ class Connections:
     def open(self, stage: int, lane_out: int, lane_in: int, depth: int) -> tuple[Outbox, Inbox]:
         """Another pair of channels to `stage`, which opens it with the lanes exchanged; lanes below 3 are taken."""
         peer = self._peers[stage]
-        self._more.append((Outbox(Wire(peer, lane_out), depth), Inbox(Wire(peer, lane_in))))
+        self._more.append(
+            (Outbox(Wire(peer, lane_out), depth, self._staging), Inbox(Wire(peer, lane_in), self._staging))
+        )
         return self._more[-1]
 
     def park(self) -> None:
@@ -127,6 +141,7 @@ class Connections:
         try:
             self.leave()
             for inbox in [] if self._failed else self._inboxes():
+                inbox.staging = None  # what still comes is not worked on, and the device may have failed
                 while inbox.take(*Kind, what="the end of training", patience=patience).kind is not Kind.LEAVE:
                     pass
             for outbox in [] if self._failed else self._outboxes():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ds_ddg.staging import Staging
 from ds_ddg.wire import StageError
 
 __all__ = ["Feed"]
@@ -28,12 +29,13 @@ class Feed:
         last: this is the last stage; it reads the labels, ``batch[1]``.
         groups: process groups that together join all ranks of this stage, its data-parallel replicas and its tensor
             slices; they stop together.
-        device: where `groups` can all-reduce.
+            They are asked about tensors on the CPU: an answer from a device would have to wait for all work there.
+        staging: puts data on the device of this stage; None: it stays on the CPU.
     """
 
-    def __init__(self, first: bool, last: bool, groups: Sequence[Any], device: torch.device) -> None:
+    def __init__(self, first: bool, last: bool, groups: Sequence[Any], staging: Staging | None = None) -> None:
         self._first, self._last = first, last
-        self._groups, self._device = groups, device
+        self._groups, self._staging = groups, staging
         self._shape: list[Any] | None = None
         self.labels = True
         """Whether the last stage needs labels."""
@@ -69,8 +71,18 @@ class Feed:
         return self._agree(pull) and self._agree(prepare)
 
     def take(self) -> Any:
-        """The next micro-batch of the call, ``(inputs, labels)``."""
-        return self._batches.popleft()
+        """The next micro-batch of the call, ``(inputs, labels)``, where the stage computes."""
+        batch = self._batches.popleft()
+        return batch if self._staging is None else tuple(map(self._placed, batch))
+
+    def _placed(self, part: Any) -> Any:
+        """Inputs or labels on the device: DeepSpeed's own copy makes the main thread wait for all work there."""
+        assert self._staging is not None
+        if torch.is_tensor(part):
+            return self._staging.to_device([part])[0]
+        if isinstance(part, (tuple, list)) and all(map(torch.is_tensor, part)):
+            return tuple(self._staging.to_device(part))
+        return part
 
     def clear(self) -> None:
         """Drop what a call that did not happen has left."""
@@ -126,7 +138,7 @@ class Feed:
     def _worst(self, state: int) -> int:
         if not self._groups:
             return state
-        worst = torch.tensor([state], device=self._device)
+        worst = torch.tensor([state])
         for group in self._groups:
             dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=group)
         return int(worst.item())

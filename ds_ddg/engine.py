@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,11 +23,13 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ds_ddg.checkpoints import Checkpoints
 from ds_ddg.config import DDGConfig, refuse_idle_stages, refuse_switch, refuse_unsupported
+from ds_ddg.connections import own_group
 from ds_ddg.data import Feed
 from ds_ddg.message import Kind
 from ds_ddg.record import Recorded
 from ds_ddg.schedule import DDGSchedule
 from ds_ddg.slack import AutoSlack
+from ds_ddg.staging import staging_for, without_greetings
 from ds_ddg.tied import Ties
 from ds_ddg.together import Together, stay_until_the_others_leave, together, with_its_data
 from ds_ddg.watch import WatchedLinks
@@ -46,22 +49,17 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
         self._ties = Ties(kwargs["model"], self.ddg.enabled)
         if self.ddg.enabled:
             refuse_idle_stages(kwargs["config_class"], kwargs["model"], self._ties.held)
-        super().__init__(*args, **kwargs)
+        with without_greetings() if self.ddg.enabled else nullcontext():
+            super().__init__(*args, **kwargs)
         self._calls = 0
         self._filled_at = 0
         self._parked = True
         self._new_versions()
         self.pipe_buffers.update(grads=[], rng=[])
-        self._feed = Feed(
-            first=self.is_first_stage(),
-            last=self.is_last_stage(),
-            groups=[
-                *([self.mpu.get_data_parallel_group()] if self.is_data_parallel else []),
-                *([self.mpu.get_slice_parallel_group()] if self.is_model_parallel else []),
-            ],
-            device=self.device,
-        )
-        self._links = WatchedLinks(self.grid.topology().get_axis_comm_lists("pipe"), self.global_rank, self.plan)
+        staging = staging_for(self.device)
+        self._feed = Feed(self.is_first_stage(), self.is_last_stage(), self._peers_of_stage(), staging)
+        pipelines = self.grid.topology().get_axis_comm_lists("pipe")
+        self._links = WatchedLinks(pipelines, self.global_rank, self.plan, staging)
         self._start_reports()
         self._start_recording()
         if self.fp16_enabled():
@@ -210,6 +208,16 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
         self._links.meet()  # in DeepSpeed's own barrier no stage could hear that another failed
         with self._buffers_of_its_own(), self._evaluating(compute_loss and reduce is not None):
             return with_its_data(super().eval_batch, data_iter, return_logits, compute_loss, reduce, *args)
+
+    def _peers_of_stage(self) -> list[Any]:
+        """Groups that together join all ranks of this stage, for tensors on the CPU. Collective."""
+        if self.device.type != "cpu":
+            axes = map(self.grid.topology().get_axis_comm_lists, ("data", "model"))
+            return [group for lists in axes if (group := own_group(lists, self.global_rank)) is not None]
+        return [
+            *([self.mpu.get_data_parallel_group()] if self.is_data_parallel else []),
+            *([self.mpu.get_slice_parallel_group()] if self.is_model_parallel else []),
+        ]
 
     def _share_tied_weights(self) -> None:
         self._ties.send_weights()

@@ -26,7 +26,7 @@ from torch.nn import Module
 
 from ds_ddg.data import Feed
 from ds_ddg.links import Links, as_tuple
-from ds_ddg.local import fold_buffers_back, never_detached
+from ds_ddg.local import Circumstances, fold_buffers_back, never_detached
 from ds_ddg.schedule import AdvanceClocks, UpdateWeights
 from ds_ddg.update import Updater
 
@@ -118,7 +118,7 @@ class Executor(Updater):
         if not self._recomputes:
             self._forward(buffer_id)
             return
-        self.pipe_buffers["rng"][buffer_id] = torch.get_rng_state(), self.module.micro_offset
+        self.pipe_buffers["rng"][buffer_id] = Circumstances(self.device), self.module.micro_offset
         # Autograd is on, though nothing is kept: the kernels must be those of the second time (attention has several),
         # and which outputs require a gradient must be known now.
         with saved_tensors_hooks(_drop, _drop):
@@ -186,9 +186,8 @@ class Executor(Updater):
     def _recompute(self, buffer_id: int) -> None:
         """Run the forward again as it ran the first time: same input, same random numbers, no trace in the buffers."""
         newest = self.module.micro_offset
-        with torch.random.fork_rng(devices=[]), fold_buffers_back(self.module):
-            state, self.module.micro_offset = self.pipe_buffers["rng"][buffer_id]
-            torch.set_rng_state(state)
+        circumstances, self.module.micro_offset = self.pipe_buffers["rng"][buffer_id]
+        with circumstances.again(), fold_buffers_back(self.module):
             self._forward(buffer_id)
         self.module.micro_offset = newest
 

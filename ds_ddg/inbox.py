@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ds_ddg.message import HEADER_BYTES, Header, Kind, Message, Spec, bytes_of, empty, unpack
+from ds_ddg.staging import Staging
 from ds_ddg.wire import HEADER_TAG, LAST_WORDS_TAG, ON_DEMAND_TAG, STANDING_TAG, StageError, Wire
 
 __all__ = ["Inbox"]
@@ -20,10 +22,11 @@ class Inbox:
 
     Args:
         wire: where from.
+        staging: puts tensors on the device of this stage; None: they stay in host memory.
     """
 
-    def __init__(self, wire: Wire) -> None:
-        self.wire = wire
+    def __init__(self, wire: Wire, staging: Staging | None = None) -> None:
+        self.wire, self.staging = wire, staging
         self._standing: Spec | None = None
         self._standing_receive: tuple[list[Tensor | None], list[Any]] | None = None
         self._header, self._header_bytes = _room_for_header()
@@ -32,6 +35,7 @@ class Inbox:
         last_words, self._last_words_bytes = _room_for_header()
         self._last_words_work = wire.recv(last_words, LAST_WORDS_TAG, "it cannot be listened to")
         self._last_words: str | None = None
+        self._asking = Lock()  # the main thread may learn of a loss, and the one that sends
         wire.peer.last_words.append(self._raise_last_words)
         self.listen()
 
@@ -66,6 +70,8 @@ class Inbox:
                 self._standing = header.spec
         if header.kind not in expected:
             self._refuse(header.kind, expected, what)
+        if self.staging is not None and tensors:
+            tensors = self.staging.to_device(tensors)
         return Message(header.kind, header.info, tuple(tensors))
 
     def _take_header(self, what: str, patience: timedelta | None) -> Header:
@@ -90,7 +96,7 @@ class Inbox:
         )
 
     def _post(self, spec: Spec, tag: int, what: str) -> tuple[list[Tensor | None], list[Any]]:
-        tensors = empty(spec)
+        tensors = empty(spec) if self.staging is None else self.staging.room(spec)
         return tensors, [self.wire.recv(part, tag, _waited(what)) for part in bytes_of(tensors)]
 
     def _take_standing(self, what: str) -> list[Tensor | None]:
@@ -112,13 +118,14 @@ class Inbox:
 
     def _raise_last_words(self) -> None:
         """If the sender had time to say why it leaves, raise that."""
-        if self._last_words_work is not None:
-            work, self._last_words_work = self._last_words_work, None  # to be waited on once
-            try:
-                work.wait(timedelta(milliseconds=1))
-            except RuntimeError:
-                return
-            self._last_words = Header.decode(self._last_words_bytes).info["text"]
+        with self._asking:
+            if self._last_words_work is not None:
+                work, self._last_words_work = self._last_words_work, None  # to be waited on once
+                try:
+                    work.wait(timedelta(milliseconds=1))
+                except RuntimeError:
+                    return
+                self._last_words = Header.decode(self._last_words_bytes).info["text"]
         if self._last_words is not None:
             raise StageError(self._last_words)
 

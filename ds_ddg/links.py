@@ -15,6 +15,7 @@ from torch import Tensor
 from ds_ddg.connections import Connections
 from ds_ddg.message import Kind, Message
 from ds_ddg.plan import DDGPlan
+from ds_ddg.staging import Staging
 
 __all__ = ["Here", "Links", "as_tuple"]
 
@@ -34,15 +35,18 @@ class Links(Connections):
         pipelines: global ranks of each pipeline in stage order (one for each data-parallel replica).
         rank: this global rank.
         plan: says how many messages can be on their way.
+        staging: between this stage's device and host memory; None: it computes on the CPU.
     """
 
-    def __init__(self, pipelines: Sequence[Sequence[int]], rank: int, plan: DDGPlan) -> None:
+    def __init__(
+        self, pipelines: Sequence[Sequence[int]], rank: int, plan: DDGPlan, staging: Staging | None = None
+    ) -> None:
         self._own_losses: deque[dict[str, Any]] = deque()
         self._announce: Here | None = None
         self._first: Message | None = None
         self.loss_scale: Callable[[], float] = lambda: 1.0
         """What this stage's gradients are multiplied with now (fp16); each stage has a scale of its own."""
-        super().__init__(pipelines, rank, plan)
+        super().__init__(pipelines, rank, plan, staging)
 
     def begin(self, here: Here, ready: bool, with_data: bool) -> Kind:
         """Start a call on this stage as on the one before; END if the first stage has no data.

@@ -19,6 +19,7 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import Tensor
 
 __all__ = [
+    "Circumstances",
     "IdleOptimizer",
     "StageLocalGrid",
     "clip_stage_gradients",
@@ -51,7 +52,11 @@ class StageLocalGrid:
 
 
 def clip_stage_gradients(
-    parameters: Iterable[torch.nn.Parameter], max_norm: float, slices: StageLocalGrid, known: float | None = None
+    parameters: Iterable[torch.nn.Parameter],
+    max_norm: float,
+    slices: StageLocalGrid,
+    known: float | None = None,
+    device: torch.device | None = None,
 ) -> Tensor | None:
     """Clip to `max_norm` by the norm over this stage, or by the `known` one; the stage's, None without gradient.
 
@@ -59,6 +64,7 @@ def clip_stage_gradients(
     a stage communicate. What they do not share out (``model_parallel``, as DeepSpeed reads it) counts once.
     The arithmetic is that of DeepSpeed's fp32 clip, so that one stage equals DeepSpeed to the last bit; with several,
     DeepSpeed counts only stage 0's gradients, on every stage (``clip_grad_norm_`` in deepspeed/runtime/utils.py).
+    On a GPU nothing is read back. `device` is where the slices communicate.
     """
     having = [p for p in parameters if p.grad is not None]
     gradients = [p.grad for p in having if p.grad is not None]
@@ -69,11 +75,11 @@ def clip_stage_gradients(
     else:
         first = slices.get_model_parallel_rank() == 0
         own = [p.grad for p in having if p.grad is not None and (first or is_model_parallel_parameter(p))]
-        square = _square_norm(own) if own else torch.zeros(())
+        square = _square_norm(own) if own else torch.zeros((), device=device)
         dist.all_reduce(square, group=slices.get_model_parallel_group())
     norm = square.pow(0.5)
-    largest = norm if known is None else norm.new_tensor(known)
-    coefficient = torch.clamp(norm.new_tensor(max_norm) / (largest + 1e-6), max=1.0)
+    largest = norm if known is None else torch.full_like(norm, known)
+    coefficient = torch.clamp(torch.full_like(norm, max_norm) / (largest + 1e-6), max=1.0)
     # On the CPU it costs less to look than to multiply by one.
     if coefficient.is_cpu and coefficient.item() == 1.0:
         return norm
@@ -84,6 +90,36 @@ def clip_stage_gradients(
 
 def _square_norm(gradients: Sequence[Tensor]) -> Tensor:
     return torch.stack([gradient.norm(2.0) for gradient in gradients]).pow(2.0).sum()
+
+
+class Circumstances:
+    """What a forward depends on besides its input, its weights and its buffers: random numbers and autocast.
+
+    Args:
+        device: where the stage computes. Reading the state of its generator is no work for the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._type = device.type
+        self._random = torch.get_rng_state()
+        self._on_device = {}
+        if device.type != "cpu":
+            self._on_device = {device.index: torch.get_device_module(device).get_rng_state(device)}
+        # DeepSpeed's own setting takes precedence on a GPU, but on the CPU that of the script remains.
+        self._autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Inside this block they are as they were; afterwards as they are now."""
+        enabled, dtype = self._autocast
+        with (
+            torch.random.fork_rng(self._on_device, device_type="cuda" if self._type == "cpu" else self._type),
+            torch.autocast(self._type, dtype, enabled),
+        ):
+            torch.set_rng_state(self._random)
+            for index, state in self._on_device.items():
+                torch.get_device_module(self._type).set_rng_state(state, index)
+            yield
 
 
 class IdleOptimizer:

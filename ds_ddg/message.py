@@ -66,9 +66,9 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def empty(spec: Spec) -> list[Tensor | None]:
-    """Tensors to receive into."""
-    return [None if s is None else torch.empty(s[1], dtype=getattr(torch, s[0])) for s in spec]
+def empty(spec: Spec, pin: bool = False) -> list[Tensor | None]:
+    """Tensors to receive into; `pin`: in memory that a device can copy from at any time."""
+    return [None if s is None else torch.empty(s[1], dtype=getattr(torch, s[0]), pin_memory=pin) for s in spec]
 
 
 def unpack(spec: Spec, inline: bytes) -> list[Tensor | None]:

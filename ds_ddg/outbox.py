@@ -7,14 +7,21 @@ The shape of the first training message becomes the *standing* one: from then on
 tensors of that shape, so that they travel while it computes. Messages of another shape (evaluation, say) are received
 on demand, and tensors of a few bytes ride in the header. When training has gone over to another shape for good, that
 becomes the standing one. Both sides (the other is ``inbox.py``) derive which is which from the messages alone.
+
+Tensors on a device (``staging.py``) are copied first, and their message leaves, from a thread of its own, when that is
+done; what is posted behind it waits for its turn. All else is as with tensors on the host: a message is posted, is
+pending, counts against the depth and is settled in the same way, whether it has left already or not.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,9 +29,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_ddg.message import INLINE_BYTES, Header, Kind, Spec, bytes_of, empty, fit, spec_of
+from ds_ddg.staging import Staging
 from ds_ddg.wire import HEADER_TAG, LAST_WORDS_TAG, ON_DEMAND_TAG, STANDING_TAG, StageError, Wire
 
 __all__ = ["Outbox"]
+
+_Tagged = list[tuple[Tensor, int]]
+"""What a message consists of, each with its tag."""
+_Works = list[tuple[Any, Tensor]]
+"""Sends under way: handles, and what is sent."""
 
 _SETTLED = 4
 """So many messages of one other shape in a row, and it becomes the standing one; that costs one message of the old."""
@@ -43,15 +56,19 @@ class Outbox:
         depth: data messages that may be on their way. In a call the schedule guarantees that an older one has
             arrived, so waiting for it never blocks; in a drain, where a stage sends without receiving, a post may wait
             until the receiver has come so far, which it does without this stage.
+        staging: copies tensors from the device of this stage; None: they are in host memory.
     """
 
     wire: Wire
     depth: int
-    _sent: deque[tuple[Kind, list[tuple[Any, Tensor]]]] = field(default_factory=deque)
+    staging: Staging | None = None
+    _sent: deque[tuple[Kind, _Works | Future[_Works]]] = field(default_factory=deque)
     _data: int = 0
     _standing: Spec | None = None
     _other: Spec | None = None
     _others: int = 0
+    _failure: StageError | None = None
+    """What went wrong on the sender's thread."""
 
     def __post_init__(self) -> None:
         _under_way.setdefault(self.wire.peer.group, []).append(self._sent)
@@ -69,26 +86,33 @@ class Outbox:
             tensors: its tensors; None where there is none.
             recurs: whether more of the same shape will follow, so that it may become the standing one.
             **info: small plain values.
+
+        Raises:
+            ValueError: a header cannot hold the types and shapes of `tensors`.
+            StageError: the receiver is lost, or an earlier message could not leave this stage's device.
         """
         payload = [None if t is None else _plain(t.detach()) for t in tensors]
+        copied = None
+        if self.staging is not None:
+            payload, copied = self.staging.to_host(payload)
         spec, parts = spec_of(payload), bytes_of(payload)
-        if sum(part.numel() for part in parts) <= INLINE_BYTES:
+        if copied is None and sum(part.numel() for part in parts) <= INLINE_BYTES:
             inline = b"".join(part.numpy().tobytes() for part in parts)
-            works = [self._send(Header(kind, info, spec, inline=inline).encode(), HEADER_TAG)]
+            tagged = [(Header(kind, info, spec, inline=inline).encode(), HEADER_TAG)]
         else:
-            works = self._reshape(spec) if recurs else []
+            tagged = self._reshape(spec) if recurs else []
             standing = spec == self._standing
-            works += [self._send(Header(kind, info, spec, standing, recurs).encode(), HEADER_TAG)]
-            works += [self._send(part, STANDING_TAG if standing else ON_DEMAND_TAG) for part in parts]
+            tagged += [(Header(kind, info, spec, standing, recurs).encode(), HEADER_TAG)]
+            tagged += [(part, STANDING_TAG if standing else ON_DEMAND_TAG) for part in parts]
             if self._standing is None and recurs:
                 self._standing = spec
-        self._sent.append((kind, works))
+        self._dispatch(kind, tagged, copied)
         # A call may send no data at all (DeepSpeed's own schedule), so what announces calls is bounded as well.
         self._data += kind is Kind.DATA
         while self._data > self.depth or len(self._sent) > 2 * self.depth + 2:
             self._settle_oldest()
 
-    def _reshape(self, spec: Spec) -> list[tuple[Any, Tensor]]:
+    def _reshape(self, spec: Spec) -> _Tagged:
         """If messages are of another shape by now, let the receiver drop its standing receive."""
         self._others = self._others + 1 if spec == self._other else 1
         self._other = spec
@@ -100,7 +124,7 @@ class Outbox:
 
         Two stages that park at once must both `listen` before.
         """
-        self._sent.append((Kind.PARK, self._release(Kind.PARK)))
+        self._dispatch(Kind.PARK, self._release(Kind.PARK))
         while self._sent:
             self._settle_oldest()
 
@@ -120,28 +144,73 @@ class Outbox:
         once however busy the peer is, and are read if the connection breaks before the former could be.
         """
         message = Header(Kind.ERROR, {"text": fit(text)}).encode()
-        try:
-            in_turn, last_words = (self._send(message, tag) for tag in (HEADER_TAG, LAST_WORDS_TAG))
-            self._sent.append((Kind.ERROR, [in_turn]))
-            self.wire.wait(last_words[0], "it did not hear of a failure", patience)
-        except StageError:
-            return  # the peer is gone or stuck; it learns of the failure from the broken connection
+        # If the peer is gone or stuck, it learns of the failure from the broken connection.
+        with suppress(StageError):
+            self._dispatch(Kind.ERROR, [(message, HEADER_TAG)])
+        with suppress(StageError):
+            self.wire.wait(self.wire.send(message, LAST_WORDS_TAG), "it did not hear of a failure", patience)
 
-    def _release(self, kind: Kind) -> list[tuple[Any, Tensor]]:
+    def _release(self, kind: Kind) -> _Tagged:
         """Let the receiver drop its standing receive, by filling it once more."""
-        works = [self._send(Header(kind, {}).encode(), HEADER_TAG)]
-        works += [self._send(part, STANDING_TAG) for part in bytes_of(empty(self._standing or ()))]
+        tagged = [(Header(kind, {}).encode(), HEADER_TAG)]
+        tagged += [(part, STANDING_TAG) for part in bytes_of(empty(self._standing or ()))]
         self._standing = None
-        return works
+        return tagged
 
-    def _send(self, part: Tensor, tag: int) -> tuple[Any, Tensor]:
-        return self.wire.send(part, tag), part
+    def _dispatch(self, kind: Kind, tagged: _Tagged, copied: Any = None) -> None:
+        """Send now; or in turn, if this message or one before it has to wait for a copy."""
+        works: _Works | Future[_Works]
+        if self.staging is None:
+            works = self._send(tagged)
+        else:
+            self._raise_failure()
+            before = self._sent[-1][1] if self._sent else None
+            in_turn = copied is not None or (isinstance(before, Future) and not before.done())
+            works = self.staging.later(partial(self._depart, tagged, copied)) if in_turn else self._send(tagged)
+        self._sent.append((kind, works))
+
+    def _send(self, tagged: _Tagged) -> _Works:
+        return [(self.wire.send(part, tag), part) for part, tag in tagged]
+
+    def _depart(self, tagged: _Tagged, copied: Any) -> _Works:
+        """On the sender's thread: wait for the copy, then send. Failures are for the main thread to raise."""
+        if self._failure is not None:
+            return []
+        try:
+            if copied is not None:
+                copied.synchronize()
+        except RuntimeError as error:
+            text = (
+                f"rank {dist.get_rank()}: a message to {self.wire.peer.name} could not be copied to the host: {error}"
+            )
+            self._failure = StageError(text)
+            # The main thread may be waiting for an answer to it; the receiver, told instead, tells this stage.
+            tagged = [(Header(Kind.ERROR, {"text": fit(text)}).encode(), HEADER_TAG)]
+        try:
+            return self._send(tagged)
+        except StageError as error:
+            self._failure = self._failure or error
+            return []
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise StageError(str(self._failure)) from self._failure
 
     def _settle_oldest(self, patience: timedelta | None = None) -> None:
         kind, works = self._sent.popleft()
         self._data -= kind is Kind.DATA
+        if isinstance(works, Future):
+            works = self._departed(works, patience)
         for work, _ in works:
             self.wire.wait(work, "a message to it did not arrive", patience)
+
+    def _departed(self, message: Future[_Works], patience: timedelta | None) -> _Works:
+        done, _ = wait([message], None if patience is None else patience.total_seconds())
+        if not done:
+            raise StageError(f"a message to {self.wire.peer.name} was not copied to the host within {patience}")
+        works = message.result()
+        self._raise_failure()
+        return works
 
 
 def _plain(tensor: Tensor) -> Tensor:

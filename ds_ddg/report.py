@@ -97,6 +97,7 @@ class Reporter(Executor):
         return loss
 
     def _tell_loss(self, call: int) -> None:
+        # Read back from the device once a call, here and for additional losses; other stages never do.
         mean = float(self._mean_loss())
         if not math.isfinite(mean) and math.isfinite(self._losses.newest.mean):
             logger.error(f"stage {self.stage_id}: the loss of call {call} is {mean}; training goes on")
@@ -112,9 +113,10 @@ class Reporter(Executor):
     def _publish_loss(self) -> Tensor:
         """Put the newest loss where DeepSpeed has it."""
         newest = self._losses.newest
-        named = [(name, torch.tensor(value, device=self.device)) for name, value in newest.additional or ()]
+        # Filled there: a tensor made on the host would wait for all work of the device on its way.
+        named = [(name, torch.full((), value, device=self.device)) for name, value in newest.additional or ()]
         self.agg_additional_losses = None if newest.additional is None else OrderedDict(named)
-        self.agg_train_loss = loss = torch.tensor(newest.mean, device=self.device)
+        self.agg_train_loss = loss = torch.full((), newest.mean, device=self.device)
         return loss
 
     def _mean_loss(self) -> Tensor:

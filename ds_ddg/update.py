@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer, ZeROOptimizer
 from torch import Tensor
 
@@ -42,6 +43,7 @@ class Updater(_Host):
     _slack: int
 
     # The host's state that updates share with it.
+    device: torch.device
     micro_batches: int
     mpu: Any
     lr_scheduler: Any
@@ -94,7 +96,10 @@ class Updater(_Host):
                 self.lr_scheduler.step()
 
     def _own_update(self) -> Update:
-        """What this stage's update of the call that ends here came to."""
+        """What this stage's update of the call that ends here came to.
+
+        With clipping, the one value that a stage reads back from its device in a call.
+        """
         norm = 0.0 if self._global_grad_norm is None or self._overflowed else float(self._global_grad_norm)
         return Update(norm**2, int(self._overflowed))
 
@@ -127,8 +132,9 @@ class Updater(_Host):
             return
         known = self._pipeline_norm if self.ddg.clip == "global" else None
         slices = StageLocalGrid(self.mpu)
-        norm = clip_stage_gradients(self.versions.parameters, self.gradient_clipping(), slices, known)
-        self._global_grad_norm = norm
+        self._global_grad_norm = clip_stage_gradients(
+            self.versions.parameters, self.gradient_clipping(), slices, known, device=self.device
+        )
 
     def _exec_advance_clocks(self) -> None:
         self._global_grad_norm, self._overflowed = None, False

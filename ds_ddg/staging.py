@@ -1,0 +1,135 @@
+"""Between the memory of a GPU and the host memory that messages travel from and into.
+
+Messages go over gloo, which knows host memory alone, so several stages can share one GPU and links without NCCL work;
+NCCL carries no messages of ours, only the collectives of DeepSpeed within a stage, where it is what was initialized.
+**No GPU has run this yet**: the tests of this module put a stand-in in the place of streams and events, those in
+tests/test_gpu.py are to be run first where there is a device.
+
+Neither direction makes the main thread wait for the device, which would cost it the lead over the device that hides
+the time of Python::
+
+    to the host      compute stream: ... F ->|                                     the main thread goes on
+                     copy stream:            |- copy -> event
+                     sender's thread:                         wait for it, send    (without the GIL)
+    to the device    main thread: a message has arrived, start its copy
+                     copy stream:            |- copy ->|
+                     compute stream: earlier work ...  |- what uses it
+
+There is one thread for all outboxes of a process: copies to the host are done in the order in which they were
+started, all on one stream, so no message waits for one that started later.
+
+Host memory is pinned. It comes from torch's caching allocator, which keeps blocks by size and hands one out again only
+when the copies that use it are done, so no pool of our own is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe import p2p
+from deepspeed.utils import logger
+from torch import Tensor
+
+from ds_ddg.message import Spec, empty
+
+__all__ = ["Staging", "staging_for", "without_greetings"]
+
+_T = TypeVar("_T")
+
+
+class Staging:
+    """Copies of one process to and from its device.
+
+    Args:
+        device: where the stage computes.
+        streams: has ``Stream``, ``Event``, ``stream`` and ``current_stream``; default: torch's module for `device`.
+        pin: whether host memory is pinned, without which no copy is asynchronous.
+    """
+
+    def __init__(self, device: torch.device, streams: Any = None, pin: bool = True) -> None:
+        self.device = device
+        self._streams = torch.get_device_module(device) if streams is None else streams
+        self._pin = pin
+        self._to_host, self._to_device = (self._streams.Stream(device) for _ in range(2))
+        self._sender = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ds_ddg sender")
+
+    def room(self, spec: Spec) -> list[Tensor | None]:
+        """Host memory to receive into."""
+        return empty(spec, self._pin)
+
+    def to_host(self, tensors: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Any]:
+        """Start to copy what is on the device.
+
+        Returns:
+            The tensors in host memory, and what to ``synchronize`` with before they are read; that is None, and the
+            tensors are as they were, if none is on the device.
+        """
+        there = [t for t in tensors if t is not None and t.device.type == self.device.type]
+        if not there:
+            return list(tensors), None
+        self._to_host.wait_stream(self._streams.current_stream(self.device))
+        with self._streams.stream(self._to_host):
+            host = [None if t is None else self._host_copy(t) for t in tensors]
+            # A thread that waits would otherwise spin, on a core that others need.
+            copied = self._streams.Event(blocking=True)
+            copied.record(self._to_host)
+        for tensor in there:
+            tensor.record_stream(self._to_host)  # its memory is not to be used again before the copy is done
+        return host, copied
+
+    def to_device(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Start to copy tensors from the host; whatever the current stream does from here on finds them there."""
+        with self._streams.stream(self._to_device):
+            # Allocated on the copy stream: memory of the compute stream may be in use until that has caught up.
+            arrived = [None if t is None else t.to(self.device, non_blocking=True) for t in tensors]
+        current = self._streams.current_stream(self.device)
+        current.wait_stream(self._to_device)
+        for tensor in arrived:
+            if tensor is not None:
+                tensor.record_stream(current)
+        return arrived
+
+    def later(self, work: Callable[[], _T]) -> Future[_T]:
+        """Run `work` on the sender's thread, after what it was given before."""
+        return self._sender.submit(work)
+
+    def _host_copy(self, tensor: Tensor) -> Tensor:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pin)
+        return host.copy_(tensor, non_blocking=True)
+
+
+def staging_for(device: torch.device) -> Staging | None:
+    """What a stage on `device` needs; None on the CPU, whose memory the messages can use."""
+    if device.type == "cpu":
+        return None
+    if dist.get_rank() == 0:
+        logger.warning(
+            f"ds_ddg: the stages run on {device.type!r}, where the project has not been tested yet; run "
+            "`pytest tests/test_gpu.py` on this machine first, and compare a short run with one on CPU"
+        )
+    return Staging(device)
+
+
+@contextmanager
+def without_greetings() -> Iterator[None]:
+    """Inside this block neighbours do not greet each other over gloo from a device.
+
+    DeepSpeed's engine sends a zero from stage to stage when it is built. Gloo takes the address of a tensor on a
+    device for one of the host's, and the connection breaks.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() == "cpu" or dist.get_backend() != "gloo":
+        yield
+        return
+    send, recv = p2p.send, p2p.recv
+    p2p.send = p2p.recv = lambda *_: None
+    try:
+        yield
+    finally:
+        p2p.send, p2p.recv = send, recv

@@ -1,0 +1,346 @@
+"""Stages on a GPU: several share one over gloo, against the oracle on the same device, or the engine on CPU.
+
+    python -m pytest tests/test_gpu.py        # first thing on a machine with a GPU; it needs one, and no more
+
+Ranks are fresh processes here, as DeepSpeed picks its accelerator once in a process. What they do is in functions that
+take any device, so that all but the kernels can be tried on CPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import test_tied as tied
+import toy
+from test_engine_exact import Case, Course, train, train_oracle
+from test_precision import FORMATS
+from test_precision import train_engine as train_format
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(600)]
+
+TIMEOUT = 500.0
+ROOT = Path(__file__).parents[1]
+
+
+# -- processes --------------------------------------------------------------------------------------------------------
+
+
+def launch(
+    job: Callable[..., Any], world_size: int, *args: Any, device: str = "cuda", backend: str = "gloo"
+) -> list[Any]:
+    """`job(rank, world_size, *args)` in processes of its own on one device; what each returned, on the CPU."""
+    with tempfile.TemporaryDirectory(prefix="ds_ddg_gpu_") as name:
+        directory = Path(name)
+        (directory / "job").write_bytes(pickle.dumps((job.__name__, world_size, args, backend)))
+        processes = []
+        for rank in range(world_size):
+            environment = {
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+                "DS_ACCELERATOR": device,
+                "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+                "OMP_NUM_THREADS": "1",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": "29500",
+                "RANK": str(rank),
+                # DeepSpeed computes on the device of this number: with gloo all ranks share one.
+                "LOCAL_RANK": str(rank if backend == "nccl" else 0),
+                "WORLD_SIZE": str(world_size),
+            }
+            if device == "cpu":
+                environment["CUDA_VISIBLE_DEVICES"] = ""
+            with (directory / f"log{rank}").open("w") as log:
+                command = [sys.executable, "-c", f"import test_gpu; test_gpu.serve({name!r}, {rank})"]
+                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+        deadline = time.monotonic() + TIMEOUT
+        try:
+            for process in processes:
+                process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            pass  # whoever hangs shows below
+        for process in processes:
+            process.kill()
+            process.wait()
+        if any(process.returncode for process in processes):
+            logs = [f"rank {r}: {(directory / f'log{r}').read_text()[-4000:]}" for r in range(world_size)]
+            raise AssertionError(f"{job.__name__} failed on {device}\n" + "\n".join(logs))
+        # Written by ourselves a moment ago.
+        return [
+            torch.load(directory / f"result{r}", map_location="cpu", weights_only=False) for r in range(world_size)
+        ]
+
+
+def serve(name: str, rank: int) -> None:
+    """On the ranks."""
+    import deepspeed
+
+    directory = Path(name)
+    job, world_size, args, backend = pickle.loads((directory / "job").read_bytes())
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    toy.Split.forward = split  # type: ignore[method-assign]
+    store = f"file://{directory / 'store'}"
+    torch.distributed.init_process_group(backend, init_method=store, rank=rank, world_size=world_size)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(backend)
+    result = globals()[job](rank, world_size, *args)
+    torch.save(result, directory / f"result{rank}")
+
+
+def device() -> torch.device:
+    from deepspeed.accelerator import get_accelerator
+
+    return torch.device(get_accelerator().current_device_name())
+
+
+def split(self: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`toy.Split` on the device; the integers stay on the host, as a layer may return them."""
+    return x, x.new_ones(x.shape[0], 1), torch.arange(x.shape[0])
+
+
+# -- the oracle on the same device ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DeviceCase(Case):
+    """A case whose oracle computes where the engine does."""
+
+    def reference(self) -> Any:
+        oracle = super().reference()
+        for stage in oracle.stages:
+            stage.to(device())
+        return oracle
+
+
+CASES = [
+    DeviceCase(stages, m, slack, weights, activations, (m + stages) % 2 == 1, "sgd" if m == 1 else "adamw", clip)
+    for stages, (m, slack, clip) in itertools.product((2, 3), ((1, 0, 0.0), (2, 1, 0.05)))
+    for weights, activations in itertools.product(("stash", "current"), ("keep", "recompute"))
+]
+
+
+def train_cases(rank: int, world_size: int, cases: list[DeviceCase]) -> list[tuple[Course, int, str]]:
+    """Of every case: how it went, what is left after the drain, and where its weights are."""
+    results = []
+    for case in cases:
+        engine = case.engine()
+        (course,) = train(engine, case.data(), [(engine.module, engine.optimizer)])
+        engine.versions.assert_empty()
+        left = engine._links.pending + engine.versions.alive - 1
+        results.append((course, left, engine.device.type))
+    return results
+
+
+def train_oracles(rank: int, world_size: int, cases: list[DeviceCase]) -> list[list[Course]]:
+    """Of every case, by stage. Random numbers are those of the device, of which dropout takes them."""
+    with ExitStack() as stack:
+        if device().type == "cuda":
+            stack.enter_context(mock.patch.object(torch, "get_rng_state", torch.cuda.get_rng_state))
+            stack.enter_context(mock.patch.object(torch, "set_rng_state", torch.cuda.set_rng_state))
+        return [train_oracle(case, data=((x.to(device()), y.to(device())) for x, y in case.data())) for case in cases]
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[DeviceCase, list[tuple[Course, int, str]]]:
+    """By case and stage."""
+    made = {}
+    for stages in (2, 3):
+        cases = [case for case in CASES if case.stages == stages]
+        made.update(zip(cases, zip(*launch(train_cases, stages, cases), strict=True), strict=True))
+    return made
+
+
+@pytest.fixture(scope="module")
+def oracles() -> dict[DeviceCase, list[Course]]:
+    return dict(zip(CASES, launch(train_oracles, 1, CASES)[0], strict=True))
+
+
+def assert_close(ours: Course, its: Course, losses: list[Tensor]) -> None:
+    """To rounding: the device may add up in another order than in one process."""
+    for t, (a, b) in enumerate(zip(ours.losses, losses, strict=True)):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda m, t=t: f"loss of call {t}: {m}")
+    for moment, state in its.states.items():
+        for i, (a, b) in enumerate(zip(ours.states[moment], state, strict=True)):
+            torch.testing.assert_close(
+                a, b, rtol=1e-3, atol=1e-4, msg=lambda m, i=i, at=moment: f"{at}, tensor {i}: {m}"
+            )
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.proves("GPU stages that share one device over gloo, fp32", exact=False)
+def test_engine_equals_the_oracle(trained: Any, oracles: Any, case: DeviceCase) -> None:
+    expected = oracles[case]
+    for stage, (course, left, where) in enumerate(trained[case]):
+        assert where == "cuda"
+        assert left == 0, "messages or versions after the drain"
+        assert_close(course, expected[stage], case.known(expected[stage].losses))
+        first, last = (list(course.states.values())[i] for i in (0, -1))
+        assert any(not torch.equal(a, b) for a, b in zip(first, last, strict=True)), f"stage {stage} does not train"
+
+
+def test_dropout_has_the_random_numbers_of_the_device(oracles: Any) -> None:
+    """Without them "recompute" would agree with anything."""
+    keep, recompute = (
+        oracles[DeviceCase(2, 1, 0, "current", activations, True, "sgd")] for activations in ("keep", "recompute")
+    )
+    assert [float(loss) for loss in keep[0].losses] != [float(loss) for loss in recompute[0].losses]
+
+
+# -- against the engine on CPU ----------------------------------------------------------------------------------------
+
+
+def train_without_dropout(rank: int, world_size: int, what: str) -> tuple[list[float], list[Tensor]]:
+    """Losses and the state of the stage; other devices have other random numbers, so there are none."""
+    with mock.patch.object(nn.Dropout, "forward", lambda _, x: x):
+        if what == "tied":
+            setting = {"three": world_size == 3, "micro_batches": 2, "ddg": {}, "optimizer": "sgd"}
+            result: Any = tied.train_engine(rank, world_size, setting, world_size, {})
+        else:
+            result = train_format(rank, world_size, what, 2, "sgd", {}, 1.0)
+    return [float(loss) for loss in result.losses], result.states
+
+
+@pytest.mark.parametrize(
+    ("what", "stages", "tolerance"),
+    [
+        pytest.param("tied", 3, 1e-4, marks=pytest.mark.proves("GPU stages: tied weights", exact=False)),
+        *(
+            pytest.param(name, 2, 0.05, marks=pytest.mark.proves(f"GPU stages: {name}", exact=False))
+            for name in FORMATS
+            if name.startswith("bf16")
+        ),
+    ],
+)
+def test_device_equals_the_cpu(what: str, stages: int, tolerance: float) -> None:
+    there, here = (launch(train_without_dropout, stages, what, device=device) for device in ("cuda", "cpu"))
+    for (losses, states), (expected_losses, expected) in zip(there, here, strict=True):
+        assert losses == pytest.approx(expected_losses, rel=tolerance, abs=tolerance)
+        for a, b in zip(states, expected, strict=True):
+            torch.testing.assert_close(a.float(), b.float(), rtol=tolerance, atol=tolerance)
+
+
+# -- what it costs ----------------------------------------------------------------------------------------------------
+
+
+def wide_engine(stages: int, width: int, ddg: dict[str, Any]) -> tuple[Any, Iterator[Any]]:
+    """Stages of two layers each, so that the work grows with their number; micro-batches of 64 rows."""
+    from deepspeed.pipe import LayerSpec, PipelineModule
+
+    import ds_ddg
+
+    torch.manual_seed(1)
+    specs = [LayerSpec(nn.Linear, width, width) for _ in range(2 * stages)]
+    net = PipelineModule(specs, num_stages=stages, loss_fn=nn.functional.mse_loss, partition_method="uniform")
+    optimizer = {"type": "SGD", "params": {"lr": 1e-4, "momentum": 0.9}}
+    settings = {"train_micro_batch_size_per_gpu": 64, "optimizer": optimizer}
+    engine, *_ = ds_ddg.initialize(
+        model=net,
+        config={**toy.config(2, ddg), **settings},
+        model_parameters=list(net.parameters()),
+    )
+    return engine, itertools.repeat((torch.ones(64, width), torch.zeros(64, width)))
+
+
+def read_back(rank: int, world_size: int, ddg: dict[str, Any]) -> list[str]:
+    """What made the host wait for the device in ten calls of a full pipeline, one line for each time."""
+    engine, data = wide_engine(world_size, 64, ddg)
+    for _ in range(10):
+        engine.train_batch(data)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        for _ in range(10):
+            engine.train_batch(data)
+        torch.cuda.set_sync_debug_mode("default")
+    engine.drain()
+    return [f"{w.filename}:{w.lineno}" for w in seen if "synchroniz" in str(w.message)]
+
+
+@pytest.mark.parametrize("ddg", [{}, {"activations": "recompute"}, {"weights": "current"}], ids=str)
+def test_nothing_is_read_back_but_the_loss(ddg: dict[str, Any]) -> None:
+    *others, last = launch(read_back, 3, ddg)
+    assert others == [[], []], "stages before the last have nothing to read"
+    assert len(last) <= 10, "the loss, once a call"
+
+
+def memory(rank: int, world_size: int) -> list[tuple[int, int]]:
+    """Bytes reserved on the device, and of pinned memory, after 100 and after 300 calls."""
+    engine, data = wide_engine(world_size, 256, {"slack": 1})
+    seen = []
+    for call in range(1, 301):
+        engine.train_batch(data)
+        if call in (100, 300):
+            pinned = torch.cuda.host_memory_stats()["allocated_bytes.current"]
+            seen.append((torch.cuda.memory_reserved(), int(pinned)))
+    engine.drain()
+    return seen
+
+
+def test_memory_is_flat() -> None:
+    for stage, (early, late) in enumerate(launch(memory, 2)):
+        assert late[0] <= early[0] + 2**21, f"stage {stage}: device memory grows"
+        assert late[1] <= early[1] + 2**21, f"stage {stage}: pinned memory grows"
+
+
+def speed(rank: int, world_size: int, width: int) -> tuple[float, float]:
+    """Seconds per call, and the share of them in which the host did not wait for other stages."""
+    from deepspeed.accelerator import get_accelerator
+
+    engine, data = wide_engine(world_size, width, {})
+    for _ in range(10):
+        engine.train_batch(data)
+    get_accelerator().synchronize()
+    start = time.perf_counter()
+    for _ in range(50):
+        engine.train_batch(data)
+    get_accelerator().synchronize()
+    seconds = (time.perf_counter() - start) / 50
+    busy = float(engine.ddg_stats()["busy"])
+    engine.drain()
+    return seconds, busy
+
+
+def test_stages_keep_each_other_busy(capsys: pytest.CaptureFixture[str]) -> None:
+    """Stages that share a device cannot be faster than one process; this is what staging and sharing may cost."""
+    ((alone, _),) = launch(speed, 1, 2048)
+    two = launch(speed, 2, 2048)
+    report = {"alone_ms": 1e3 * alone, "stages": [{"ms": 1e3 * seconds, "busy": busy} for seconds, busy in two]}
+    with capsys.disabled():
+        print("\nds_ddg on one GPU:", json.dumps(report))
+    for seconds, busy in two:
+        assert 0 < busy <= 1
+        assert seconds < 4 * 2 * alone, "twice the work of one process, shared by two"
+
+
+# -- a device for each stage ------------------------------------------------------------------------------------------
+
+
+def test_stages_with_devices_of_their_own() -> None:
+    """DeepSpeed's collectives go over NCCL then; what travels between stages still goes over gloo."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    there = launch(train_without_dropout, 2, "tied", backend="nccl")
+    here = launch(train_without_dropout, 2, "tied", device="cpu")
+    for (losses, _), (expected, _) in zip(there, here, strict=True):
+        assert losses == pytest.approx(expected, rel=1e-4, abs=1e-4)

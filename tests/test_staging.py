@@ -1,0 +1,618 @@
+"""Messages of a stage that computes on a device, without one: a stand-in copies when, and if, the test lets it.
+
+What is posted must leave in order and not before its copy is done, the main thread must not wait for that, and all
+that bounds, parks, settles and fails must do so with copies that are not done. On a GPU: test_gpu.py.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import test_channel as channel
+import test_tied as tied
+import toy
+from distributed import Ranks
+from ds_ddg.config import refuse_unsupported
+from ds_ddg.data import Feed
+from ds_ddg.inbox import Inbox
+from ds_ddg.local import Circumstances
+from ds_ddg.message import Header, Kind, spec_of
+from ds_ddg.outbox import Outbox
+from ds_ddg.staging import Staging, without_greetings
+from ds_ddg.wire import Peer, StageError, Wire
+from test_engine_exact import Case, Course, assert_exact, train_oracle
+from test_engine_exact import train_engine as train_exactly
+from test_failures import NOISE, launch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+GetRanks = Callable[[int], Ranks]
+TIMEOUT = 60.0
+CPU = torch.device("cpu")
+SENDER = "ds_ddg sender"
+
+
+class Device:
+    """Streams and events of a device whose memory is the host's: it computes at once, and copies when it may."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.may_copy = threading.Event()
+        self.may_copy.set()
+        self.seconds = seconds
+        """That a copy takes."""
+        self.defect = ""
+        """Why copies fail."""
+        self.started: list[tuple[Tensor, Tensor]] = []
+        """Copies: to, from; not yet claimed by an event."""
+        self.log: list[str] = []
+        self._names = iter(("down", "up"))
+        self._current = ["compute"]
+
+    def Stream(self, device: torch.device) -> Stream:  # noqa: N802, as torch calls it
+        return Stream(self, next(self._names))
+
+    def Event(self, blocking: bool) -> Event:  # noqa: N802
+        assert blocking, "a thread that spins takes a core from a stage"
+        return Event(self)
+
+    @contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        self._current.append(stream.name)
+        yield
+        self._current.pop()
+
+    def current_stream(self, device: torch.device) -> Stream:
+        return Stream(self, self._current[-1])
+
+    def note(self, what: str) -> None:
+        if len(self.log) < 100:
+            self.log.append(f"{self._current[-1]}: {what}")
+
+
+class Stream:
+    def __init__(self, device: Device, name: str) -> None:
+        self.device, self.name = device, name
+
+    def wait_stream(self, other: Stream) -> None:
+        self.device.note(f"{self.name} waits for {other.name}")
+
+
+class Event:
+    def __init__(self, device: Device) -> None:
+        self.device = device
+
+    def record(self, stream: Stream) -> None:
+        self.device.note(f"event on {stream.name}")
+        self.copies, self.device.started = self.device.started, []
+
+    def synchronize(self) -> None:
+        assert threading.current_thread().name.startswith(SENDER), "the main thread must not wait for the device"
+        assert self.device.may_copy.wait(TIMEOUT)
+        time.sleep(self.device.seconds)
+        if self.device.defect:
+            raise RuntimeError(self.device.defect)
+        for host, there in self.copies:
+            host.copy_(there)
+
+
+class StandIn(Staging):
+    """Staging of a `Device`; what it copies to is rubbish until the copy is done."""
+
+    def __init__(self, device: Device) -> None:
+        super().__init__(CPU, device, pin=False)
+        self.stand_in = device
+
+    def _host_copy(self, tensor: Tensor) -> Tensor:
+        self.stand_in.note("copy to the host")
+        host = torch.empty(tensor.shape, dtype=tensor.dtype)
+        host.reshape(-1).view(torch.uint8).fill_(0x55)
+        self.stand_in.started.append((host, tensor.clone()))
+        return host
+
+
+@contextmanager
+def device(seconds: float = 0.0) -> Iterator[Device]:
+    """A device; torch refuses to note a stream for memory of the host, so that is recorded instead."""
+    made = Device(seconds)
+    with mock.patch.object(
+        torch.Tensor, "record_stream", lambda _, stream: made.note(f"memory in use by {stream.name}")
+    ):
+        yield made
+
+
+def link(rank: int, made: Device, depth: int = 8) -> tuple[Outbox, Inbox]:
+    """This rank's two ends, as in test_channel.py."""
+    other = 1 - rank
+    peer = Peer(dist.new_group([0, 1]), other, f"stage {other} (rank {other})")
+    staging = StandIn(made)
+    return Outbox(Wire(peer, lane=rank), depth, staging), Inbox(Wire(peer, lane=other), staging)
+
+
+def senders() -> int:
+    gc.collect()
+    return sum(thread.name.startswith(SENDER) for thread in threading.enumerate())
+
+
+# -- copies -----------------------------------------------------------------------------------------------------------
+
+
+def test_copies_run_on_streams_of_their_own() -> None:
+    with device() as made:
+        staging = StandIn(made)
+        host, copied = staging.to_host([torch.ones(3), None])
+        assert made.log == [
+            "compute: down waits for compute",
+            "down: copy to the host",
+            "down: event on down",
+            "compute: memory in use by down",
+        ]
+        assert host[1] is None
+        staging.later(copied.synchronize).result()
+        assert torch.equal(host[0], torch.ones(3))  # type: ignore[arg-type]
+        made.log.clear()
+        there = staging.to_device([torch.ones(3), None])
+        assert made.log == ["compute: compute waits for up", "compute: memory in use by compute"]
+        assert torch.equal(there[0], torch.ones(3))  # type: ignore[arg-type]
+        assert there[1] is None
+
+
+def test_nothing_is_copied_where_nothing_is_on_the_device() -> None:
+    with device() as made:
+        assert StandIn(made).to_host([]) == ([], None)
+        assert StandIn(Device()).to_host([None]) == ([None], None)
+        assert not made.log
+
+
+def test_room_has_the_types_and_shapes_of_what_will_arrive() -> None:
+    spec = spec_of([torch.ones(2, 3, dtype=torch.bfloat16), None, torch.ones((), dtype=torch.bool)])
+    assert spec_of(StandIn(Device()).room(spec)) == spec
+
+
+def test_sender_keeps_the_order_and_ends_with_its_owner() -> None:
+    before = senders()
+    staging = StandIn(Device())
+    done: list[int] = []
+    futures = [staging.later(lambda n=n: done.append(n)) for n in range(50)]  # type: ignore[misc]
+    assert senders() == before + 1
+    del staging
+    for future in futures:
+        future.result()
+    assert done == list(range(50))
+    deadline = time.monotonic() + 5
+    while senders() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert senders() == before
+
+
+def test_data_is_placed_without_waiting() -> None:
+    with device() as made:
+        feed = Feed(True, True, [], StandIn(made))
+        feed.fixed_shape = False
+        rows = [(torch.ones(2), torch.zeros(1)), ((torch.ones(2), torch.zeros(3)), {"other": 1})]
+        assert feed.fetch(iter(rows), 2, None)
+        first, second = feed.take(), feed.take()
+        assert [line for line in made.log if "waits" in line] == ["compute: compute waits for up"] * 3
+    assert torch.equal(first[0], torch.ones(2))
+    assert isinstance(second[0], tuple)
+    assert second[1] == {"other": 1}, "not ours to move"
+
+
+# -- messages ---------------------------------------------------------------------------------------------------------
+
+
+def exchange(rank: int, world_size: int) -> None:
+    """As in test_channel.py, with copies that take their time; control messages overtake nothing."""
+    with device(seconds=0.0005) as made:
+        outbox, inbox = link(rank, made, depth=64)
+        messages = channel.samples()
+        for index, message in enumerate(messages):
+            outbox.post(Kind.DATA, message, index=index)
+            outbox.post(Kind.BEGIN, index=index)
+        for index, message in enumerate(messages):
+            received = inbox.take(Kind.DATA)
+            assert received.info == {"index": index}
+            channel.assert_same(received.tensors, message)
+            assert inbox.take(Kind.BEGIN).info == {"index": index}
+        channel.close(outbox, inbox)
+        assert outbox.pending == 0
+
+
+def interleave(rank: int, world_size: int) -> None:
+    """Shapes that come and go, so that the standing receive is released and posted anew."""
+    with device(seconds=0.0002) as made:
+        outbox, inbox = link(rank, made, depth=1000)
+        shapes = [(4, 3)] * 6 + [(2, 3)] * 6 + [(4, 3), (2, 3)] * 3 + [(700,)] * 6
+        for n, shape in enumerate(shapes):
+            outbox.post(Kind.DATA, [torch.full(shape, float(n))], recurs=n % 5 != 4)
+        for n, shape in enumerate(shapes):
+            channel.assert_same(inbox.take(Kind.DATA).tensors, (torch.full(shape, float(n)),))
+        channel.close(outbox, inbox)
+
+
+def post_before_the_copy(rank: int, world_size: int) -> tuple[float, list[int], float]:
+    """Seconds of the posts, pending messages after each, seconds of the post beyond the depth."""
+    with device() as made:
+        outbox, inbox = link(rank, made, depth=3)
+        if rank == 1:
+            for n in range(4):
+                channel.assert_same(inbox.take(Kind.DATA).tensors, (torch.full((9,), float(n)),))
+                assert inbox.take(Kind.BEGIN).info == {"n": n}
+            channel.close(outbox, inbox)
+            return 0.0, [], 0.0
+        made.may_copy.clear()
+        start, pending = time.monotonic(), []
+        for n in range(3):
+            outbox.post(Kind.DATA, [torch.full((9,), float(n))])
+            outbox.post(Kind.BEGIN, n=n)
+            pending.append(outbox.pending)
+        posted = time.monotonic() - start
+        threading.Timer(0.3, made.may_copy.set).start()
+        start = time.monotonic()
+        outbox.post(Kind.DATA, [torch.full((9,), 3.0)])
+        bounded = time.monotonic() - start
+        outbox.post(Kind.BEGIN, n=3)
+        channel.close(outbox, inbox)
+        return posted, pending, bounded
+
+
+def park_and_leave(rank: int, world_size: int) -> tuple[int, int, str]:
+    """Pending before and after a park with copies that are not done; what settling says when they never are."""
+    with device() as made:
+        outbox, inbox = link(rank, made)
+        for _ in range(2):
+            outbox.post(Kind.DATA, [torch.ones(9)])
+            inbox.take(Kind.DATA)
+        made.may_copy.clear()
+        outbox.post(Kind.DATA, [torch.full((9,), 2.0)])
+        outbox.post(Kind.BEGIN)
+        before = outbox.pending
+        threading.Timer(0.2, made.may_copy.set).start()
+        # The others' message is here when theirs is copied, whatever this rank's own copies do.
+        inbox.take(Kind.DATA)
+        inbox.take(Kind.BEGIN)
+        channel.close(outbox, inbox)
+        after = outbox.pending
+        made.may_copy.clear()
+        outbox.post(Kind.DATA, [torch.ones(9)])
+        outbox.post(Kind.LEAVE)
+        with pytest.raises(StageError) as caught:
+            outbox.settle(timedelta(milliseconds=50))
+        made.may_copy.set()
+        inbox.take(Kind.DATA)
+        inbox.take(Kind.LEAVE)
+        outbox.settle(timedelta(seconds=10))
+        dist.barrier()
+        return before, after, str(caught.value)
+
+
+def test_messages_arrive_whole_and_in_order(ranks: GetRanks) -> None:
+    ranks(2).run(exchange, timeout=TIMEOUT)
+    ranks(2).run(interleave, timeout=TIMEOUT)
+
+
+def test_posting_waits_for_no_copy_but_beyond_the_depth(ranks: GetRanks) -> None:
+    (posted, pending, bounded), _ = ranks(2).run(post_before_the_copy, timeout=TIMEOUT)
+    assert posted < 0.2
+    assert pending == [2, 4, 6]
+    assert bounded > 0.1, "a fourth message must wait until the first has left"
+
+
+def test_park_and_settle_wait_for_copies(ranks: GetRanks) -> None:
+    for before, after, text in ranks(2).run(park_and_leave, timeout=TIMEOUT):
+        assert before > 0
+        assert after == 0
+        assert "was not copied to the host within 0:00:00.05" in text
+
+
+# -- failures ---------------------------------------------------------------------------------------------------------
+
+
+def fail_to_copy(rank: int, world_size: int) -> list[str]:
+    """What the sender and the receiver of a message that cannot be copied are told, and how often."""
+    with device() as made:
+        outbox, inbox = link(rank, made)
+        outbox.post(Kind.DATA, [torch.ones(9)])
+        inbox.take(Kind.DATA)
+        heard = []
+        if rank == 0:
+            made.defect = "out of magic"
+            outbox.post(Kind.DATA, [torch.ones(9)])
+            outbox.post(Kind.BEGIN)
+            while outbox._failure is None:
+                time.sleep(0.01)
+            for again in (lambda: outbox.post(Kind.BEGIN), lambda: outbox.settle(timedelta(1)), outbox.park):
+                with pytest.raises(StageError) as caught:
+                    again()
+                heard.append(str(caught.value))
+            outbox.post_error("stage 0 (rank 0) failed: it says so itself")
+        else:
+            with pytest.raises(StageError) as caught:
+                inbox.take(Kind.DATA)
+            heard.append(str(caught.value))
+        dist.barrier()
+        return heard
+
+
+def test_message_that_cannot_be_copied_leaves_as_an_error(ranks: GetRanks) -> None:
+    told, heard = ranks(2).run(fail_to_copy, timeout=TIMEOUT)
+    text = "rank 0: a message to stage 1 (rank 1) could not be copied to the host: out of magic"
+    assert told == [text] * 3
+    assert heard == [text]
+
+
+def fail_before_the_copy(rank: int, world_size: int) -> None:
+    """The copy never ends, and neither would a wait for it."""
+    with device() as made:
+        outbox, inbox = link(rank, made)
+        dist.barrier()
+        if rank == 1:
+            made.may_copy.clear()
+            outbox.post(Kind.DATA, [torch.ones(9)])
+            outbox.post_error("stage 1 (rank 1) failed: enough")
+            os.kill(os.getpid(), signal.SIGKILL)
+        inbox.take(Kind.DATA, what="a gradient")
+
+
+def test_last_words_are_heard_by_both_threads() -> None:
+    """A handle of gloo is waited on once, by whichever thread asks first; the other hears the words as well."""
+    last_words = Header(Kind.ERROR, {"text": "enough"}).encode()
+    work, wire = mock.Mock(), mock.Mock()
+    wire.recv.side_effect = lambda part, tag, why: work
+    inbox = Inbox(wire)
+    inbox._last_words_bytes = last_words.numpy().data
+    work.wait.side_effect = lambda patience: time.sleep(0.1)
+    with ThreadPoolExecutor(2) as pool:
+        heard = [future.exception() for future in [pool.submit(inbox._raise_last_words) for _ in range(2)]]
+    assert [str(error) for error in heard] == ["enough"] * 2
+    assert work.wait.call_count == 1
+
+
+def lose_the_receiver(rank: int, world_size: int) -> None:
+    """It dies while copies are under way; the sender learns of it at one of its next posts."""
+    with device() as made:
+        outbox, _ = link(rank, made, depth=50)
+        dist.barrier()
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        made.may_copy.clear()
+        for _ in range(3):
+            outbox.post(Kind.DATA, [torch.ones(9)])
+        time.sleep(0.5)
+        made.may_copy.set()
+        for _ in range(40):
+            outbox.post(Kind.DATA, [torch.ones(9)])
+            time.sleep(0.05)
+
+
+def test_last_words_do_not_wait_for_a_copy(ranks: GetRanks) -> None:
+    first, _ = ranks(2).run(fail_before_the_copy, timeout=30.0, expect_failure=True)
+    assert (first.exc_type, first.message) == ("StageError", "stage 1 (rank 1) failed: enough"), str(first)
+
+
+def test_lost_receiver_is_named(ranks: GetRanks) -> None:
+    channel.survivor(ranks(2).run(lose_the_receiver, timeout=TIMEOUT, expect_failure=True))
+
+
+# -- the engine -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def staged(seconds: float = 0.001) -> Iterator[Device]:
+    """Engines made inside this block keep what they compute on a stand-in for a device."""
+    with device(seconds) as made, mock.patch("ds_ddg.engine.staging_for", side_effect=lambda _: StandIn(made)):
+        yield made
+
+
+def train_staged(rank: int, world_size: int, case: Case) -> tuple[Course, int]:
+    with staged() as made:
+        course = train_exactly(rank, world_size, case, {})
+    return course, sum("copy to the host" in line for line in made.log)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(3, 1),
+        Case(3, 2, activations="recompute", tuples=True, optimizer="adamw"),
+        Case(3, 1, slack=1, weights="current", tuples=True),
+        Case(2, 2, weights="current", activations="recompute", clip=0.05),
+    ],
+    ids=str,
+)
+def test_engine_equals_the_oracle(ranks: GetRanks, case: Case) -> None:
+    made = ranks(case.stages).run(train_staged, case, timeout=TIMEOUT)
+    assert all(copies for _, copies in made), "every stage sends something"
+    assert_exact(case, [course for course, _ in made], train_oracle(case))
+
+
+def train_tied(rank: int, world_size: int, setting: dict[str, Any]) -> tied.Result:
+    with staged():
+        return tied.train_engine(rank, world_size, setting, world_size, {})
+
+
+def test_tied_weights_equal_the_oracle(ranks: GetRanks) -> None:
+    setting = {"three": True, "micro_batches": 2, "ddg": {}, "optimizer": "adamw"}
+    tied.assert_exact(ranks(3).run(train_tied, setting, timeout=TIMEOUT), setting, 3)
+
+
+def drain_and_evaluate(rank: int, world_size: int) -> tuple[int, int, int, float]:
+    """Messages and versions after a drain, threads then, and the loss of an evaluation with calls in flight."""
+    with staged():
+        engine = toy.engine(world_size, 1, ddg={"slack": 1})
+        data = toy.batches(20)
+        for _ in range(6):
+            engine.train_batch(data)
+        loss = float(engine.eval_batch(toy.batches(1, seed=5)))
+        engine.drain()
+        left = engine._links.pending, engine.versions.alive
+        engine.versions.assert_empty()
+        return *left, senders(), loss
+
+
+def test_drain_leaves_nothing(ranks: GetRanks) -> None:
+    made = ranks(3).run(drain_and_evaluate, timeout=TIMEOUT)
+    assert [row[:3] for row in made] == [(0, 1, 1)] * 3
+    assert len({row[3] for row in made}) == 1
+
+
+def break_the_device(rank: int, world_size: int) -> str:
+    with staged() as made:
+        engine = toy.engine(world_size, 1)
+        data = toy.batches(200)
+        for call in range(200):
+            made.defect = "out of magic" if (rank, call >= 5) == (1, True) else ""
+            try:
+                engine.train_batch(data)
+            except StageError as error:
+                return str(error)
+    return "nothing"
+
+
+def test_broken_device_ends_every_stage(ranks: GetRanks) -> None:
+    for text in ranks(3).run(break_the_device, timeout=30.0):
+        assert text.startswith("rank 1: a message to stage ")
+        assert text.endswith("could not be copied to the host: out of magic")
+
+
+SCRIPT = """
+import sys
+
+sys.path.insert(0, {tests!r})
+import torch
+import test_staging
+import toy
+
+import deepspeed
+
+stays = test_staging.staged(0.05)
+stays.__enter__()
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+deepspeed.init_distributed()
+engine = toy.engine(2, 1, ddg={{"slack": 1}})
+data = toy.batches(10)
+for _ in range(10):
+    engine.train_batch(data)
+print(f"rank {{engine.global_rank}} trained {{engine.global_steps}} calls", flush=True)
+"""
+
+
+def test_script_ends_with_messages_on_their_way(tmp_path: Path) -> None:
+    """The sender's thread ends before the stages take leave of each other, which must do without it."""
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    status, output, _ = launch(script, "just end")
+    assert status == 0, output
+    for rank in range(2):
+        assert f"rank {rank} trained 10 calls" in output
+    assert not NOISE.search(output), output
+
+
+# -- what differs on a device -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_forward_runs_again_under_the_same_circumstances(enabled: bool) -> None:
+    layer, dropout, x = torch.nn.Linear(8, 8), torch.nn.Dropout(0.5), torch.randn(4, 8)
+    with torch.autocast("cpu", enabled=enabled):
+        circumstances = Circumstances(CPU)
+        first = dropout(layer(x))
+    after = torch.get_rng_state()
+    with torch.autocast("cpu", enabled=not enabled), circumstances.again():
+        second = dropout(layer(x))
+    assert first.dtype == (torch.bfloat16 if enabled else torch.float32)
+    assert torch.equal(first, second)
+    assert first.dtype == second.dtype
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+def peers(rank: int, world_size: int) -> tuple[list[list[int]], list[int], float]:
+    """Ranks of the groups in which the ranks of a stage agree, with GPUs; what one of them agrees on on the CPU."""
+    from deepspeed.pipe import PipelineModule
+
+    from ds_ddg.engine import DDGEngine
+
+    net = PipelineModule(toy.layers(), num_stages=2, loss_fn=toy.loss_fn)
+    engine = SimpleNamespace(device=torch.device("cuda:0"), grid=net.mpu(), global_rank=rank)
+    groups = DDGEngine._peers_of_stage(engine)  # type: ignore[arg-type]
+    total = torch.tensor(float(rank))
+    dist.all_reduce(total, group=groups[0])
+    replicas = dist.get_process_group_ranks(net.mpu().get_data_parallel_group())
+    return [dist.get_process_group_ranks(group) for group in groups], replicas, float(total)
+
+
+def test_ranks_of_a_stage_agree_without_their_devices(ranks: GetRanks) -> None:
+    for groups, replicas, total in ranks(4).run(peers):
+        assert groups == [replicas]
+        assert total == sum(replicas)
+
+
+def accelerator(name: str) -> Any:
+    """Inside this block DeepSpeed's accelerator has another name, and nothing else."""
+    named = mock.Mock(spec=["device_name"])
+    named.device_name.return_value = name
+    return mock.patch("deepspeed.accelerator.get_accelerator", return_value=named)
+
+
+def settings(rank: int, world_size: int, name: str, block: dict[str, Any]) -> str:
+    """What is refused of a set-up on the accelerator `name`."""
+    from deepspeed.pipe import PipelineModule
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    net = PipelineModule(toy.layers(), num_stages=world_size, loss_fn=toy.loss_fn)
+    config = DeepSpeedConfig(toy.config(1, block), mpu=net.mpu())
+    with accelerator(name):
+        try:
+            refuse_unsupported(config, net)
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+def test_other_accelerators_are_refused_by_name(ranks: GetRanks) -> None:
+    for text in ranks(2).run(settings, "xpu", {}):
+        assert "accelerator 'xpu': not supported" in text
+    assert ranks(2).run(settings, "cuda", {}) == ["", ""]
+
+
+def test_deepspeeds_schedule_is_refused_where_it_cannot_send(ranks: GetRanks) -> None:
+    for text in ranks(2).run(settings, "cuda", {"sync_steps": 2}):
+        assert "1F1B of GPU stages over gloo" in text
+        assert "nccl" in text
+
+
+def greet(rank: int, world_size: int, name: str) -> tuple[bool, bool]:
+    """Whether DeepSpeed's sends are left out inside the block, and after an error in it."""
+    from deepspeed.runtime.pipe import p2p
+
+    send, inside = p2p.send, []
+
+    def fail() -> None:
+        with accelerator(name), without_greetings():
+            inside.append(p2p.send is not send)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    return inside[0], p2p.send is not send
+
+
+def test_greetings_are_left_out_on_a_device_alone(ranks: GetRanks) -> None:
+    assert ranks(2).run(greet, "cuda") == [(True, False)] * 2
+    assert ranks(2).run(greet, "cpu") == [(False, False)] * 2
