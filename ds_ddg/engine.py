@@ -22,11 +22,12 @@ import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ds_ddg.checkpoints import Checkpoints
-from ds_ddg.config import DDGConfig, refuse_idle_stages, refuse_switch, refuse_unsupported
+from ds_ddg.config import DDGConfig
 from ds_ddg.connections import own_group
 from ds_ddg.data import Feed
 from ds_ddg.message import Kind
 from ds_ddg.record import Recorded
+from ds_ddg.refusals import refuse_idle_stages, refuse_switch, refuse_unsupported
 from ds_ddg.schedule import DDGSchedule
 from ds_ddg.slack import AutoSlack
 from ds_ddg.staging import staging_for, without_greetings

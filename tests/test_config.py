@@ -15,7 +15,8 @@ from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, ProcessTop
 from pydantic import ValidationError
 from torch import nn
 
-from ds_ddg.config import DDGConfig, refuse_switch, refuse_unsupported
+from ds_ddg.config import DDGConfig
+from ds_ddg.refusals import refuse_switch, refuse_unsupported
 
 DEFAULTS = {
     "enabled": True,

@@ -29,12 +29,12 @@ import test_channel as channel
 import test_tied as tied
 import toy
 from distributed import Ranks
-from ds_ddg.config import refuse_unsupported
 from ds_ddg.data import Feed
 from ds_ddg.inbox import Inbox
 from ds_ddg.local import Circumstances
 from ds_ddg.message import Header, Kind, spec_of
 from ds_ddg.outbox import Outbox
+from ds_ddg.refusals import refuse_unsupported
 from ds_ddg.staging import Staging, without_greetings
 from ds_ddg.wire import Peer, StageError, Wire
 from test_engine_exact import Case, Course, assert_exact, train_oracle
@@ -595,6 +595,14 @@ def test_deepspeeds_schedule_is_refused_where_it_cannot_send(ranks: GetRanks) ->
     for text in ranks(2).run(settings, "cuda", {"sync_steps": 2}):
         assert "1F1B of GPU stages over gloo" in text
         assert "nccl" in text
+
+
+@pytest.mark.refuses('`"slack": "auto"` and `"trace"` on GPUs', "a number; torch.profiler")
+def test_what_times_the_host_is_refused_on_a_gpu(ranks: GetRanks) -> None:
+    for text in ranks(2).run(settings, "cuda", {"slack": "auto", "trace": "runs"}):
+        assert '"slack": "auto" on GPUs: it times the host; set a number' in text
+        assert '"trace" on GPUs' in text
+        assert "torch.profiler" in text
 
 
 def greet(rank: int, world_size: int, name: str) -> tuple[bool, bool]:

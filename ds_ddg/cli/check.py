@@ -87,7 +87,7 @@ def _checked(values: dict[str, Any], settings: DDGConfig, num_stages: int, repli
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
     from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
-    from ds_ddg.config import refuse_unsupported
+    from ds_ddg.refusals import refuse_unsupported
 
     class Config(DeepSpeedConfig):
         def _configure_train_batch_size(self) -> None:

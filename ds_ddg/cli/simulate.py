@@ -94,7 +94,8 @@ def _model(options: argparse.Namespace, layers: list[LayerCost] | None, num_stag
         return Model.of_layers(layers, num_stages, value["update"], link, options.bandwidth)
     cost = Cost(value["forward"], value["backward"], value["update"], link, value["bytes"], options.bandwidth,
                 value["scale"])  # fmt: skip
-    return Model(cost, *(_each(name, value[name], num_stages) for name in ("weight_bytes", "activation_bytes")))
+    weights, activations = (_each(name, value[name], num_stages) for name in ("weight_bytes", "activation_bytes"))
+    return Model(cost, weights, activations)
 
 
 def _each(name: str, values: Sequence[float], num_stages: int) -> Sequence[float]:

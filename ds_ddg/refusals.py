@@ -1,0 +1,218 @@
+"""What DDG cannot run with, of a DeepSpeed config and a model: each by name, with what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ds_ddg.config import DDGConfig
+
+__all__ = ["refuse_idle_stages", "refuse_switch", "refuse_unsupported"]
+
+
+def refuse_unsupported(config: Any, module: Any) -> None:
+    """Raise for what this version cannot run *exactly*, before any message is sent.
+
+    Args:
+        config: the parsed ``DeepSpeedConfig``.
+        module: the ``PipelineModule``.
+
+    Raises:
+        ValueError: one line per refusal, each with what to do instead.
+    """
+    refusals = [f"- {what}: {remedy}" for wrong, what, remedy in _refusals(config, module) if wrong]
+    if refusals:
+        raise ValueError(
+            "DDG cannot train this set-up:\n"
+            + "\n".join(refusals)
+            + '\n("ddg": {"enabled": false} runs DeepSpeed\'s own schedule instead.)'
+        )
+
+
+def _refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
+    from deepspeed.accelerator import get_accelerator
+
+    device = get_accelerator().device_name()
+    yield (
+        device not in ("cpu", "cuda"),
+        f"accelerator {device!r}",
+        'not supported; run on "cuda" or on CPU (environment DS_ACCELERATOR=cpu)',
+    )
+    stage = int(config.zero_config.stage)
+    yield stage >= 2, f"ZeRO stage {stage}", 'no pipeline can run it; set "zero_optimization": {"stage": 0}'
+    offload = config.zero_config.offload_optimizer
+    yield (
+        stage == 1 and offload is not None and str(getattr(offload.device, "value", offload.device)) != "none",
+        "ZeRO's offload_optimizer",
+        "no pipeline can run it; remove the block",
+    )
+    ddg = DDGConfig.parse(config._param_dict.get("ddg"))
+    on_gpu = device == "cuda"
+    yield on_gpu and ddg.slack == "auto", '"slack": "auto" on GPUs', "it times the host; set a number"
+    yield (
+        on_gpu and ddg.trace is not None,
+        '"trace" on GPUs',
+        "it times launches, not work; use torch.profiler",
+    )
+    wrapped = _wrappers(config)
+    yield (
+        bool(wrapped) and ddg.clip == "global",
+        f'"clip": "global" with {" and ".join(wrapped)}',
+        'DeepSpeed clips inside its optimizer there; use "clip": "stage"',
+    )
+    yield (
+        bool(config.torch_autocast_enabled) and str(config.torch_autocast_dtype) == "torch.float16",
+        "torch_autocast in float16",
+        'not supported yet; use "dtype": "bfloat16"',
+    )
+    if ddg.sync_steps > 0:
+        yield from _one_f_one_b_refusals(config, module)
+    yield from _checkpointing_refusals(config, module)
+    if module.num_stages > module._num_layers:
+        yield (
+            True,
+            f"{module.num_stages} stages for {module._num_layers} layers",
+            f"every stage needs a layer; use at most {module._num_layers} stages",
+        )
+    else:
+        empty = [k for k in range(module.num_stages) if module.parts[k] == module.parts[k + 1]]
+        yield (
+            bool(empty),
+            f"stages without a layer: {empty} (partition {list(module.parts)})",
+            'use fewer stages or another partition_method, such as "uniform"',
+        )
+    axes = set(module.topology().get_axis_names()) - {"pipe", "data", "model"}
+    wide = [axis for axis in sorted(axes) if module.topology().get_dim(axis) > 1]
+    yield bool(wide), f"parallel axes {wide}", "use PipeModelDataParallelTopology: pipe, data and model"
+    pipeline = config._param_dict.get("pipeline") or {}  # as given: DeepSpeed's own default is true
+    asked = [key for key in ("pipe_partitioned", "grad_partitioned") if pipeline.get(key)]
+    yield (
+        bool(asked) and module.topology().get_dim("model") > 1,
+        f"{' and '.join(asked)} with tensor parallelism",
+        "each tensor slice sends whole activations to its own successor; leave it out, or set it to false",
+    )
+
+
+def refuse_switch(name: str, enabled: bool, config: Any, module: Any) -> None:
+    """Raise for a switch to schedule `name` that would train something else than either schedule; on every rank alike.
+
+    Args:
+        name: "ddg" or "1f1b".
+        enabled: whether the engine was built for DDG.
+        config: the parsed ``DeepSpeedConfig``.
+        module: the ``PipelineModule``.
+
+    Raises:
+        ValueError: why, and what to do instead.
+    """
+    wrapped, tied = _wrappers(config), _tied_across_stages(module)
+    if name == "ddg" and not enabled and (wrapped or tied):
+        reasons = " and ".join([*wrapped, *(["tied weights"] if tied else [])])
+        raise ValueError(
+            f"{reasons}: the optimizer was built for DeepSpeed's "
+            'schedule; set "ddg": {"enabled": true}, and switch to "1f1b" where you want it'
+        )
+    if name == "1f1b" and enabled:
+        for wrong, what, remedy in _one_f_one_b_refusals(config, module):
+            if wrong:
+                raise ValueError(f"{what}: {remedy}")
+
+
+def refuse_idle_stages(config: Any, module: Any, held: Sequence[Any]) -> None:
+    """Raise, on every rank alike, if a stage has nothing to train that an optimizer of DeepSpeed's needs. Collective.
+
+    Args:
+        config: the parsed ``DeepSpeedConfig``.
+        module: the ``PipelineModule``.
+        held: tied parameters that belong to an earlier stage.
+
+    Raises:
+        ValueError: which stages, and what to do instead.
+    """
+    wrapped = _wrappers(config)
+    if not wrapped or module.num_stages == 1:
+        return
+    import torch.distributed as dist
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().set_device(module.local_rank)  # as DeepSpeed does soon; NCCL gathers on the present one
+    not_its_own = {id(parameter) for parameter in held}
+    trains = any(p.requires_grad and id(p) not in not_its_own for p in module.parameters())
+    stages: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(stages, None if trains else module.stage_id)
+    idle = sorted(set(stages) - {None})
+    if idle:
+        raise ValueError(
+            f"DDG cannot train this set-up:\n- stages {idle} with nothing of their own to train, in "
+            f"{' and '.join(wrapped)}: DeepSpeed's optimizer there fails without a gradient; move a layer to them "
+            "(partition_method), or train in fp32 without ZeRO"
+        )
+
+
+def _one_f_one_b_refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
+    """What an engine that was built for DDG cannot run on DeepSpeed's schedule."""
+    import torch.distributed as dist
+    from deepspeed.accelerator import get_accelerator
+
+    wrapped = _wrappers(config)
+    remedy = 'run DeepSpeed\'s schedule with "ddg": {"enabled": false}, from a checkpoint if need be'
+    several = module.num_stages > 1
+    yield (
+        several and get_accelerator().device_name() != "cpu" and dist.get_backend() == "gloo",
+        "1F1B of GPU stages over gloo, which cannot send from a device",
+        'give every stage a GPU of its own and initialize "nccl", or leave DDG on throughout',
+    )
+    yield (
+        several and "fp16" in wrapped,
+        "1F1B between calls of DDG in fp16, whose stages have scales of their own",
+        remedy,
+    )
+    yield (
+        bool(wrapped) and _tied_across_stages(module),
+        f"1F1B between calls of DDG with tied weights and {' and '.join(wrapped)}",
+        remedy,
+    )
+
+
+def _wrappers(config: Any) -> list[str]:
+    """Why DeepSpeed wraps the optimizer, if it does."""
+    reasons = {
+        "ZeRO-1": int(config.zero_config.stage) == 1,
+        "bf16": config.bfloat16_config.enabled,
+        "fp16": config.float16_config.enabled,
+    }
+    return [name for name, on in reasons.items() if on]
+
+
+def _tied_across_stages(module: Any) -> bool:
+    from deepspeed.runtime.pipe.module import TiedLayerSpec
+
+    stages: dict[str, set[int]] = {}
+    for index, spec in enumerate(module._layer_specs):
+        if isinstance(spec, TiedLayerSpec):
+            stages.setdefault(spec.key, set()).add(module.stage_owner(index))
+    return any(len(holders) > 1 for holders in stages.values())
+
+
+def _checkpointing_refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
+    from deepspeed.runtime.activation_checkpointing import checkpointing
+
+    if max(module.activation_checkpoint_interval, config.pipeline.get("activation_checkpoint_interval", 0)) <= 0:
+        return
+    ddg = DDGConfig.parse(config._param_dict.get("ddg"))
+    yield (
+        (ddg.weights, ddg.activations) == ("current", "keep"),
+        'activation checkpointing with "weights": "current" and "activations": "keep"',
+        'what is run again would see other weights than what was kept; use "stash" or "recompute"',
+    )
+    settings = config.activation_checkpointing_config
+    for name, wanted, configured in (
+        ("contiguous_memory_optimization", settings.contiguous_memory_optimization, "CONTIGUOUS_CHECKPOINTING"),
+        ("partition_activations", settings.partition_activations, "PARTITION_ACTIVATIONS"),
+        ("cpu_checkpointing", settings.cpu_checkpointing, "CPU_CHECKPOINT"),
+    ):
+        yield (
+            bool(wanted or getattr(checkpointing, configured)),
+            f"activation checkpointing with {name}",
+            "its buffers hold one micro-batch, and several are in flight; set it to false",
+        )
