@@ -30,7 +30,7 @@ $(STAMP): setup.py pyproject.toml
 	@touch $@
 
 # The launcher as a module: its script starts with the path of .venv, which breaks when the project is moved or the
-# path has a space. On CPU whether there are GPUs or not: the engine doesn't support them yet.
+# path has a space. On CPU whether there are GPUs or not: nobody has run it on GPUs yet.
 demo: export DS_ACCELERATOR := cpu
 demo: export OMP_NUM_THREADS := 1
 demo: setup
@@ -45,7 +45,7 @@ test: lint
 
 # Only what says what it proves.
 matrix: setup
-	@$(PYTEST) -m 'proves or refuses' --matrix docs/support.md $(ARGS)
+	@$(PYTEST) -m 'proves or refuses' --matrix=docs/support.md $(ARGS)
 
 # On an idle machine: it times processes that sleep.
 bench: setup
