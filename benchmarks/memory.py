@@ -1,7 +1,7 @@
 """How much memory each stage takes, measured and predicted.
 
     python benchmarks/memory.py                          # about 2 minutes
-    python benchmarks/memory.py --stages 3 --micro-batches 2 --calls 8
+    python benchmarks/memory.py --stages 4 --micro-batches 1 4
 
 A pipeline of equal blocks (a linear layer and a ReLU, wide enough that nothing else counts) is profiled as
 ``ds-ddg partition`` does it; ``ds-ddg simulate`` predicts from that what a stage keeps alive. Measured is by how much
@@ -120,8 +120,8 @@ def predictions(num_stages: int, grid: list[int]) -> list[list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", type=int, default=4)
-    parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--stages", type=int, default=3)
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=[1])
     parser.add_argument("--calls", type=int, default=4, help="in steady state")
     options = parser.parse_args()
     os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")

@@ -21,6 +21,8 @@ import argparse
 import itertools
 import json
 import os
+import shlex
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -243,7 +245,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         for cell, stages in zip(todo, by_cell, strict=True):
             found += rows(cell, list(stages), alone, max(0.0, hop))
         print(f"K = {num_stages}: {len(todo)} settings measured", flush=True)
-    about = {"forward_ms": 1e3 * FORWARD, "backward_ms": 1e3 * BACKWARD, "turns": options.turns, **machine()}
+    command = shlex.join(["python", "benchmarks/off_cpu.py", *sys.argv[1:]])
+    about = {
+        "command": command,
+        "forward_ms": 1e3 * FORWARD,
+        "backward_ms": 1e3 * BACKWARD,
+        "turns": options.turns,
+        **machine(),
+    }
     return {"benchmark": "off_cpu", "bf16_zero1": options.bf16_zero1, "about": about, "alone": alone, "rows": found}
 
 

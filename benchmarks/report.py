@@ -52,7 +52,7 @@ def _head(results: dict[str, Any]) -> Iterable[str]:
     about, alone = results["about"], results["alone"]
     yield "# Benchmarks"
     yield (
-        f"Written by `make bench` (`benchmarks/off_cpu.py`), on {about['cores']} cores, {about['platform']}, Python "
+        f"Written by `{about['command']}`, on {about['cores']} cores, {about['platform']}, Python "
         f"{about['python']}, torch {about['torch']}, DeepSpeed {about['deepspeed']}"
         + (", in bf16 with ZeRO-1." if results["bf16_zero1"] else ", in fp32.")
     )
