@@ -5,14 +5,15 @@
 
 A pipeline of equal blocks (a linear layer and a ReLU, wide enough that nothing else counts) is profiled as
 ``ds-ddg partition`` does it; ``ds-ddg simulate`` predicts from that what a stage keeps alive. Measured is by how much
-the process grows from before the first call to its peak in the steady state (the kernel's own count, VmHWM). Weights
-and gradients that are there in any case are subtracted on both sides; what remains are activations and old versions.
+the process grows from before the first call to its peak in the steady state (the kernel's own count, VmHWM). The
+weights, which are there before, and their gradients are added on the other side, as no schedule changes them.
 Prints a markdown table, then one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import os
@@ -56,7 +57,7 @@ def loss_fn(outputs: Any, labels: Any) -> Any:
 
 
 def rank_main(rank: int, num_stages: int, grid: list[int], calls: int, store: str, results: Any) -> None:
-    """One stage: bytes that every setting takes above what it takes in any case."""
+    """One stage: bytes that every setting takes."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_stages))
     import deepspeed
     import torch
@@ -80,14 +81,15 @@ def rank_main(rank: int, num_stages: int, grid: list[int], calls: int, store: st
         }
         engine, *_ = ds_ddg.initialize(model=net, config=config, model_parameters=list(net.parameters()))
         data = iter(sample, None)
-        gradients = sum(p.numel() * p.element_size() for p in net.parameters())
+        weights_bytes = sum(p.numel() * p.element_size() for p in net.parameters())
+        gc.collect()  # of the setting before
         before = resident("VmRSS")
         for _ in range(2 + engine.plan.staleness(0)):
             engine.train_batch(data)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         for _ in range(calls):
             engine.train_batch(data)
-        taken.append(resident("VmHWM") - before - gradients)
+        taken.append(resident("VmHWM") - before + weights_bytes)
         engine.drain()
         engine.destroy()
         del engine, net
@@ -95,7 +97,7 @@ def rank_main(rank: int, num_stages: int, grid: list[int], calls: int, store: st
 
 
 def predictions(num_stages: int, grid: list[int]) -> list[list[float]]:
-    """For every setting, bytes by stage that activations and old versions take."""
+    """For every setting, bytes by stage."""
     from ds_ddg.advise import Model, Setup
     from ds_ddg.measure import profile
     from ds_ddg.plan import DDGPlan
@@ -114,7 +116,7 @@ def predictions(num_stages: int, grid: list[int]) -> list[list[float]]:
         setup = Setup(DDGPlan(num_stages, micro_batches, slack), model, weights, activations)
         memory = setup.memory
         assert memory is not None
-        predicted.append([total - one for total, one in zip(memory, model.weight_bytes, strict=True)])
+        predicted.append([kept + gradients for kept, gradients in zip(memory, model.weight_bytes, strict=True)])
     return predicted
 
 

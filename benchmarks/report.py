@@ -26,14 +26,15 @@ def write(results: dict[str, Any], folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     name = "off_cpu_bf16_zero1" if results["bf16_zero1"] else "off_cpu"
     (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    page = folder.with_name(f"{folder.name}.md") if name == "off_cpu" else folder / f"{name}.md"
     even = [row for row in results["rows"] if not row["uneven"]]
     pictures = []
     for title, rows in (("micro_batches", _without_latency(even)), ("latency", _with_latency(even))):
         if rows:
-            save_curves(rows, folder / f"{name}_{title}.png")
-            pictures.append(f"![efficiency over {title.replace('_', '-')}]({folder.name}/{name}_{title}.png)")
+            picture = folder / f"{name}_{title}.png"
+            save_curves(rows, picture)
+            pictures.append(f"![efficiency over {title.replace('_', '-')}]({picture.relative_to(page.parent)})")
     text = "\n\n".join([*_head(results), *_tables(results), *pictures]) + "\n"
-    page = folder.with_name(f"{folder.name}.md") if name == "off_cpu" else folder / f"{name}.md"
     page.write_text(text, encoding="utf-8")
     return text
 
