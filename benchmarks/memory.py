@@ -1,6 +1,6 @@
 """How much memory each stage takes, measured and predicted.
 
-    python benchmarks/memory.py                          # about 2 minutes
+    python benchmarks/memory.py                          # about a minute
     python benchmarks/memory.py --stages 4 --micro-batches 1 4
 
 A pipeline of equal blocks (a linear layer and a ReLU, wide enough that nothing else counts) is profiled as
