@@ -14,8 +14,6 @@ from torch import Tensor
 
 from ds_ddg.connections import Connections
 from ds_ddg.message import Kind, Message
-from ds_ddg.plan import DDGPlan
-from ds_ddg.staging import Staging
 
 __all__ = ["Here", "Links", "as_tuple"]
 
@@ -29,24 +27,15 @@ def as_tuple(tensors: Any) -> tuple[Tensor, ...]:
 
 
 class Links(Connections):
-    """The links of one rank. Constructing them is collective: every rank creates the groups of every pipeline.
+    """The links of one rank; arguments as for `Connections`. Constructing them is collective."""
 
-    Args:
-        pipelines: global ranks of each pipeline in stage order (one for each data-parallel replica).
-        rank: this global rank.
-        plan: says how many messages can be on their way.
-        staging: between this stage's device and host memory; None: it computes on the CPU.
-    """
-
-    def __init__(
-        self, pipelines: Sequence[Sequence[int]], rank: int, plan: DDGPlan, staging: Staging | None = None
-    ) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._own_losses: deque[dict[str, Any]] = deque()
         self._announce: Here | None = None
         self._first: Message | None = None
         self.loss_scale: Callable[[], float] = lambda: 1.0
         """What this stage's gradients are multiplied with now (fp16); each stage has a scale of its own."""
-        super().__init__(pipelines, rank, plan, staging)
+        super().__init__(*args, **kwargs)
 
     def begin(self, here: Here, ready: bool, with_data: bool) -> Kind:
         """Start a call on this stage as on the one before; END if the first stage has no data.

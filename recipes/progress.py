@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +167,22 @@ class Progress:
 
     def _of(self, calls: int) -> int:
         return calls if self.calls_per_epoch is None else calls // self.calls_per_epoch
+
+
+def fit(
+    engine: Any,
+    micro_batches: Iterator[Any],
+    progress: Progress,
+    evaluate: Callable[[], Mapping[str, float]],
+    save_if_due: Callable[[], None],
+) -> None:
+    """Make the calls that are left; evaluate after every epoch, then save if it is time."""
+    while progress.calls < progress.total_calls:
+        with progress:
+            loss = engine.train_batch(micro_batches)
+            progress.update(loss, engine.loss_step)
+            if progress.calls == progress.total_calls:
+                engine.drain()  # the network is trained once its last gradients have arrived
+        if progress.calls_per_epoch and progress.calls % progress.calls_per_epoch == 0:
+            progress.evaluated(evaluate())
+        save_if_due()

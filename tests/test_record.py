@@ -16,8 +16,9 @@ import torch
 
 import toy
 from distributed import Ranks
+from ds_ddg.log import Log
 from ds_ddg.plan import DDGPlan, Op
-from ds_ddg.record import Log, Recorder
+from ds_ddg.record import Recorder
 from ds_ddg.synchronous import OneFOneBPlan
 from ds_ddg.trace import read
 

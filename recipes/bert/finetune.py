@@ -39,7 +39,7 @@ from ds_ddg.models.transformer import Head
 from recipes import common
 from recipes.bert import glue, model
 from recipes.bert.batches import IGNORED, Batch, MakeBatch, TrainBatches, held_out_batches
-from recipes.progress import Progress
+from recipes.progress import Progress, fit
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -153,18 +153,11 @@ def main() -> None:
     checkpoints = common.Checkpoints(args, engine, progress, every=len(train_batches))
     checkpoints.restore()
 
-    data = train_batches.from_call(progress.calls)
-    while progress.calls < calls:
-        with progress:
-            loss = engine.train_batch(data)
-            progress.update(loss, engine.loss_step)
-            if progress.calls == calls:
-                engine.drain()  # the network is trained once its last gradients have arrived
-        if progress.calls % len(train_batches) == 0:
-            _, *counts = common.evaluate(engine, held_out, len(held_out), measure)
-            progress.evaluated(scores(counts, len(names)))
-        checkpoints.save_if_due()
+    def evaluate() -> dict[str, float]:
+        _, *counts = common.evaluate(engine, held_out, len(held_out), measure)
+        return scores(counts, len(names))
 
+    fit(engine, train_batches.from_call(progress.calls), progress, evaluate, checkpoints.save_if_due)
     output_dir = args.output_dir or Path("runs") / f"bert-{settings['task']}-{progress.settings['schedule']}"
     model.save(net, tokenizer, output_dir / "model")
     progress.finish(output_dir, f"BERT on {settings['task']}", draw=["accuracy", "f1"], epochs=args.epochs)

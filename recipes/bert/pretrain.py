@@ -45,7 +45,7 @@ from ds_ddg.models import load_pretrained, masked_lm, masked_lm_loss
 from recipes import common
 from recipes.bert import corpus, model, text
 from recipes.bert.batches import IGNORED, MakeBatch, TrainBatches, held_out_batches
-from recipes.progress import Progress
+from recipes.progress import Progress, fit
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -150,18 +150,11 @@ def main() -> None:
     checkpoints = common.Checkpoints(args, engine, progress, every=len(train_batches))
     checkpoints.restore()
 
-    data = train_batches.from_call(progress.calls)
-    while progress.calls < calls:
-        with progress:
-            loss = engine.train_batch(data)
-            progress.update(loss, engine.loss_step)
-            if progress.calls == calls:
-                engine.drain()  # the network is trained once its last gradients have arrived
-        if progress.calls % len(train_batches) == 0:
-            losses, tokens = common.evaluate(engine, held_out, len(held_out), measure)
-            progress.evaluated({"perplexity": math.exp(losses / tokens)})
-        checkpoints.save_if_due()
+    def evaluate() -> dict[str, float]:
+        losses, tokens = common.evaluate(engine, held_out, len(held_out), measure)
+        return {"perplexity": math.exp(losses / tokens)}
 
+    fit(engine, train_batches.from_call(progress.calls), progress, evaluate, checkpoints.save_if_due)
     output_dir = args.output_dir or Path("runs") / f"bert-pretrain-{progress.settings['schedule']}"
     model.save(net, tokenizer, output_dir / "model")
     progress.finish(output_dir, "BERT, masked language model", draw=["perplexity"], epochs=args.epochs)

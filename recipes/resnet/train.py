@@ -30,6 +30,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from any fo
 
 import ds_ddg
 from recipes import common
-from recipes.progress import Progress
+from recipes.progress import Progress, fit
 from recipes.resnet import data, model
 
 
@@ -126,7 +127,8 @@ def main() -> None:
             raise SystemExit(f"--eval-only: there is no checkpoint in {args.checkpoint_dir}, and no --load")
         progress.evaluated(evaluate(engine, test_batches))
     else:
-        train(engine, train_batches, test_batches, progress, checkpoints)
+        with contextlib.closing(train_batches.from_call(progress.calls)) as micro_batches:
+            fit(engine, micro_batches, progress, partial(evaluate, engine, test_batches), checkpoints.save_if_due)
     if args.save:
         model.save_weights(net, args.model, args.save)
     progress.finish(
@@ -135,26 +137,6 @@ def main() -> None:
         draw=["test_accuracy", "test_top5_accuracy"],
         epochs=args.epochs,
     )
-
-
-def train(
-    engine: ds_ddg.DDGEngine,
-    train_batches: data.TrainBatches,
-    test_batches: data.HeldOutBatches,
-    progress: Progress,
-    checkpoints: common.Checkpoints,
-) -> None:
-    """Make the calls that are left, evaluate after every epoch."""
-    with contextlib.closing(train_batches.from_call(progress.calls)) as micro_batches:
-        while progress.calls < progress.total_calls:
-            with progress:
-                loss = engine.train_batch(micro_batches)
-                progress.update(loss, engine.loss_step)
-                if progress.calls == progress.total_calls:
-                    engine.drain()  # the network is trained once its last gradients have arrived
-            if progress.calls % len(train_batches) == 0:
-                progress.evaluated(evaluate(engine, test_batches))
-            checkpoints.save_if_due()
 
 
 if __name__ == "__main__":
