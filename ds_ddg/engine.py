@@ -192,7 +192,7 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
             loss = super()._aggregate_total_loss()
             self._note_loss(call, loss)
             return loss
-        return self._end_call(call, known=call - (0 if self.ddg.loss == "exact" else self.plan.staleness(0)))
+        return self._end_call(call)
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """DeepSpeed's, after a drain: another number of micro-batches per call is another plan."""

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from types import MethodType
 from typing import Any
 
 import torch
 from deepspeed.runtime.pipe import schedule as instructions
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import Module
 
 from ds_ddg.data import Feed
 from ds_ddg.links import Links, as_tuple
@@ -31,6 +31,10 @@ from ds_ddg.schedule import AdvanceClocks, UpdateWeights
 from ds_ddg.update import Updater
 
 __all__ = ["Executor"]
+
+
+_PLAIN = frozenset((bool, int, float, type(None), MethodType, Tensor))
+"""Types of what an engine is assigned in every tick; none is a module or a parameter."""
 
 
 class _Join(torch.autograd.Function):
@@ -77,9 +81,7 @@ class Executor(Updater):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """An engine is a Module, which examines each value for parameters; DeepSpeed sets 40 plain ones a call."""
-        # A parameter is a tensor too, of a class of its own.
-        registered = isinstance(value, Module) or (isinstance(value, Tensor) and type(value) is not Tensor)
-        if name in self.__dict__ and not registered:
+        if type(value) in _PLAIN and name in self.__dict__:
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)

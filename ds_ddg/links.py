@@ -1,6 +1,8 @@
-"""A stage's messages to the others: activations down, gradients up, losses from the last stage to all.
+"""A stage's messages to the others: activations down, gradients up, and losses up with the gradients.
 
 All of it is point-to-point and asynchronous: in steady state no stage waits for another beyond what the plan needs.
+The loss of a call rides on the gradient of its last micro-batch. That reaches stage 0 in call t + ceil(d_0 / M), which
+is when all ranks report it. What a stage waits for in the same call comes from the last stage directly.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ class Links(Connections):
     """The links of one rank; arguments as for `Connections`. Constructing them is collective."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._own_losses: deque[dict[str, Any]] = deque()
+        self._losses: deque[dict[str, Any]] = deque()
+        """Told, and not taken yet."""
+        self._rising: list[dict[str, Any]] = []
+        """To go on with the next gradient."""
         self._announce: Here | None = None
         self._first: Message | None = None
         self.loss_scale: Callable[[], float] = lambda: 1.0
@@ -93,13 +98,20 @@ class Links(Connections):
     def send_grads(self, gradients: Sequence[Tensor | None]) -> None:
         """Post the gradient of each input tensor (None: it has none) to the stage before."""
         assert self._gradients_out is not None
-        self._gradients_out.post(Kind.DATA, gradients, scale=self.loss_scale())
+        losses, self._rising = self._rising, []
+        riders: dict[str, Any] = {"losses": losses} if losses else {}
+        self._gradients_out.post(Kind.DATA, gradients, scale=self.loss_scale(), **riders)
         self._listen()
 
     def recv_grads(self) -> tuple[Tensor | None, ...]:
         """Wait for the gradient of each output tensor, None where there is none."""
         assert self._gradients_in is not None
-        return self.rescaled(self._gradients_in.take(Kind.DATA, what="a gradient"))
+        message = self._gradients_in.take(Kind.DATA, what="a gradient")
+        losses = message.info.get("losses", ())
+        self._losses.extend(losses)
+        if self._gradients_out is not None:
+            self._rising.extend(losses)
+        return self.rescaled(message)
 
     def rescaled(self, message: Message) -> tuple[Tensor | None, ...]:
         """Gradients with this stage's loss scale in place of that of their sender."""
@@ -108,9 +120,17 @@ class Links(Connections):
             return message.tensors
         return tuple(None if t is None else (t.float() * factor).to(t.dtype) for t in message.tensors)
 
-    def tell_loss(self, **values: Any) -> None:
-        """On the last stage: let every stage know what a call's loss is; small plain values."""
-        self._own_losses.append(values)
+    def tell_loss(self, at_once: bool, **values: Any) -> None:
+        """On the last stage: let every stage know what a call's loss is; small plain values.
+
+        Args:
+            at_once: the others wait for it, rather than for the gradient that it would ride on.
+            **values: what `next_loss` will give.
+        """
+        self._losses.append(values)
+        if not at_once:
+            self._rising.append(values)
+            return
         for outbox in self._losses_out:
             outbox.post(Kind.DATA, **values)
 
@@ -125,19 +145,19 @@ class Links(Connections):
         if self._losses_in is None:
             return value
         while "shared" not in (info := self._losses_in.take(Kind.DATA, what="the last stage").info):
-            self._own_losses.append(info)
+            self._losses.append(info)
         return float(info["shared"])
 
     def next_loss(self) -> dict[str, Any]:
-        """What the last stage told first of what is not taken yet, tuples as lists; waits for it."""
-        if self._losses_in is None or self._own_losses:
-            return self._own_losses.popleft()
+        """The oldest loss that has come and is not taken; if there is none, waits for one that is told at once."""
+        if self._losses_in is None or self._losses:
+            return self._losses.popleft()
         return self._losses_in.take(Kind.DATA, what="a loss").info
 
     @property
     def pending(self) -> int:
-        """Messages sent and not known to have arrived, and losses not yet taken."""
-        return super().pending + len(self._own_losses)
+        """Messages sent and not known to have arrived, and losses not yet taken or passed on."""
+        return super().pending + len(self._losses) + len(self._rising)
 
     def _listen(self) -> None:
         """Between a send and the next wait, where it costs no other stage time: be ready for what comes next."""
@@ -145,6 +165,8 @@ class Links(Connections):
             self._activations_in.listen()
         if self._gradients_in is not None:
             self._gradients_in.listen()
+        if self._losses_in is not None:
+            self._losses_in.listen()
 
 
 def _named(here: tuple[Any, ...]) -> dict[str, Any]:

@@ -51,9 +51,10 @@ class Losses:
         self.newest = Loss(call=-1)
         """The last one learned."""
 
-    def tell(self, loss: Loss) -> None:
-        """On the last stage: to every stage, itself included."""
-        self._links.tell_loss(**{**loss._asdict(), "update": tuple(loss.update)})
+    def tell(self, loss: Loss, known: int) -> None:
+        """On the last stage: to every stage, itself included, which will ask for that of `known` in the same call."""
+        at_once = loss.call <= self._wanted(known)
+        self._links.tell_loss(at_once, **{**loss._asdict(), "update": tuple(loss.update)})
 
     def note(self, loss: Loss) -> None:
         """Every stage knows this one already."""
@@ -62,7 +63,7 @@ class Losses:
     def learn(self, call: int) -> list[Loss]:
         """Those up to that of `call` which are new here, each once; waits for what has not arrived."""
         new = []
-        while self.newest.call < max(call, self._oldest):
+        while self.newest.call < self._wanted(call):
             told = self._links.next_loss()
             self.newest = Loss(**{**told, "update": Update(*told["update"])})
             new.append(self.newest)
@@ -81,6 +82,9 @@ class Losses:
         """
         self.newest = Loss(call - 1, **(known or {}))
         self._oldest = call - 1 if known else call
+
+    def _wanted(self, call: int) -> int:
+        return max(call, self._oldest)
 
     def _knows(self) -> bool:
         return self.newest.call >= self._oldest

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ds_ddg.execute import Executor
 from ds_ddg.losses import Loss, Losses
+from ds_ddg.schedule import TellLoss
 from ds_ddg.watch import MEASURED, Gauge, WatchedLinks
 
 __all__ = ["Reporter"]
@@ -81,27 +82,35 @@ class Reporter(Executor):
         period: int | None = super().steps_per_print()
         return sys.maxsize if self._silenced and period is not None else period
 
+    def _ddg_instruction_map(self) -> dict[type, Callable[..., None]]:
+        return {**super()._ddg_instruction_map(), TellLoss: Reporter._exec_tell_loss}
+
     # -- losses -----------------------------------------------------------------------------------------------------
 
     def _note_loss(self, call: int, loss: Tensor) -> None:
         """DeepSpeed's own schedule has told every stage, and reports it."""
         self._losses.note(Loss(call, float(loss), self._additional()))
 
-    def _end_call(self, call: int, known: int) -> Tensor:
-        """Tell the loss of `call`, learn that of `known`, and keep DeepSpeed from taking the one for the other."""
+    def _end_call(self, call: int) -> Tensor:
+        """Learn the newest loss known without a wait, and keep DeepSpeed from taking it for that of `call`."""
         self._samples[call] = self.global_samples
-        if self.is_last_stage():
-            self._tell_loss(call)
-        loss = self._learn_loss(known)
+        loss = self._learn_loss(self._known_in(call))
         self._call_end.enter_context(self._in_silence())
         return loss
 
-    def _tell_loss(self, call: int) -> None:
+    def _known_in(self, call: int) -> int:
+        """The call whose loss `call` returns; negative: that of the first one it can."""
+        return call - (0 if self.ddg.loss == "exact" else self.plan.staleness(0))
+
+    def _exec_tell_loss(self) -> None:
         # Read back from the device once a call, here and for additional losses; other stages never do.
-        mean = float(self._mean_loss())
+        with torch.no_grad():
+            mean = float(self._mean_loss())
+        call = self._calls
         if not math.isfinite(mean) and math.isfinite(self._losses.newest.mean):
             logger.error(f"stage {self.stage_id}: the loss of call {call} is {mean}; training goes on")
-        self._losses.tell(Loss(call, mean, self._additional(), self._links.rows, self._links.update))
+        loss = Loss(call, mean, self._additional(), self._links.rows, self._links.update)
+        self._losses.tell(loss, self._known_in(call))
 
     def _learn_loss(self, call: int) -> Tensor:
         """Take and record the losses up to that of `call`; the newest, which waits only if it has not arrived."""

@@ -21,13 +21,21 @@ from deepspeed.runtime.pipe.schedule import (
 
 from ds_ddg.plan import BACKWARD, FORWARD, UPDATE, Op, Plan
 
-__all__ = ["AdvanceClocks", "DDGSchedule", "UpdateWeights"]
+__all__ = ["AdvanceClocks", "DDGSchedule", "TellLoss", "UpdateWeights"]
 
 
 class AdvanceClocks(PipeInstruction):
     """End a call in which no gradient arrived: learning rate and step counts move on, the weights stay.
 
     Roughly ``OptimizerStep`` without ``optimizer.step()``: no weight decay, no momentum, no Adam count.
+    """
+
+
+class TellLoss(PipeInstruction):
+    """On the last stage: the loss of the call is known; let the other stages know.
+
+    Before the backward pass of the call's last micro-batch, on whose gradient it rides. Until it is read back from a
+    device, nothing more is launched there, so the next work should be close: that backward, not the next forward.
     """
 
 
@@ -66,6 +74,8 @@ class DDGSchedule(PipeSchedule):
             else:
                 buffer_id = op.micro_batch % self.num_pipe_buffers()
                 yield _instructions(op.kind, buffer_id, self.is_first_stage, self.is_last_stage)
+                if op.kind == FORWARD and self.is_last_stage and (op.micro_batch + 1) % self.micro_batches == 0:
+                    yield [TellLoss()]
         if not self.draining and all(op.kind != UPDATE for op in self.ops):
             yield [AdvanceClocks()]
 

@@ -138,6 +138,40 @@ def test_no_collective_crosses_stages(
         assert (inside > 0) == (world_size > stages)
 
 
+def messages_of_train_batch(rank: int, world_size: int, micro_batches: int, ddg: dict[str, Any]) -> list[int]:
+    """Messages that this stage sends in each call of the filled pipeline."""
+    from ds_ddg.outbox import Outbox
+
+    engine = toy.engine(world_size, micro_batches, ddg=ddg)
+    data = toy.batches(12 * micro_batches)
+    counts, post = [0], Outbox.post
+
+    def counting(*args: Any, **kwargs: Any) -> None:
+        counts[-1] += 1
+        post(*args, **kwargs)
+
+    for _ in range(6):
+        engine.train_batch(data)
+    Outbox.post = counting  # type: ignore[method-assign]
+    try:
+        for _ in range(6):
+            engine.train_batch(data)
+            counts.append(0)
+    finally:
+        Outbox.post = post  # type: ignore[method-assign]
+    engine.drain()
+    return counts[:-1]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_stage_sends_one_message_each_way_per_micro_batch(ranks: GetRanks, micro_batches: int) -> None:
+    """Losses and measurements ride on them; a message costs as much as all the arithmetic of a small stage."""
+    expected = [[ways * micro_batches] * 6 for ways in (1, 2, 1)]
+    assert ranks(3).run(messages_of_train_batch, micro_batches, {}) == expected
+    exact = [[ways * micro_batches] * 6 for ways in (1, 2)] + [[micro_batches + 2] * 6]
+    assert ranks(3).run(messages_of_train_batch, micro_batches, {"loss": "exact"}) == exact
+
+
 @pytest.mark.parametrize(("stages", "world_size", "micro_batches"), LAYOUTS)
 def test_deepspeeds_own_schedule_is_caught(ranks: GetRanks, stages: int, world_size: int, micro_batches: int) -> None:
     ddg = {"enabled": False}
