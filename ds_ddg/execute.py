@@ -14,15 +14,16 @@ One micro-batch on stage k, top to bottom; each tensor is put once, taken once, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from types import MethodType
 from typing import Any
 
 import torch
 from deepspeed.runtime.pipe import schedule as instructions
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import Module
 
 from ds_ddg.data import Feed
 from ds_ddg.links import Links, as_tuple
@@ -31,10 +32,6 @@ from ds_ddg.schedule import AdvanceClocks, UpdateWeights
 from ds_ddg.update import Updater
 
 __all__ = ["Executor"]
-
-
-_PLAIN = frozenset((bool, int, float, type(None), MethodType, Tensor))
-"""Types of what an engine is assigned in every tick; none is a module or a parameter."""
 
 
 class _Join(torch.autograd.Function):
@@ -51,6 +48,12 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Any, ...]:
         return (None, *ctx.gradients)
+
+
+@functools.cache
+def _registered(kind: type) -> bool:
+    """Whether a module keeps values of this type in a register; a parameter is a tensor, of a class of its own."""
+    return issubclass(kind, Module) or (issubclass(kind, Tensor) and kind is not Tensor)
 
 
 def _drop(_: Any) -> Any:
@@ -81,7 +84,7 @@ class Executor(Updater):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """An engine is a Module, which examines each value for parameters; DeepSpeed sets 40 plain ones a call."""
-        if type(value) in _PLAIN and name in self.__dict__:
+        if name in self.__dict__ and not _registered(type(value)):  # type: ignore[arg-type]
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
