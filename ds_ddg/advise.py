@@ -15,8 +15,9 @@ from typing import Any
 
 from .balance import LayerCost, balance
 from .plan import DDGPlan, Plan
-from .simulate import UNIT_COST, Cost, Timeline, replay
+from .simulate import UNIT_COST, Cost, replay
 from .synchronous import DualPipeVPlan, GPipePlan, OneFOneBPlan
+from .timeline import Timeline
 
 __all__ = ["Model", "Setup", "candidates", "recommend", "setups", "steady", "title"]
 
@@ -94,7 +95,8 @@ class Setup:
         """Time of the same call on one device, which does the work of all stages and waits for nobody."""
         cost, plan = self.model.cost, self.plan
         scale = sum(cost.scale) if cost.scale else plan.num_stages
-        return scale * (plan.micro_batches * (cost.forward + cost.backward) + cost.update)
+        passes = plan.micro_batches * (scale * (cost.forward + cost.backward) + 2 * cost.overhead)
+        return passes + scale * cost.update
 
     @property
     def speedup(self) -> float:
@@ -141,7 +143,8 @@ class Setup:
     def _cost(self) -> Cost:
         """With the second forward; the last stage has none, but it is never the one that the others wait for."""
         cost = self.model.cost
-        return replace(cost, backward=cost.backward + cost.forward) if self._recomputes(0) else cost
+        again = cost.forward + cost.overhead
+        return replace(cost, backward=cost.backward + again) if self._recomputes(0) else cost
 
     def record(self) -> dict[str, Any]:
         """As plain data, for a table and for programs."""

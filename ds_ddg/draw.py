@@ -1,6 +1,6 @@
 """Pictures of a timeline, planned or measured: text, SVG or PNG, and a trace for Chrome or Perfetto.
 
-Everything here takes any iterable of ``(Op, start, end)``, such as `ds_ddg.simulate.Timeline` or the records of a run.
+Everything here takes any iterable of ``(Op, start, end)``, such as `ds_ddg.timeline.Timeline` or the records of a run.
 """
 
 from __future__ import annotations

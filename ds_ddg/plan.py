@@ -89,6 +89,14 @@ class Plan:
         if drain:
             yield from self.drain(stage, calls * self.micro_batches)
 
+    def batches(self, stage: int, calls: int, drain: bool = False) -> Iterator[list[Op]]:
+        """The stream, with those operations in one list between which `stage` neither receives nor sends.
+
+        All that a list needs from other stages is there before its first operation starts, and what others need of it
+        leaves after its last.
+        """
+        return ([op] for op in self.stream(stage, calls, drain))
+
     def needs(self, op: Op) -> list[Op]:
         """What must be finished, on any stage, before `op` may start. The only dependency rule there is."""
         if op.kind == UPDATE:
