@@ -175,11 +175,14 @@ class Setup:
 def steady(plan: Plan, cost: Cost = UNIT_COST) -> Timeline:
     """A replay of `plan` long enough for the steady state to be steady."""
     if not isinstance(plan, DDGPlan):
-        return replay(plan, 4, cost)  # each call starts from an empty pipeline, as the one before
-    # Latency is paid on loops of messages, the longest of d_0 + 1 ticks; calls repeat when both come out even.
+        return replay(plan, 3, cost)  # each call but the first starts from the empty pipeline that the last has left
     loop = plan.delay(0) + 1
-    cycle = loop // gcd(loop, plan.micro_batches)
-    return replay(plan, max(4, min(6 * cycle, -(-24 * loop // plan.micro_batches))), cost)
+    if not (cost.link or cost.transfer or cost.scale):
+        calls = 2 + -(-3 * loop // plan.micro_batches)  # full after a way there and back, and then nobody waits
+    else:
+        # Latency is paid on loops of messages, the longest of d_0 + 1 ticks; calls repeat when both come out even.
+        calls = min(6 * (loop // gcd(loop, plan.micro_batches)), -(-24 * loop // plan.micro_batches))
+    return replay(plan, max(3, calls), cost)
 
 
 def title(plan: Plan) -> str:

@@ -92,17 +92,21 @@ def _programs(plan: Plan, calls: int, drain: bool, receive_first: bool) -> list[
         steps: deque[_Step] = deque()
         held: list[_Step] = []
         for batch in stream:
-            receives = [
-                _Step("receive", need, need.stage, op) for op in batch for need in needs[op] if need.stage != op.stage
-            ]
-            # The gradient of the micro-batch just forwarded cannot come back before its activation is sent.
-            own = any(send.op.micro_batch == op.micro_batch for send in held for op in batch)
-            swap = receive_first and batch[0].kind == BACKWARD and not own
-            steps += receives + held if swap else held + receives
+            receives: list[_Step] = []
+            work: list[_Step] = []
             for op in batch:
-                steps += [_Step("wait", need, op.stage, op) for need in needs[op] if need.stage == op.stage]
-                steps.append(_Step("run", op, op.stage, op))
-            held = [send for op in batch for send in sends.get(op, [])]
+                for need in needs[op]:
+                    if need.stage != op.stage:
+                        receives.append(_Step("receive", need, need.stage, op))
+                    else:
+                        work.append(_Step("wait", need, op.stage, op))
+                work.append(_Step("run", op, op.stage, op))
+            swap = receive_first and batch[0].kind == BACKWARD
+            # The gradient of the micro-batch just forwarded cannot come back before its activation is sent.
+            swap = swap and not any(send.op.micro_batch == op.micro_batch for send in held for op in batch)
+            steps += receives + held if swap else held + receives
+            steps += work
+            held = [send for op in batch for send in sends.get(op, ())]
         programs.append(steps + deque(held))
     return programs
 
@@ -155,7 +159,11 @@ def replay(
         return True
 
     while any(todo):
-        if not sum(advance(stage) for stage, steps in enumerate(todo) if steps):
+        left = sum(map(len, todo))
+        for stage, steps in enumerate(todo):
+            while steps and advance(stage):
+                pass
+        if sum(map(len, todo)) == left:
             waits = "".join(f"\n  stage {k}: {steps[0] if steps else 'finished'}" for k, steps in enumerate(todo))
             raise Deadlock(f"plan {plan.name!r}: no stage can go on" + waits)
     return Timeline(tuple(done.values()), plan.num_stages)
