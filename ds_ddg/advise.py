@@ -192,12 +192,18 @@ def title(plan: Plan) -> str:
 
 
 def setups(num_stages: int, micro_batches: int, slacks: Iterable[int], model: Model) -> list[Setup]:
-    """Every schedule that can run with so many micro-batches: synchronous ones, then DDG with each slack."""
+    """Every schedule that can run with so many micro-batches: synchronous ones, then DDG with each slack.
+
+    ValueError if no stage has any work, so that there is nothing to compare.
+    """
     plans: list[Plan] = [GPipePlan(num_stages, micro_batches), OneFOneBPlan(num_stages, micro_batches)]
     if micro_batches >= 2 * num_stages:
         plans.append(DualPipeVPlan(num_stages, micro_batches))
     plans += [DDGPlan(num_stages, micro_batches, slack) for slack in slacks]
-    return [Setup(plan, model) for plan in plans]
+    found = [Setup(plan, model) for plan in plans]
+    if not found[0].one_device > 0:
+        raise ValueError("no stage has any work: a forward and a backward take no time; give one of them some")
+    return found
 
 
 def candidates(setup: Setup) -> list[Setup]:
