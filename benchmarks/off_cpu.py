@@ -3,7 +3,7 @@
     python benchmarks/off_cpu.py                                      # the whole grid, about an hour
     python benchmarks/off_cpu.py --stages 4 --micro-batches 1 4K --latency 0 --turns 1
     python benchmarks/off_cpu.py --bf16-zero1                         # the same in bf16 with ZeRO-1
-    python benchmarks/off_cpu.py --from docs/benchmarks/off_cpu.json  # only write the page again
+    python benchmarks/off_cpu.py --from docs/benchmarks/off_cpu.json  # only predict and write the page again
 
 A stage "computes" by sleeping (30 ms forward, 60 ms backward), so many stages fit on few cores and everything that is
 not sleep is overhead: of the schedule, of the engine, of the messages. The schedules take turns in the same processes;
@@ -29,6 +29,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from predictions import predict, uneven
 from processes import run_ranks
 from report import machine, write
 
@@ -57,8 +58,7 @@ def cells(options: argparse.Namespace) -> Iterable[Cell]:
         if 0 in options.latency:
             for m in numbers:
                 yield Cell(k, m, schedules=("ddg", "1f1b", *(["dualpipev"] if m >= 2 * k else [])))
-            uneven = tuple(1.0 + 0.5 * (stage == k // 2) for stage in range(k))
-            yield Cell(k, numbers[0], scale=uneven, schedules=("ddg", "1f1b"))
+            yield Cell(k, numbers[0], scale=uneven(k), schedules=("ddg", "1f1b"))
         for latency, slack, m in itertools.product(options.latency, options.slack, options.latency_micro_batches):
             if latency or slack != 0:
                 yield Cell(k, m, slack, latency)
@@ -196,21 +196,10 @@ def one_stage(seconds: float, turns: int, more: dict[str, Any]) -> dict[str, flo
     return {"tick": tick, "update": max(0.0, small - few * tick)}
 
 
-def rows(cell: Cell, by_stage: list[dict[str, Any]], alone: dict[str, float], hop: float) -> Iterable[dict[str, Any]]:
-    """A row for each schedule of a cell: predicted and measured."""
-    from ds_ddg.advise import Model, Setup
-    from ds_ddg.plan import DDGPlan
-    from ds_ddg.simulate import Cost
-    from ds_ddg.synchronous import DualPipeVPlan, OneFOneBPlan
-
-    plans = {"ddg": DDGPlan, "1f1b": OneFOneBPlan, "dualpipev": DualPipeVPlan}
+def rows(cell: Cell, by_stage: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    """A row for each schedule of a cell, as measured."""
     work = TICK * (sum(cell.scale) / cell.stages if cell.scale else 1) * cell.micro_batches
-    share = alone["tick"] / TICK
     for name in cell.schedules:
-        chosen = (by_stage[0]["slack"],) if name == "ddg" else ()
-        added = cell.latency * TICK if name == "ddg" else 0.0
-        cost = Cost(FORWARD * share, BACKWARD * share, alone["update"], hop + added, scale=cell.scale)
-        predicted = Setup(plans[name](cell.stages, cell.micro_batches, *chosen), Model(cost)).time_per_call
         turns = [max(times) for times in zip(*(stage["seconds"][name] for stage in by_stage), strict=True)]
         yield {
             "stages": cell.stages,
@@ -219,12 +208,10 @@ def rows(cell: Cell, by_stage: list[dict[str, Any]], alone: dict[str, float], ho
             "uneven": bool(cell.scale),
             "schedule": name,
             "slack": cell.slack if name == "ddg" else None,
-            "chosen": chosen[0] if chosen else None,
+            "chosen": by_stage[0]["slack"] if name == "ddg" else None,
             "seconds_per_call": median(turns),
             "turns": turns,
-            "predicted_seconds": predicted,
             "measured": work / median(turns),
-            "efficiency": work / predicted,
             "hop_ms": 1e3 * max(stage["hop"] for stage in by_stage),
         }
 
@@ -238,12 +225,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for num_stages, group in itertools.groupby(cells(options), key=lambda cell: cell.stages):
         todo = list(group)
         measured = run_ranks(rank_main, num_stages, todo, *settings)
-        by_cell = list(zip(*measured, strict=True))
-        # Between idle stages, without what was added.
-        hop = median(max(stage["hop"] for stage in stages) - c.latency * TICK
-                     for c, stages in zip(todo, by_cell, strict=True))  # fmt: skip
-        for cell, stages in zip(todo, by_cell, strict=True):
-            found += rows(cell, list(stages), alone, max(0.0, hop))
+        for cell, *stages in zip(todo, *measured, strict=True):
+            found += rows(cell, stages)
         print(f"K = {num_stages}: {len(todo)} settings measured", flush=True)
     command = shlex.join(["python", "benchmarks/off_cpu.py", *sys.argv[1:]])
     about = {
@@ -274,12 +257,13 @@ def main() -> None:
     parser.add_argument("--bf16-zero1", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder; the page lies beside it")
     parser.add_argument(
-        "--from", dest="source", type=Path, help="results to write the page from, instead of measuring"
+        "--from", dest="source", type=Path, help="results to predict and write the page from, instead of measuring"
     )
     options = parser.parse_args()
     os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     os.environ.setdefault("LOG_LEVEL", "ERROR")
     results = json.loads(options.source.read_text(encoding="utf-8")) if options.source else run(options)
+    predict(results)
     print(write(results, options.out))
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from .balance import LayerCost, balance
 from .plan import DDGPlan, Plan
-from .simulate import UNIT_COST, Cost, Timeline, replay
+from .simulate import UNIT_COST, Cost, replay
 from .synchronous import DualPipeVPlan, GPipePlan, OneFOneBPlan
+from .timeline import Timeline
 
 __all__ = ["Model", "Setup", "candidates", "recommend", "setups", "steady", "title"]
 
@@ -94,7 +95,8 @@ class Setup:
         """Time of the same call on one device, which does the work of all stages and waits for nobody."""
         cost, plan = self.model.cost, self.plan
         scale = sum(cost.scale) if cost.scale else plan.num_stages
-        return scale * (plan.micro_batches * (cost.forward + cost.backward) + cost.update)
+        passes = plan.micro_batches * (scale * (cost.forward + cost.backward) + 2 * cost.overhead)
+        return passes + scale * cost.update
 
     @property
     def speedup(self) -> float:
@@ -141,7 +143,8 @@ class Setup:
     def _cost(self) -> Cost:
         """With the second forward; the last stage has none, but it is never the one that the others wait for."""
         cost = self.model.cost
-        return replace(cost, backward=cost.backward + cost.forward) if self._recomputes(0) else cost
+        again = cost.forward + cost.overhead
+        return replace(cost, backward=cost.backward + again) if self._recomputes(0) else cost
 
     def record(self) -> dict[str, Any]:
         """As plain data, for a table and for programs."""
@@ -172,11 +175,14 @@ class Setup:
 def steady(plan: Plan, cost: Cost = UNIT_COST) -> Timeline:
     """A replay of `plan` long enough for the steady state to be steady."""
     if not isinstance(plan, DDGPlan):
-        return replay(plan, 4, cost)  # each call starts from an empty pipeline, as the one before
-    # Latency is paid on loops of messages, the longest of d_0 + 1 ticks; calls repeat when both come out even.
+        return replay(plan, 3, cost)  # each call but the first starts from the empty pipeline that the last has left
     loop = plan.delay(0) + 1
-    cycle = loop // gcd(loop, plan.micro_batches)
-    return replay(plan, max(4, min(6 * cycle, -(-24 * loop // plan.micro_batches))), cost)
+    if not (cost.link or cost.transfer or cost.scale):
+        calls = 2 + -(-3 * loop // plan.micro_batches)  # full after a way there and back, and then nobody waits
+    else:
+        # Latency is paid on loops of messages, the longest of d_0 + 1 ticks; calls repeat when both come out even.
+        calls = min(6 * (loop // gcd(loop, plan.micro_batches)), -(-24 * loop // plan.micro_batches))
+    return replay(plan, max(3, calls), cost)
 
 
 def title(plan: Plan) -> str:
@@ -186,12 +192,18 @@ def title(plan: Plan) -> str:
 
 
 def setups(num_stages: int, micro_batches: int, slacks: Iterable[int], model: Model) -> list[Setup]:
-    """Every schedule that can run with so many micro-batches: synchronous ones, then DDG with each slack."""
+    """Every schedule that can run with so many micro-batches: synchronous ones, then DDG with each slack.
+
+    ValueError if no stage has any work, so that there is nothing to compare.
+    """
     plans: list[Plan] = [GPipePlan(num_stages, micro_batches), OneFOneBPlan(num_stages, micro_batches)]
     if micro_batches >= 2 * num_stages:
         plans.append(DualPipeVPlan(num_stages, micro_batches))
     plans += [DDGPlan(num_stages, micro_batches, slack) for slack in slacks]
-    return [Setup(plan, model) for plan in plans]
+    found = [Setup(plan, model) for plan in plans]
+    if not found[0].one_device > 0:
+        raise ValueError("no stage has any work: a forward and a backward take no time; give one of them some")
+    return found
 
 
 def candidates(setup: Setup) -> list[Setup]:

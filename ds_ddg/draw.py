@@ -1,6 +1,6 @@
 """Pictures of a timeline, planned or measured: text, SVG or PNG, and a trace for Chrome or Perfetto.
 
-Everything here takes any iterable of ``(Op, start, end)``, such as `ds_ddg.simulate.Timeline` or the records of a run.
+Everything here takes any iterable of ``(Op, start, end)``, such as `ds_ddg.timeline.Timeline` or the records of a run.
 """
 
 from __future__ import annotations
@@ -180,7 +180,9 @@ def _save_picture(panels: Mapping[str, Rows], path: Path) -> None:
         ax.tick_params(axis="x", labelsize=8)
     axes[-1].set_xlabel("time", fontsize=8)
     legend = [Patch(fc=face, ec=edge, hatch=hatch, label=name) for face, edge, _, hatch, name in STYLES.values()]
-    figure.legend(handles=legend, loc="outside upper right", ncols=3, fontsize=8, frameon=False)
+    if any(op.chunk for rows in panels.values() for row in rows.values() for op, _, _ in row):
+        legend.append(Patch(fill=False, ec="none", label="less high: second chunk"))
+    figure.legend(handles=legend, loc="outside upper right", ncols=4, fontsize=8, frameon=False)
     # Text that can be searched, and neither a date nor random names: the same plan gives the same file.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "ds_ddg"}):
         figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
@@ -199,7 +201,7 @@ def _draw_row(ax: Axes, stage: int, row: Row, room: float) -> None:
                        hatch_linewidth=0.4)  # fmt: skip
         # An operation without duration is a mark between the boxes.
         marks = [start for _, start, end in of_kind if end == start]
-        ax.vlines(marks, stage - 0.48, stage + 0.48, color=edge, linewidth=1.6)
+        ax.vlines(marks, stage - 0.48, stage + 0.48, color=edge, linewidth=1.6, clip_on=False)
         for op, start, end in of_kind:
             label = str(op.micro_batch)
             if kind != UPDATE and (end - start) * room > 0.07 * len(label):

@@ -10,22 +10,20 @@ once and the model itself never runs::
 from __future__ import annotations
 
 import copy
-import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ds_ddg.aside import cut, fresh, gradients_put_back, leaves, tensors, unchanged_random
 from ds_ddg.balance import LayerCost
 
 __all__ = ["profile"]
@@ -73,7 +71,7 @@ def profile(
     meter = _Meter(torch.device(device or get_accelerator().current_device_name()), repetitions, clock)
     values, labels = (meter.place(part) for part in sample)
     costs: list[LayerCost] = []
-    with _unchanged_random(meter.device), torch.enable_grad():
+    with unchanged_random(meter.device), torch.enable_grad():
         for index, layer in enumerate(layers):
             cost, values = meter.measure(f"layer {index}", layer, values)
             costs.append(cost)
@@ -120,7 +118,7 @@ class _Meter:
             backward_ms=round(1e3 * backward_s, 6),
             parameter_bytes=_num_bytes(parameters),
             activation_bytes=kept,
-            output_bytes=_num_bytes(_tensors(output)),
+            output_bytes=_num_bytes(tensors(output)),
         )
         return cost, output
 
@@ -140,13 +138,13 @@ class _Meter:
 
     def _run(self, forward: _Forward, values: Any) -> tuple[float, float]:
         """Seconds of one forward and one backward."""
-        inputs = _fresh(values)
+        inputs = fresh(values)
         forward_s, output = self._timed(lambda: forward(inputs))
-        roots = [tensor for tensor in _tensors(output) if tensor.requires_grad]
+        roots = [tensor for tensor in tensors(output) if tensor.requires_grad]
         if not roots:
             return forward_s, 0.0
         gradients = [torch.ones_like(root) for root in roots]
-        with _gradients_put_back(_leaves(roots)):
+        with gradients_put_back(leaves(roots)):
             backward_s, _ = self._timed(lambda: torch.autograd.backward(roots, gradients))
         return forward_s, backward_s
 
@@ -170,7 +168,7 @@ def _copied(where: str, layer: Any) -> Any:
 
 def _memory(forward: _Forward, module: nn.Module | None, values: Any) -> tuple[int, Any]:
     """Bytes that a forward leaves behind for its backward, and the output cut off from the graph."""
-    inputs = _fresh(values)
+    inputs = fresh(values)
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -179,62 +177,11 @@ def _memory(forward: _Forward, module: nn.Module | None, values: Any) -> tuple[i
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = forward(inputs)
-    kept.update(_storages(_tensors(output)))
+    kept.update(_storages(tensors(output)))
     state = [] if module is None else [*module.parameters(), *module.buffers()]
-    elsewhere = _storages([*state, *_leaves(_tensors(output)), *_tensors(inputs)])
+    elsewhere = _storages([*state, *leaves(tensors(output)), *tensors(inputs)])
     left = sum(size for address, size in kept.items() if address not in elsewhere)
-    return left, tree_map_only(Tensor, _cut, output)
-
-
-def _cut(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_(tensor.requires_grad)
-
-
-def _fresh(values: Any) -> Any:
-    """Copies of the input that a layer may write into, as part of a graph where the input is."""
-    return tree_map_only(Tensor, lambda tensor: _cut(tensor).clone(), values)
-
-
-def _leaves(roots: Iterable[Tensor]) -> list[Tensor]:
-    """Every tensor in whose ``.grad`` a backward pass from `roots` adds, wherever a function has it from."""
-    leaves = [root for root in roots if root.requires_grad and root.grad_fn is None]
-    stack: list[Any] = [root.grad_fn for root in roots]
-    seen = {None, *stack}
-    while stack:
-        node = stack.pop()
-        leaves += [node.variable] if type(node).__name__ == "AccumulateGrad" else []
-        ahead = {following for following, _ in getattr(node, "next_functions", ())} - seen
-        seen |= ahead
-        stack += ahead
-    return leaves
-
-
-@contextmanager
-def _gradients_put_back(leaves: Sequence[Tensor]) -> Iterator[None]:
-    """A backward pass starts without gradients, as the first of a call does, and leaves those that were there."""
-    before = [leaf.grad for leaf in leaves]
-    for leaf in leaves:
-        leaf.grad = None
-    try:
-        yield
-    finally:
-        for leaf, gradient in zip(leaves, before, strict=True):
-            leaf.grad = gradient
-
-
-@contextmanager
-def _unchanged_random(device: torch.device) -> Iterator[None]:
-    """Initialisation and dropout draw random numbers, and the model is initialised after its profile."""
-    accelerator = get_accelerator()
-    states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
-    on_device = accelerator.get_rng_state(device.index)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        numpy.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        accelerator.set_rng_state(on_device, device.index)
+    return left, tree_map_only(Tensor, cut, output)
 
 
 def _with_loss(last: LayerCost, loss: LayerCost) -> LayerCost:
@@ -246,10 +193,6 @@ def _with_loss(last: LayerCost, loss: LayerCost) -> LayerCost:
         parameter_bytes=last.parameter_bytes + loss.parameter_bytes,
         activation_bytes=last.activation_bytes + loss.activation_bytes,
     )
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:

@@ -89,15 +89,24 @@ class Plan:
         if drain:
             yield from self.drain(stage, calls * self.micro_batches)
 
+    def batches(self, stage: int, calls: int, drain: bool = False) -> Iterator[list[Op]]:
+        """The stream, with those operations in one list between which `stage` neither receives nor sends.
+
+        All that a list needs from other stages is there before its first operation starts, and what others need of it
+        leaves after its last.
+        """
+        return ([op] for op in self.stream(stage, calls, drain))
+
     def needs(self, op: Op) -> list[Op]:
         """What must be finished, on any stage, before `op` may start. The only dependency rule there is."""
         if op.kind == UPDATE:
-            return [op._replace(kind=BACKWARD, chunk=chunk) for chunk in range(self.num_chunks)]
+            return [Op(BACKWARD, op.stage, op.micro_batch, chunk) for chunk in range(self.num_chunks)]
         before = self._along(op, -1)
         if op.kind == FORWARD:
             return [] if before is None else [before]
         behind = self._along(op, +1)
-        return [op._replace(kind=FORWARD), *([] if behind is None else [behind])]
+        forward = Op(FORWARD, op.stage, op.micro_batch, op.chunk)
+        return [forward] if behind is None else [forward, behind]
 
     def _along(self, op: Op, step: int) -> Op | None:
         """The same work `step` places further on the way of a micro-batch through the model; None outside of it."""
@@ -106,7 +115,7 @@ class Plan:
         if not 0 <= place < self.num_stages * self.num_chunks:
             return None
         chunk = int(place >= self.num_stages)
-        return op._replace(stage=turn - place if chunk else place, chunk=chunk)
+        return Op(op.kind, turn - place if chunk else place, op.micro_batch, chunk)
 
     def delay(self, stage: int) -> int:
         """Micro-batches between a forward and the tick that uses its gradient (0: no staleness)."""

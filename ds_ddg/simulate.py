@@ -1,33 +1,24 @@
 """Replay of all stages of a plan under a cost model: does it run, how fast, and what does it keep in memory?
 
-`replay` knows a plan only by its streams of operations and its one dependency rule, ``Plan.needs``. The `Timeline`
-that it returns *counts* activations, versions and staleness from what happened, never by the plan's formulas.
+`replay` knows a plan only by its operations in order, ``Plan.batches``, and its one dependency rule, ``Plan.needs``.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from math import inf, isclose
+from math import inf
 from typing import NamedTuple
 
 from .plan import BACKWARD, FORWARD, UPDATE, Op, Plan
+from .timeline import Event, Timeline
 
-__all__ = ["Cost", "Deadlock", "Event", "Timeline", "replay"]
+__all__ = ["Cost", "Deadlock", "replay"]
 
 
 class Deadlock(RuntimeError):  # noqa: N818 (a finding, as much as an error)
     """No stage can go on; the message says, per stage, what comes next and what it waits for."""
-
-
-class Event(NamedTuple):
-    """An operation with its start and end, planned (in the unit of the `Cost`) or measured (in seconds)."""
-
-    op: Op
-    start: float
-    end: float
 
 
 @dataclass(frozen=True)
@@ -45,10 +36,12 @@ class Cost:
     """Bytes per unit of time over one hop in one direction; messages queue for it."""
     scale: Sequence[float] = ()
     """Relative time of each stage's operations, for uneven stages; empty: all equal."""
+    overhead: float = 0.0
+    """Of every forward and every backward on top, however small the part of the model: mostly Python."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale", tuple(self.scale))  # hashable
-        for name in ("forward", "backward", "update", "link", "num_bytes", "scale"):
+        for name in ("forward", "backward", "update", "link", "num_bytes", "scale", "overhead"):
             value = getattr(self, name)
             if not all(0 <= number < inf for number in (value if name == "scale" else [value])):
                 raise ValueError(f"cost {name!r} must be finite and 0 or more, got {value!r}")
@@ -57,9 +50,10 @@ class Cost:
 
     def of(self, op: Op, num_chunks: int = 1) -> float:
         """Time that `op` keeps its stage busy; a forward or backward is of one of the stage's chunks."""
-        share = 1 if op.kind == UPDATE else 1 / num_chunks
-        time = {FORWARD: self.forward, BACKWARD: self.backward, UPDATE: self.update}[op.kind] * share
-        return time * self.scale[op.stage] if self.scale else time
+        scale = self.scale[op.stage] if self.scale else 1.0
+        if op.kind == UPDATE:
+            return self.update * scale
+        return (self.forward if op.kind == FORWARD else self.backward) * scale / num_chunks + self.overhead
 
     @property
     def transfer(self) -> float:
@@ -68,95 +62,6 @@ class Cost:
 
 
 UNIT_COST = Cost()
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """What every stage did and when, in order of start. Shares are in 0 .. 1, times in the events' own unit.
-
-    The steady state of a stage is the later half of its calls without the drain; ValueError if there is only one.
-    """
-
-    events: tuple[Event, ...]
-    num_stages: int
-
-    def __post_init__(self) -> None:
-        # A stable sort: operations that take no time keep their order within a stage.
-        object.__setattr__(self, "events", tuple(sorted(self.events, key=lambda event: event[1])))
-
-    def __iter__(self) -> Iterator[Event]:
-        return iter(self.events)
-
-    @cached_property
-    def rows(self) -> list[list[Event]]:
-        """The events of each stage, in order."""
-        return [[event for event in self.events if event.op.stage == stage] for stage in range(self.num_stages)]
-
-    @property
-    def makespan(self) -> float:
-        """From the first start to the last end, over all stages."""
-        return max((end for _, _, end in self), default=0.0) - min((start for _, start, _ in self), default=0.0)
-
-    def period(self, stage: int = 0) -> float:
-        """Time per call in the steady state: exact if the calls of `stage` repeat in groups of q, else the mean."""
-        ends = [event.end for event in self._steady(stage) if event.op.kind == UPDATE]
-        for q in range(1, (len(ends) + 1) // 2):
-            gaps = [later - earlier for earlier, later in zip(ends, ends[q:], strict=False)]
-            if isclose(min(gaps), max(gaps), rel_tol=1e-9):
-                return gaps[0] / q
-        return (ends[-1] - ends[0]) / (len(ends) - 1)
-
-    def busy(self, stage: int) -> float:
-        """Share of its time that `stage` computes in the steady state."""
-        work = self._steady(stage)[1:]
-        calls = sum(event.op.kind == UPDATE for event in work)
-        return sum(end - start for _, start, end in work) / calls / self.period(stage)
-
-    @property
-    def bubble(self) -> float:
-        """Idle share of the steady state, mean over the stages."""
-        return 1 - sum(map(self.busy, range(self.num_stages))) / self.num_stages
-
-    def peak_activations(self, stage: int) -> int:
-        """Most forward passes begun whose backward is not finished, counted."""
-        return max((len(alive) for _, _, alive in self._states(stage)), default=0)
-
-    def peak_versions(self, stage: int) -> int:
-        """Most weight versions alive at once, counted: the newest, and that of every forward without a backward."""
-        return max((len({version, *alive.values()}) for _, version, alive in self._states(stage)), default=0)
-
-    def staleness(self, stage: int) -> int:
-        """Most updates between a forward and the update that uses its gradient, counted."""
-        backwards = (state for state in self._states(stage) if state[0].kind == BACKWARD)
-        return max((version - alive[op._replace(kind=FORWARD)] for op, version, alive in backwards), default=0)
-
-    def _states(self, stage: int) -> Iterator[tuple[Op, int, dict[Op, int]]]:
-        """At each operation: the version of the weights, and those that the forward passes in flight saw."""
-        version = 0
-        alive: dict[Op, int] = {}
-        for op, _, _ in self.rows[stage]:
-            forward = op._replace(kind=FORWARD)
-            if op.kind == UPDATE:
-                version += 1
-            else:
-                alive.setdefault(forward, version)
-            yield op, version, alive
-            if op.kind == BACKWARD:
-                del alive[forward]
-
-    def _steady(self, stage: int) -> list[Event]:
-        """The update before the later half of the calls of `stage`, and all from there to the last call's update."""
-        events = self.rows[stage]
-        last_forward = max((i for i, event in enumerate(events) if event.op.kind == FORWARD), default=-1)
-        updates = [i for i, event in enumerate(events) if event.op.kind == UPDATE]
-        # The first update behind the last forward ends the last call; any later one belongs to a drain.
-        updates = updates[: 1 + sum(i < last_forward for i in updates)]
-        if len(updates) < 2:
-            raise ValueError(
-                f"stage {stage} has no steady state: it needs 2 calls that end in an update, got {len(updates)}; "
-                "replay or record more calls"
-            )
-        return events[updates[(len(updates) - 1) // 2] : updates[-1] + 1]
 
 
 class _Step(NamedTuple):
@@ -175,8 +80,8 @@ class _Step(NamedTuple):
 
 def _programs(plan: Plan, calls: int, drain: bool, receive_first: bool) -> list[deque[_Step]]:
     """The streams of all stages with the receives and sends that ``plan.needs`` asks for."""
-    streams = [list(plan.stream(stage, calls, drain)) for stage in range(plan.num_stages)]
-    needs = {op: plan.needs(op) for stream in streams for op in stream}
+    streams = [list(plan.batches(stage, calls, drain)) for stage in range(plan.num_stages)]
+    needs = {op: plan.needs(op) for stream in streams for batch in stream for op in batch}
     sends: dict[Op, list[_Step]] = {}
     for op, needed in needs.items():
         for need in needed:
@@ -186,15 +91,22 @@ def _programs(plan: Plan, calls: int, drain: bool, receive_first: bool) -> list[
     for stream in streams:
         steps: deque[_Step] = deque()
         held: list[_Step] = []
-        for op in stream:
-            receives = [_Step("receive", need, need.stage, op) for need in needs[op] if need.stage != op.stage]
+        for batch in stream:
+            receives: list[_Step] = []
+            work: list[_Step] = []
+            for op in batch:
+                for need in needs[op]:
+                    if need.stage != op.stage:
+                        receives.append(_Step("receive", need, need.stage, op))
+                    else:
+                        work.append(_Step("wait", need, op.stage, op))
+                work.append(_Step("run", op, op.stage, op))
+            swap = receive_first and batch[0].kind == BACKWARD
             # The gradient of the micro-batch just forwarded cannot come back before its activation is sent.
-            own = any(send.op.micro_batch == op.micro_batch for send in held)
-            swap = receive_first and op.kind == BACKWARD and not own
+            swap = swap and not any(send.op.micro_batch == op.micro_batch for send in held for op in batch)
             steps += receives + held if swap else held + receives
-            steps += [_Step("wait", need, op.stage, op) for need in needs[op] if need.stage == op.stage]
-            steps.append(_Step("run", op, op.stage, op))
-            held = sends.get(op, [])
+            steps += work
+            held = [send for op in batch for send in sends.get(op, ())]
         programs.append(steps + deque(held))
     return programs
 
@@ -247,7 +159,11 @@ def replay(
         return True
 
     while any(todo):
-        if not sum(advance(stage) for stage, steps in enumerate(todo) if steps):
+        left = sum(map(len, todo))
+        for stage, steps in enumerate(todo):
+            while steps and advance(stage):
+                pass
+        if sum(map(len, todo)) == left:
             waits = "".join(f"\n  stage {k}: {steps[0] if steps else 'finished'}" for k, steps in enumerate(todo))
             raise Deadlock(f"plan {plan.name!r}: no stage can go on" + waits)
     return Timeline(tuple(done.values()), plan.num_stages)

@@ -53,8 +53,11 @@ class GPipePlan(Plan):
 class DualPipeVPlan(Plan):
     """Stage k holds chunks k and 2K-1-k of the model, so that two streams of work fill each other's bubbles.
 
-    The order is that of DeepSpeed 0.19.8, which does not split a backward pass in two ("zero bubble"). DeepSpeed also
-    sends and receives in batches that all of a step waits for; a replay does not, so it is a little too good.
+    The order is that of DeepSpeed 0.19.8, which does not split a backward pass in two ("zero bubble"). A forward and a
+    backward that it runs as a pair also share one exchange of messages (its ``CommitP2P``), so that neither starts
+    before the other's input is there, and the first's output waits for the second. While the pipeline fills, DeepSpeed
+    receives a forward's input one exchange early and sends its output one late; that costs nothing unless links have
+    latency, and is left out.
     ValueError if there are fewer than 2K micro-batches, as in DeepSpeed.
     """
 
@@ -75,20 +78,28 @@ class DualPipeVPlan(Plan):
     def call(self, stage: int, call: int, start: int = 0) -> list[Op]:
         first, last = call * self.micro_batches, (call + 1) * self.micro_batches - 1
         numbers: dict[str, Iterator[int]] = {kind + chunk: count(first) for kind in "FB" for chunk in "01"}
-        ops = [Op(step[0], stage, next(numbers[step]), int(step[1])) for step in self._steps(stage)]
+        steps = (step for batch in self._steps(stage) for step in batch)
+        ops = [Op(step[0], stage, next(numbers[step]), int(step[1])) for step in steps]
         return [*ops, Op(UPDATE, stage, last)]
 
-    def _steps(self, stage: int) -> list[str]:
-        """Kind and chunk, in order: fill both chunks, alternate, empty both."""
+    def batches(self, stage: int, calls: int, drain: bool = False) -> Iterator[list[Op]]:
+        ops = self.stream(stage, calls, drain)
+        sizes = [*map(len, self._steps(stage)), 1]  # the update has nothing to exchange
+        return ([next(ops) for _ in range(size)] for _ in range(calls) for size in sizes)
+
+    def _steps(self, stage: int) -> list[list[str]]:
+        """Kind and chunk, in order, those with one exchange together: fill both chunks, alternate, empty both."""
         behind, ahead = self.num_stages - 1 - stage, stage + 1
         steady = self.micro_batches - 2 * self.num_stages + ahead
         phases = [
             (2 * behind, "F0"),
             (ahead, "F0 F1"),
             (behind, "B1 F1"),
-            (steady, "F0 B1 F1 B0"),
-            (behind, "B1 F1 B0"),
+            # The first pair of the stage where the V turns is none, in DeepSpeed.
+            (1, "F0+B1 F1+B0" if behind else "F0 B1 F1+B0"),
+            (steady - 1, "F0+B1 F1+B0"),
+            (behind, "B1 F1+B0"),
             (ahead, "B1 B0"),
             (behind, "B0"),
         ]
-        return [step for times, steps in phases for step in steps.split() * times]
+        return [batch.split("+") for times, steps in phases for batch in steps.split() * times]

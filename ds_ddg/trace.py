@@ -19,8 +19,9 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from .plan import BACKWARD, FORWARD, UPDATE, DDGPlan, Op, Plan
-from .simulate import Cost, Event, Timeline, replay
+from .simulate import Cost, replay
 from .synchronous import OneFOneBPlan
+from .timeline import Event, Timeline
 
 __all__ = ["REASONS", "Run", "Share", "read"]
 

@@ -48,6 +48,13 @@ def test_times_against_one_device() -> None:
     assert again.speedup == pytest.approx(26 / 8.5)  # running a forward again is no progress
 
 
+def test_overhead_is_paid_once_on_one_device_and_again_by_a_forward_that_runs_again() -> None:
+    setup = Setup(DDGPlan(4, 2), Model(Cost(update=0.5, overhead=0.25)))
+    assert (setup.time_per_call, setup.one_device) == pytest.approx((7.5, 27))
+    again = Setup(DDGPlan(4, 2), Model(Cost(update=0.5, overhead=0.25)), activations="recompute")
+    assert again.time_per_call == pytest.approx(7.5 + 2 * 1.25)
+
+
 @pytest.mark.parametrize("m", [1, 3, 8, 40])
 @pytest.mark.parametrize("link", [0, 0.7, 2])
 def test_steady_is_steady(m: int, link: float) -> None:

@@ -28,6 +28,7 @@ stage 0 | F0     F1     F2B0   F3B1*  F4B2   F5B3*  B4     B5*
 stage 1 | F0     F1B0*  F2B1   F3B2*  F4B3   F5B4*  B5*
 stage 2 | F0B0   F1B1*  F2B2   F3B3*  F4B4   F5B5*
 F forward, B backward, with the number of the micro-batch; * update
+at the end engine.drain() finishes what is in flight, which no call of train_batch does
 
 stage  delay  staleness  versions  activations
     0      2          1         2            3
@@ -66,6 +67,14 @@ def test_plan_writes_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     run(capsys, f"plan --stages 2 --calls 2 --out {tmp_path}/plan.json")
     boxes = [event for event in json.loads((tmp_path / "plan.json").read_text())["traceEvents"] if event["ph"] == "X"]
     assert len(boxes) == 12
+
+
+def test_plan_shows_that_calls_follow_each_other_without_a_gap(capsys: pytest.CaptureFixture[str]) -> None:
+    """One call and its drain would look like a schedule with a flush, however many micro-batches it has."""
+    answer = run(capsys, "plan --stages 2 --micro-batches 16 --clock")
+    assert "B14---- F16 B15---- F17 " in answer.splitlines()[2]
+    assert "at the end engine.drain() finishes" in answer
+    assert "engine.drain()" not in run(capsys, "plan --stages 2 --schedule 1f1b")
 
 
 def test_plan_of_two_chunks(capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,6 +149,14 @@ def test_simulate_from_a_profile(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert "--forward and --profile" in run(capsys, f"{command} --forward 2", status=2)
 
 
+def test_simulate_says_its_unit_of_time_and_lists_a_setting_once(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = run(capsys, "simulate --stages 2,2 --micro-batches 4,4 --slack 0,0 --forward 0.5 --overhead 0.25")
+    rows = [line.split() for line in answer.splitlines()[1:6]]
+    assert [row[3] for row in rows] == ["gpipe", "1f1b", "dualpipev", "ddg", "one"]
+    assert [row[5] for row in rows[1:4]] == ["15", "16.5", "12"]  # DualPipeV pays the overhead twice
+    assert "times in units of which the forward of a stage takes 0.5" in answer
+
+
 def test_simulate_draws_curves_of_a_sweep_and_timelines_of_one(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -166,6 +183,11 @@ def test_simulate_draws_curves_of_a_sweep_and_timelines_of_one(
         ("plan --stages 4 --schedule gpipe --slack 1", "--slack 1 has no meaning for gpipe"),
         ("simulate --stages 3 --weight-bytes 1,2", "--weight-bytes must be one number, or one for each of 3 stages"),
         ("simulate --stages 3 --memory-limit 2G", "--memory-limit needs to know what a stage keeps"),
+        ("simulate --stages 3 --memory-limit=-2G --weight-bytes 1", "--memory-limit must be above 0, got -2e+09"),
+        ("simulate --stages 3 --bandwidth 10G", "--bandwidth 1e+10 has no effect on empty messages; add --bytes"),
+        ("simulate --stages 2 --forward 0 --backward 0", "a forward and a backward take no time"),
+        ("simulate --stages 2 --scale 0,0 --link 1", "no stage has any work"),
+        ("simulate --stages 3 --overhead -1", "cost 'overhead' must be finite and 0 or more, got -1.0"),
         ("simulate --stages 3 --weight-bytes -1", "weight_bytes must be finite and 0 or more, got [-1.0"),
         ("simulate --stages 3,4 --out sweep.gif", "must end in .svg or .png"),
     ],
@@ -177,13 +199,23 @@ def test_bad_values_end_with_a_message(capsys: pytest.CaptureFixture[str], argum
 
 
 @pytest.mark.parametrize(
-    "arguments", ["", "plan", "simulate --stages 2,x", "plan --stages two", "simulate --stages 2 --bytes 5Q"]
+    ("arguments", "message"),
+    [
+        ("", "arguments are required: command"),
+        ("plan", "arguments are required: --stages"),
+        ("simulate --stages 2,x", "'2,x' is not a number or a list such as 1,4,16"),
+        ("plan --stages two", "invalid int value: 'two'"),
+        ("simulate --stages 2 --bytes 5Q", "'5Q' is not a number of bytes such as 25M or 1.5G"),
+        ("simulate --stages 2 --weight-bytes 1G,x", "'x' is not a number of bytes such as 25M or 1.5G"),
+    ],
 )
-def test_bad_syntax_ends_as_in_argparse(capsys: pytest.CaptureFixture[str], arguments: str) -> None:
+def test_bad_syntax_ends_as_in_argparse(capsys: pytest.CaptureFixture[str], arguments: str, message: str) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments.split())
     assert caught.value.code == 2
-    assert "usage: ds-ddg" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "usage: ds-ddg" in error
+    assert message in error
 
 
 def test_module_runs_without_torch() -> None:

@@ -128,6 +128,12 @@ def test_svg_numbers_every_box_and_png_opens(tmp_path: Path) -> None:
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_picture_says_what_the_less_high_boxes_are(tmp_path: Path) -> None:
+    for plan, said in ((DualPipeVPlan(2, 4), True), (OneFOneBPlan(2, 4), False)):
+        save(replay(plan, 1), tmp_path / "plan.svg")
+        assert ("less high: second chunk" in (tmp_path / "plan.svg").read_text(encoding="utf-8")) is said
+
+
 def test_other_suffixes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must end in \.svg, \.png or \.json"):
         save([], tmp_path / "plan.gif")

@@ -81,16 +81,23 @@ def test_every_stage_learns_from_every_micro_batch_once(num_stages: int) -> None
 
 @pytest.mark.parametrize(("num_stages", "micro_batches"), [(1, 2), (2, 4), (3, 7), (4, 16), (8, 16)])
 def test_dualpipev_is_deepspeeds(num_stages: int, micro_batches: int) -> None:
-    from deepspeed.runtime.pipe.schedule import BackwardPass, DualPipeVSchedule, ForwardPass
+    """The same passes in the same order, with an exchange of messages at the same places."""
+    from deepspeed.runtime.pipe.schedule import BackwardPass, CommitP2P, DualPipeVSchedule, ForwardPass
 
     kinds = {ForwardPass: FORWARD, BackwardPass: BACKWARD}
     for stage in range(num_stages):
-        steps = [step for steps in DualPipeVSchedule(micro_batches, num_stages, stage).steps() for step in steps]
-        passes = [step for step in steps if type(step) in kinds]
-        ours = DualPipeVPlan(num_stages, micro_batches).call(stage, 0)[:-1]
-        assert ours == [
-            Op(kinds[type(p)], stage, p.buffer_id % micro_batches, p.buffer_id // micro_batches) for p in passes
-        ]
+        theirs: list[list[Op]] = [[]]
+        for step in (step for steps in DualPipeVSchedule(micro_batches, num_stages, stage).steps() for step in steps):
+            if type(step) is CommitP2P:
+                theirs.append([])
+            elif type(step) in kinds:
+                chunk, n = divmod(step.buffer_id, micro_batches)
+                theirs[-1].append(Op(kinds[type(step)], stage, n, chunk))
+        plan = DualPipeVPlan(num_stages, micro_batches)
+        ours = list(plan.batches(stage, 2))
+        assert [op for batch in ours for op in batch] == [*plan.stream(stage, 2)]
+        assert ours[: len(ours) // 2 - 1] == [batch for batch in theirs if batch]
+        assert ours[len(ours) // 2 - 1] == [Op(UPDATE, stage, micro_batches - 1)]
 
 
 @pytest.mark.parametrize("num_stages", range(1, 9))

@@ -7,9 +7,11 @@ from itertools import pairwise, product
 
 import pytest
 
+from ds_ddg.draw import clock
 from ds_ddg.plan import DDGPlan, Op, Plan
-from ds_ddg.simulate import Cost, Deadlock, Event, Timeline, replay
+from ds_ddg.simulate import Cost, Deadlock, replay
 from ds_ddg.synchronous import DualPipeVPlan, GPipePlan, OneFOneBPlan
+from ds_ddg.timeline import Event, Timeline
 
 
 def plans(num_stages: int) -> list[Plan]:
@@ -66,12 +68,49 @@ def test_counts_agree_with_the_formulas_and_there_is_no_bubble(num_stages: int) 
 @pytest.mark.parametrize("num_stages", range(1, 9))
 @pytest.mark.parametrize("times", [2, 4])
 def test_dualpipev_keeps_what_it_says_and_has_a_smaller_bubble(num_stages: int, times: int) -> None:
-    """Two thirds of 1F1B's 3(K-1), and half a forward less."""
+    """Five sixths of 1F1B's 3(K-1), and half a forward less."""
     plan = DualPipeVPlan(num_stages, times * num_stages)
     timeline = replay(plan, 4)
     assert [timeline.peak_activations(k) for k in range(num_stages)] == [2 * num_stages + 1] * num_stages
     assert [timeline.peak_versions(k) for k in range(num_stages)] == [1] * num_stages
-    assert timeline.period() == pytest.approx(3 * plan.micro_batches + max(0, 2 * (num_stages - 1) - 0.5))
+    assert timeline.period() == pytest.approx(3 * plan.micro_batches + max(0, 2.5 * (num_stages - 1) - 0.5))
+
+
+def test_dualpipev_exchanges_messages_by_pairs() -> None:
+    """By hand, a column for half a forward, thus for a pass through one chunk.
+
+    Stage 1 has finished F2' at 4.5 and F3' at 7.5, but sends them with the backwards behind them, at 5.5 and 8.5;
+    stage 0 could start the first at 5 and the second at 8.
+    """
+    timeline = replay(DualPipeVPlan(2, 4), 1)
+    assert clock(timeline, unit=0.5).splitlines() == [
+        "stage 0 | F0  F1  F2  F0' B0'---- F1' F3  B1'---- .   F2' B0----- B2'---- .   F3' B1----- "
+        "B3'---- B2----- .   .   B3-----",
+        "stage 1 | .   F0  F0' F1  F1' F2  B0'---- F2' B0----- F3  B1'---- F3' B1----- B2'---- B2----- "
+        ".   B3'---- B3----- .   .",
+    ]
+    assert timeline.makespan == 14
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "micro_batches", "seconds"),
+    [(2, 4, 0.4433), (2, 8, 0.8221), (4, 16, 1.7366), (8, 32, 3.6625)],  # per call, as benchmarks/off_cpu.py measured
+)
+def test_dualpipev_takes_the_time_that_deepspeed_was_measured_to_take(
+    num_stages: int, micro_batches: int, seconds: float
+) -> None:
+    """Stages of 30 and 60 ms; alone, one with a single chunk took 92.3 ms for a micro-batch and 1.1 ms once a call."""
+    cost = Cost(0.030, 0.060, update=0.0011, link=0.00015, overhead=0.0023 / 2)
+    timeline = replay(DualPipeVPlan(num_stages, micro_batches), 4, cost)
+    assert timeline.period() == pytest.approx(seconds, rel=0.03)
+
+
+def test_overhead_counts_for_every_pass_whatever_its_length() -> None:
+    """Twice as many passes through chunks half as long: DualPipeV pays it twice for each micro-batch."""
+    cost = Cost(overhead=0.25, scale=(1,))
+    assert replay(DDGPlan(1, 2), 4, cost).period() == pytest.approx(2 * 3.5)
+    assert replay(DualPipeVPlan(1, 2), 4, cost).period() == pytest.approx(2 * 4)
+    assert replay(DDGPlan(2), 9, Cost(overhead=0.25, scale=(1, 2))).period() == pytest.approx(6.5)  # not scaled
 
 
 @pytest.mark.parametrize(
@@ -219,6 +258,7 @@ def test_too_few_calls_have_no_steady_state() -> None:
         ({"forward": -1}, "cost 'forward' must be finite and 0 or more, got -1"),
         ({"link": float("nan")}, "cost 'link' must be finite"),
         ({"scale": (1, -2)}, "cost 'scale' must be finite"),
+        ({"overhead": -1}, "cost 'overhead' must be finite and 0 or more, got -1"),
         ({"bandwidth": 0}, "cost 'bandwidth' must be above 0, got 0; leave it out if unlimited"),
     ],
 )

@@ -11,7 +11,8 @@ import pytest
 
 from ds_ddg.cli import main
 from ds_ddg.plan import DDGPlan, Plan
-from ds_ddg.simulate import Cost, Timeline, replay
+from ds_ddg.simulate import Cost, replay
+from ds_ddg.timeline import Timeline
 from ds_ddg.trace import read
 
 COST = Cost(0.03, 0.06, 0.001, link=0.01)

@@ -19,6 +19,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from ds_ddg import __version__
+
 from . import check, partition, plan, simulate, trace
 
 __all__ = ["main"]
@@ -30,10 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="ds-ddg",
         description="Decoupled delayed gradients for DeepSpeed pipelines: plan, simulate, partition, check, trace.",
     )
+    parser.add_argument("--version", action="version", version=f"ds_ddg {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="command")
     for command in (plan, simulate, partition, check, trace):
         name = command.__name__.rpartition(".")[2]
-        command.add_arguments(commands.add_parser(name, help=command.HELP))
+        command.add_arguments(commands.add_parser(name, help=command.HELP, description=f"{command.HELP}."))
     options = parser.parse_args(arguments)
     try:
         answer: str = options.run(options)

@@ -30,6 +30,9 @@ def list_of(number: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 
 def num_bytes(text: str) -> float:
-    """``1.5G`` is 1.5e9, as in powers of 1000; ValueError if `text` is no such size."""
+    """``1.5G`` is 1.5e9, as in powers of 1000; ArgumentTypeError if `text` is no such size."""
     unit = _UNITS.get(text[-1:].upper())
-    return float(text[:-1]) * unit if unit else float(text)
+    try:
+        return float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes such as 25M or 1.5G") from None

@@ -26,15 +26,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stages", type=int, required=True, metavar="K", help="pipeline stages")
     parser.add_argument("--micro-batches", type=int, default=1, metavar="M", help="micro-batches per call (default 1)")
     parser.add_argument("--slack", type=int, default=0, metavar="S", help="more micro-batches in flight per hop (ddg)")
-    parser.add_argument("--schedule", choices=["ddg", *_SYNCHRONOUS], default="ddg")
+    parser.add_argument(
+        "--schedule",
+        choices=["ddg", *_SYNCHRONOUS],
+        default="ddg",
+        help="default ddg; the others end calls in a flush",
+    )
     parser.add_argument("--calls", type=int, metavar="N", help="calls to show (default: up to the steady state)")
     parser.add_argument("--clock", action="store_true", help="on a common clock, so that the bubble shows")
     add_output(parser)
 
 
 def shown(plan: Plan) -> int:
-    """Calls that show the pipeline filling and a few ticks of its steady state."""
-    return max(1 + (plan.delay(0) == 0), -(-(plan.delay(0) + 3) // plan.micro_batches))
+    """Calls that show the pipeline filling, a few ticks of its steady state, and whether calls have a gap between."""
+    return max(2, -(-(plan.delay(0) + 3) // plan.micro_batches))
 
 
 def _run(options: argparse.Namespace) -> str:
@@ -64,6 +69,8 @@ def _run(options: argparse.Namespace) -> str:
     legend = "F forward, B backward, with the number of the micro-batch"
     legend += ", ' of the stage's second chunk" if plan.num_chunks > 1 else ""
     legend += "; one column per forward time" if options.clock else "; * update" if plan.micro_batches > 1 else ""
+    if plan.delay(0):
+        legend += "\nat the end engine.drain() finishes what is in flight, which no call of train_batch does"
     return "\n".join(
         [title(plan), "", picture, legend, "", table(stages), "", f"bubble in steady state: {bubble:.1%}"]
     )

@@ -26,6 +26,7 @@ _COSTS: dict[str, tuple[Any, Any, str]] = {
     "forward": (float, 1.0, "time of a stage's forward (default 1)"),
     "backward": (float, 2.0, "... of its backward (default 2)"),
     "update": (float, 0.0, "... of its optimizer step (default 0)"),
+    "overhead": (float, 0.0, "... of every forward and backward on top, of a whole stage or a part (default 0)"),
     "bytes": (num_bytes, 0.0, "size of an activation between stages, such as 25M (default 0)"),
     "scale": (list_of(float), (), "relative time of each stage, X,Y,.. (default equal)"),
     "weight_bytes": (list_of(num_bytes), (), "size of a stage's weights, such as 1.5G; one number, or one a stage"),
@@ -44,7 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--slack", type=list_of(int), default=[0, 1], metavar="S", help="slack of ddg" + lists)
     parser.add_argument("--link", type=list_of(float), default=[0.0], metavar="T", help="latency of a hop" + lists)
-    parser.add_argument("--bandwidth", type=float, default=inf, help="bytes per unit of time of a hop (default: any)")
+    parser.add_argument(
+        "--bandwidth",
+        type=num_bytes,
+        default=inf,
+        metavar="X",
+        help="bytes per unit of time over a hop, such as 10G (default: any)",
+    )
     for name, (read, _, text) in _COSTS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=read, metavar="X", help=text)
     parser.add_argument(
@@ -63,10 +70,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> str:
+    if options.memory_limit is not None and not options.memory_limit > 0:
+        raise ValueError(f"--memory-limit must be above 0, got {options.memory_limit:g}")
     layers = _profile(options)
+    if options.bandwidth < inf and layers is None and not options.bytes:
+        raise ValueError(
+            f"--bandwidth {options.bandwidth:g} has no effect on empty messages; add --bytes or --profile"
+        )
+    stages, micro_batches, slacks, links = (
+        list(dict.fromkeys(values)) for values in (options.stages, options.micro_batches, options.slack, options.link)
+    )
     cells = []
-    for num_stages, m, link in product(options.stages, options.micro_batches, options.link):
-        cells.append(setups(num_stages, m, options.slack, _model(options, layers, num_stages, link)))
+    for num_stages, m, link in product(stages, micro_batches, links):
+        cells.append(setups(num_stages, m, slacks, _model(options, layers, num_stages, link)))
     rows = [row for cell in cells for row in [*(setup.record() for setup in cell), _one_device(cell[-1])]]
     if options.out:
         _save(cells, rows, options)
@@ -74,7 +90,7 @@ def _run(options: argparse.Namespace) -> str:
     if options.json:
         recommended = [setup and _named(setup) for _, setup in advice]
         return json.dumps({"setups": rows, **({"recommended": recommended} if advice else {})})
-    return "\n".join([table([_cells(row) for row in rows]), "", *_notes(rows), *(text for text, _ in advice)])
+    return "\n".join([table([_cells(row) for row in rows]), "", *_notes(rows, options), *(text for text, _ in advice)])
 
 
 def _profile(options: argparse.Namespace) -> list[LayerCost] | None:
@@ -93,7 +109,7 @@ def _model(options: argparse.Namespace, layers: list[LayerCost] | None, num_stag
     if layers is not None:
         return Model.of_layers(layers, num_stages, value["update"], link, options.bandwidth)
     cost = Cost(value["forward"], value["backward"], value["update"], link, value["bytes"], options.bandwidth,
-                value["scale"])  # fmt: skip
+                value["scale"], value["overhead"])  # fmt: skip
     weights, activations = (_each(name, value[name], num_stages) for name in ("weight_bytes", "activation_bytes"))
     return Model(cost, weights, activations)
 
@@ -121,8 +137,12 @@ def _cells(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "memory": size(max(row["memory"]))} if "memory" in row else row
 
 
-def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
-    notes = ["speedup: over one device; efficiency: share of the devices' time spent on work; activations: on stage 0"]
+def _notes(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> list[str]:
+    forward = _COSTS["forward"][1] if options.forward is None else options.forward
+    notes = [
+        f"times in {'ms' if options.profile else f'units of which the forward of a stage takes {forward:g}'}",
+        "speedup: over one device; efficiency: share of the devices' time spent on work; activations: on stage 0",
+    ]
     if "memory" in rows[0]:
         notes.append("memory: weights and activations of the fullest stage, without gradients and optimizer states")
     skipped = sorted({row["stages"] for row in rows if row["micro_batches"] < 2 * row["stages"]})

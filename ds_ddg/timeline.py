@@ -1,0 +1,113 @@
+"""What all stages did and when, planned or measured: how long it took, how busy they were, what they kept.
+
+A `Timeline` *counts* activations, versions and staleness from what happened, never by the plan's formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import isclose
+from typing import NamedTuple
+
+from .plan import BACKWARD, FORWARD, UPDATE, Op
+
+__all__ = ["Event", "Timeline"]
+
+
+class Event(NamedTuple):
+    """An operation with its start and end, planned (in the unit of the costs) or measured (in seconds)."""
+
+    op: Op
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What every stage did and when, in order of start. Shares are in 0 .. 1, times in the events' own unit.
+
+    The steady state of a stage is the later half of its calls without the drain; ValueError if there is only one.
+    """
+
+    events: tuple[Event, ...]
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        # A stable sort: operations that take no time keep their order within a stage.
+        object.__setattr__(self, "events", tuple(sorted(self.events, key=lambda event: event[1])))
+
+    def __iter__(self) -> Iterator[Event]:
+        return iter(self.events)
+
+    @cached_property
+    def rows(self) -> list[list[Event]]:
+        """The events of each stage, in order."""
+        return [[event for event in self.events if event.op.stage == stage] for stage in range(self.num_stages)]
+
+    @property
+    def makespan(self) -> float:
+        """From the first start to the last end, over all stages."""
+        return max((end for _, _, end in self), default=0.0) - min((start for _, start, _ in self), default=0.0)
+
+    def period(self, stage: int = 0) -> float:
+        """Time per call in the steady state: exact if the calls of `stage` repeat in groups of q, else the mean."""
+        ends = [event.end for event in self._steady(stage) if event.op.kind == UPDATE]
+        for q in range(1, (len(ends) + 1) // 2):
+            gaps = [later - earlier for earlier, later in zip(ends, ends[q:], strict=False)]
+            if isclose(min(gaps), max(gaps), rel_tol=1e-9):
+                return gaps[0] / q
+        return (ends[-1] - ends[0]) / (len(ends) - 1)
+
+    def busy(self, stage: int) -> float:
+        """Share of its time that `stage` computes in the steady state."""
+        work = self._steady(stage)[1:]
+        calls = sum(event.op.kind == UPDATE for event in work)
+        return sum(end - start for _, start, end in work) / calls / self.period(stage)
+
+    @property
+    def bubble(self) -> float:
+        """Idle share of the steady state, mean over the stages."""
+        return 1 - sum(map(self.busy, range(self.num_stages))) / self.num_stages
+
+    def peak_activations(self, stage: int) -> int:
+        """Most forward passes begun whose backward is not finished, counted."""
+        return max((len(alive) for _, _, alive in self._states(stage)), default=0)
+
+    def peak_versions(self, stage: int) -> int:
+        """Most weight versions alive at once, counted: the newest, and that of every forward without a backward."""
+        return max((len({version, *alive.values()}) for _, version, alive in self._states(stage)), default=0)
+
+    def staleness(self, stage: int) -> int:
+        """Most updates between a forward and the update that uses its gradient, counted."""
+        backwards = (state for state in self._states(stage) if state[0].kind == BACKWARD)
+        return max((version - alive[op._replace(kind=FORWARD)] for op, version, alive in backwards), default=0)
+
+    def _states(self, stage: int) -> Iterator[tuple[Op, int, dict[Op, int]]]:
+        """At each operation: the version of the weights, and those that the forward passes in flight saw."""
+        version = 0
+        alive: dict[Op, int] = {}
+        for op, _, _ in self.rows[stage]:
+            forward = op._replace(kind=FORWARD)
+            if op.kind == UPDATE:
+                version += 1
+            else:
+                alive.setdefault(forward, version)
+            yield op, version, alive
+            if op.kind == BACKWARD:
+                del alive[forward]
+
+    def _steady(self, stage: int) -> list[Event]:
+        """The update before the later half of the calls of `stage`, and all from there to the last call's update."""
+        events = self.rows[stage]
+        last_forward = max((i for i, event in enumerate(events) if event.op.kind == FORWARD), default=-1)
+        updates = [i for i, event in enumerate(events) if event.op.kind == UPDATE]
+        # The first update behind the last forward ends the last call; any later one belongs to a drain.
+        updates = updates[: 1 + sum(i < last_forward for i in updates)]
+        if len(updates) < 2:
+            raise ValueError(
+                f"stage {stage} has no steady state: it needs 2 calls that end in an update, got {len(updates)}; "
+                "replay or record more calls"
+            )
+        return events[updates[(len(updates) - 1) // 2] : updates[-1] + 1]
