@@ -139,6 +139,7 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
                 self._share_tied_weights()
             self._learn_loss(self._calls - 1)
             self._gauge.forget()
+        self._complete_steps()
         self._links.park()
         self._parked = True
         self._filled_at = end

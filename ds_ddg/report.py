@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ds_ddg.execute import Executor
 from ds_ddg.losses import Loss, Losses
+from ds_ddg.ordered import InOrder
 from ds_ddg.schedule import TellLoss
 from ds_ddg.watch import MEASURED, Gauge, WatchedLinks
 
@@ -54,6 +55,7 @@ class Reporter(Executor):
         self._samples: dict[int, int] = {}
         self._new_gauge()
         self._seconds_printed: dict[str, float] = {}
+        self._put_in_order()
         if not self.is_last_stage():
             # There DeepSpeed 0.19.8 starts these timers twice, in the pipeline's backward and in hooks, and fails.
             self.engine_timers.backward_timers = []
@@ -95,6 +97,8 @@ class Reporter(Executor):
         """Learn the newest loss known without a wait, and keep DeepSpeed from taking it for that of `call`."""
         self._samples[call] = self.global_samples
         loss = self._learn_loss(self._known_in(call))
+        # What the stages measured in a call comes with the loss of the next.
+        self._complete_steps(self._samples.get(self._losses.newest.call, 0) - 1)
         self._call_end.enter_context(self._in_silence())
         return loss
 
@@ -211,6 +215,17 @@ class Reporter(Executor):
                 events += [(f"Train/DDG/stage{stage}/{n}", v, samples) for n, v in zip(MEASURED, values, strict=True)]
             self.monitor.write_events(events)
         self._samples.pop(loss.call - 1, None)
+
+    def _put_in_order(self) -> None:
+        """What goes to W&B, if anything does."""
+        if getattr(self.monitor, "wandb_monitor", None) is not None:
+            self.monitor.wandb_monitor = InOrder(self.monitor.wandb_monitor)
+
+    def _complete_steps(self, samples: float = math.inf) -> None:
+        """No value of a step up to `samples` is still to come; by default: nothing is in flight."""
+        ordered = getattr(self.monitor, "wandb_monitor", None)
+        if isinstance(ordered, InOrder):
+            ordered.complete(samples)
 
     def _print(self) -> None:
         """DeepSpeed's line, and which step its loss belongs to."""
