@@ -64,6 +64,11 @@ class Run:
         """All operations."""
         return Timeline(tuple(event for stage in self.stages for event, _ in stage), len(self.stages))
 
+    @property
+    def recorded(self) -> list[int]:
+        """The micro-batches that the first stage has sent forward."""
+        return [event.op.micro_batch for event, _ in self.stages[0] if event.op.kind == FORWARD]
+
     @cached_property
     def disorder(self) -> float:
         """Seconds by which an operation started before something it needs had ended, at most; not above 0 if right."""
@@ -123,15 +128,24 @@ class Run:
     def last(self, ticks: int) -> tuple[Timeline, Timeline]:
         """Measured and planned: the last `ticks` micro-batches of the first stage before a drain, with their numbers.
 
-        The plan is replayed with the times that were measured, so what differs is overhead, latency and noise.
+        Fewer, if no more were recorded. The plan is replayed with the times that were measured, so what differs is
+        overhead, latency and noise.
         """
-        measured = _last(self.timeline, ticks)
         m = self.plan.micro_batches
-        calls = -(-(4 * (self.plan.delay(0) + self.plan.num_stages) + ticks) // m) + 1
-        planned = replay(self.plan, calls, self.cost(), drain=True)
-        shift = _newest(self.timeline) - (calls * m - 1)
-        moved = [e._replace(op=e.op._replace(micro_batch=e.op.micro_batch + shift)) for e in _last(planned, ticks)]
-        return measured, Timeline(tuple(moved), self.plan.num_stages)
+        recorded = self.recorded
+        ticks = min(ticks, len(recorded))
+        measured = _last(self.timeline, ticks)
+        # Of a run that ends before it is steady, the planned one is as short.
+        settled = -(-(4 * (self.plan.delay(0) + self.plan.num_stages) + ticks) // m) + 1
+        calls = max(1, min(settled, -(-len(recorded) // m)))
+        newest = max(recorded, default=0)
+        shift = max(min(recorded, default=0), newest - (calls * m - 1))
+        planned = (
+            event._replace(op=event.op._replace(micro_batch=event.op.micro_batch + shift))
+            for event in replay(self.plan, calls, self.cost(), drain=True)
+        )
+        reached = tuple(event for event in planned if event.op.micro_batch <= newest)  # it may end within a call
+        return measured, _last(Timeline(reached, self.plan.num_stages), ticks)
 
 
 def read(folder: str | Path, replica: int = 0) -> Run:
@@ -144,7 +158,7 @@ def read(folder: str | Path, replica: int = 0) -> Run:
     paths = sorted(Path(folder).glob("stage*-replica*-slice*.jsonl"))
     ranks = [_read_rank(path) for path in paths if not path.name.endswith(".older.jsonl")]
     if not ranks:
-        raise ValueError(f'{folder} has no records; train with "ddg": {{"trace": {str(folder)!r}}}')
+        raise ValueError(f'{folder} has no records; train with "ddg": {{"trace": {json.dumps(str(folder))}}}')
     newest = max(rank.about["run"] for rank in ranks)
     ranks = [r for r in ranks if r.about["run"] == newest and (r.about["replica"], r.about["slice"]) == (replica, 0)]
     ranks.sort(key=lambda rank: rank.about["stage"])
@@ -209,15 +223,10 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
                     raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
 
 
-def _newest(timeline: Timeline) -> int:
-    """The last micro-batch that the first stage has sent forward."""
-    return max((op.micro_batch for op, _, _ in timeline.rows[0] if op.kind == FORWARD), default=0)
-
-
 def _last(timeline: Timeline, ticks: int) -> Timeline:
     """What was going on while the first stage did its last `ticks` ticks, but for a drain."""
-    newest = _newest(timeline)
     forwards = [event for event in timeline.rows[0] if event.op.kind == FORWARD]
+    newest = max((event.op.micro_batch for event in forwards), default=0)
     begin = min((event.start for event in forwards if event.op.micro_batch > newest - ticks), default=0.0)
     end = max((event.end for event in forwards), default=0.0)
     inside = (event for event in timeline if event.end > begin and event.start < end)

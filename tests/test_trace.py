@@ -78,6 +78,24 @@ def test_plan_beside_measurement(folder: Path) -> None:
     assert measured.makespan > planned.makespan
 
 
+@pytest.mark.parametrize("ended", [1, 5, 6])
+def test_a_run_shorter_than_asked_for_is_shown_from_its_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ended: int
+) -> None:
+    """Also one that was killed within a call; and nobody waits for a replay of as many ticks as were asked for."""
+    plan = DDGPlan(2, 3)
+    events = [e for e in replay(plan, 2, COST) if e.op.micro_batch < ended]
+    folder = write(tmp_path / "trace", plan, Timeline(tuple(events), 2))
+    measured, planned = read(folder).last(10**9)
+    assert [op.micro_batch for op, _, _ in measured.rows[0] if op.kind == "F"] == list(range(ended))
+    assert [op.micro_batch for op, _, _ in planned.rows[0] if op.kind == "F"] == list(range(ended))
+    assert min(op.micro_batch for op, _, _ in planned) == 0
+    assert main(["trace", str(folder)]) == 0
+    answer = capsys.readouterr().out
+    assert f"the last {ended} micro-batch(es)" in answer
+    assert "clocks" not in answer  # rounding is no disorder
+
+
 def test_files_of_an_older_run_are_left_out(folder: Path) -> None:
     plan = DDGPlan(5)
     write(folder, plan, replay(plan, 6, COST))  # run 1 had more stages

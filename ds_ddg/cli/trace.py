@@ -16,6 +16,9 @@ from .options import add_output
 
 __all__ = ["HELP", "add_arguments"]
 
+_MICROSECOND = 1e-6
+"""What is less is rounding: wall clocks count seconds since 1970 in 53 bits."""
+
 HELP = "what each stage of a run really did, and what its gaps waited for"
 
 
@@ -45,7 +48,8 @@ def _run(options: argparse.Namespace) -> str:
         [
             f"{title(run.plan)}: {len(run.stages[0])} operations of stage 0, steady for {end - begin:.3f} s",
             "",
-            f"measured, the last {options.ticks} micro-batches of stage 0, a column per forward time",
+            f"measured, the last {min(options.ticks, len(run.recorded))} micro-batch(es) of stage 0, "
+            "a column per forward time",
             clock(measured, unit),
             "",
             "planned, with the times measured and links without latency",
@@ -75,7 +79,7 @@ def _cells(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _warnings(run: Run) -> list[str]:
-    if run.disorder <= 0:
+    if run.disorder < _MICROSECOND:
         return []
     return [
         f"operations seem to start up to {1e3 * run.disorder:.3f} ms before what they need has ended: the clocks of "
