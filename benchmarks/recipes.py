@@ -13,10 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shlex
-import socket
-import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,9 +23,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
+
+from benchmarks import launch
+
 SCHEDULES = ("1f1b", "ddg")
-LAST_LINES = 30
 START, END = "<!-- measured: python benchmarks/recipes.py -->", "<!-- end of measured -->"
 
 
@@ -84,35 +82,7 @@ class Run:
         """Those of an earlier run of the same command, or of a new one. SystemExit with the log's end if it fails."""
         output = directory / self.recipe / f"{self.stages}_stages_{self.schedule}_seed_{self.seed}"
         command = [*RECIPES[self.recipe].command, "--schedule", self.schedule, "--seed", str(self.seed), *self.extra]
-        told = shlex.join(["deepspeed", "--quiet", "--num_gpus", str(self.stages), *command]) + "\n"
-        metrics, made_by, log = output / "metrics.json", output / "command.txt", output / "log.txt"
-        if not (metrics.is_file() and made_by.is_file() and made_by.read_text() == told):
-            output.mkdir(parents=True, exist_ok=True)
-            metrics.unlink(missing_ok=True)
-            made_by.write_text(told)
-            status = self._launch([*command, "--output-dir", str(output)], log)
-            if status or not metrics.is_file():
-                last = "\n".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:])
-                raise SystemExit(f"{told.strip()}: exit status {status}; the end of {log}:\n{last}")
-        found: dict[str, Any] = json.loads(metrics.read_text())
-        return found
-
-    def _launch(self, command: list[str], log: Path) -> int:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launcher = ["-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", str(self.stages), "--master_port"]
-        environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **os.environ}
-        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        with log.open("w") as stream:
-            return subprocess.run(
-                [sys.executable, *launcher, str(port), *command],
-                cwd=ROOT,
-                env=environment,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                check=False,
-            ).returncode
+        return launch.metrics(command, self.stages, output)
 
 
 def row(name: str, stages: int, runs: dict[Run, dict[str, Any]]) -> dict[str, Any]:
@@ -181,7 +151,7 @@ def main() -> None:
     parser.add_argument("--recipe", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--stages", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "benchmark")
+    parser.add_argument("--output-dir", type=Path, default=launch.ROOT / "runs" / "benchmark")
     parser.add_argument(
         "--docs", type=Path, help="a file with markers, such as docs/recipes.md, to put the table into"
     )

@@ -14,6 +14,7 @@ from math import gcd, inf
 from typing import Any
 
 from .balance import LayerCost, balance
+from .memory import Backward, Sizes, at_most
 from .plan import DDGPlan, Plan
 from .simulate import UNIT_COST, Cost, replay
 from .synchronous import DualPipeVPlan, GPipePlan, OneFOneBPlan
@@ -29,16 +30,20 @@ _AS_FAST = 1.01
 class Model:
     """What each stage costs; bytes are per stage, in order, or empty where they are not known.
 
-    Gradients and optimizer states are the same under every schedule, so they are not counted.
+    Optimizer states are the same under every schedule, so they are not counted.
     """
 
     cost: Cost
     weight_bytes: Sequence[float] = ()
-    """One version of a stage's weights."""
+    """One version of a stage's weights; their gradients take as much."""
     activation_bytes: Sequence[float] = ()
     """What one micro-batch keeps on a stage until its backward, without its input."""
     input_bytes: float = 0.0
     """The data of a micro-batch."""
+    output_bytes: Sequence[float] = ()
+    """What each stage sends on for a micro-batch; by default what the cost says, all the same."""
+    backward: Sequence[Backward] = ()
+    """What a backward pass has alive; by default, as if every stage had many layers, all alike."""
 
     def __post_init__(self) -> None:
         for name in ("weight_bytes", "activation_bytes"):
@@ -55,7 +60,7 @@ class Model:
         A hop carries what the largest of the stages' outputs is.
         """
         split = balance(layers, num_stages)
-        stages, times = split.stages, split.stage_ms
+        times = split.stage_ms
         mean = sum(times) / num_stages
         forward = sum(layer.forward_ms for layer in layers) / num_stages
         cost = Cost(
@@ -63,12 +68,20 @@ class Model:
             mean - forward,
             update,
             link=link,
-            num_bytes=max((stage[-1].output_bytes for stage in stages[:-1]), default=0),
+            num_bytes=max((stage[-1].output_bytes for stage in split.stages[:-1]), default=0),
             bandwidth=bandwidth,
             scale=tuple(time / mean for time in times) if mean else (),
         )
+        return cls.of_stages(split.stages, cost)
+
+    @classmethod
+    def of_stages(cls, stages: Sequence[Sequence[LayerCost]], cost: Cost, input_bytes: float = 0.0) -> Model:
+        """Measured layers, split by whoever calls; the arguments as in the class."""
         weights = tuple(float(sum(layer.parameter_bytes for layer in stage)) for stage in stages)
-        return cls(cost, weights, tuple(float(sum(layer.activation_bytes for layer in stage)) for stage in stages))
+        activations = tuple(float(sum(layer.activation_bytes for layer in stage)) for stage in stages)
+        outputs = tuple(float(stage[-1].output_bytes) for stage in stages)
+        backward = tuple(map(Backward.of_layers, stages, (0.0, *outputs[:-1])))
+        return cls(cost, weights, activations, input_bytes, outputs, backward)
 
 
 @dataclass(frozen=True)
@@ -111,30 +124,23 @@ class Setup:
 
     @property
     def memory(self) -> list[float] | None:
-        """Bytes by stage for weights and activations, at most; None if the model does not say."""
+        """Bytes by stage for weights, gradients, activations and messages, at most; None if the model does not say."""
         if not (self.model.weight_bytes or self.model.activation_bytes):
             return None
+        stash = self.weights == "stash"
         stages = range(self.plan.num_stages)
-        weights, activations = (
-            values or [0.0] * len(stages) for values in (self.model.weight_bytes, self.model.activation_bytes)
-        )
-        return [n * weights[k] + self._kept(k, activations[k]) for k, n in zip(stages, self.versions, strict=True)]
+        return [at_most(self.plan, k, self._sizes(k), stash, self._recomputes(k)) for k in stages]
 
-    def _kept(self, stage: int, activation_bytes: float) -> float:
-        """Bytes of activations and messages alive on `stage`."""
-        plan, message = self.plan, self.model.cost.num_bytes
-        passes = plan.activations(stage) / plan.num_chunks
-        received = message if stage > 0 else self.model.input_bytes
-        # A micro-batch's input waits for its gradient, and DeepSpeed runs the layers on a copy of it.
-        alive = received + activation_bytes
-        kept = passes * received + alive if self._recomputes(stage) else passes * (received + alive)
-        if stage > 0:
-            kept += 2 * message  # the next activation, and the gradient that is sent
-        else:
-            kept += (plan.micro_batches - 1) * received  # the data of a whole call is fetched first
-        if stage < plan.num_stages - 1:
-            kept += 2 * message  # the gradient that is used, and the next one
-        return kept
+    def _sizes(self, stage: int) -> Sizes:
+        model, last = self.model, self.plan.num_stages - 1
+        outputs = model.output_bytes or [model.cost.num_bytes] * last
+        weights, activations = (
+            float(values[stage]) if values else 0.0 for values in (model.weight_bytes, model.activation_bytes)
+        )
+        received = outputs[stage - 1] if stage > 0 else model.input_bytes
+        sent = outputs[stage] if stage < last else 0.0
+        equal = Backward.of_equal_layers(weights, activations, model.cost.num_bytes)
+        return Sizes(weights, activations, received, sent, model.backward[stage] if model.backward else equal)
 
     def _recomputes(self, stage: int) -> bool:
         return self.activations == "recompute" and self.plan.delay(stage) > 0

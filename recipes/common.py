@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--schedule", choices=["ddg", "1f1b"], help="1f1b is DeepSpeed's own (default: as configured)")
     parser.add_argument("--stages", type=int, help="pipeline stages (default: one per process)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and augmentation")
-    parser.add_argument("--output-dir", type=Path, help="for metrics.json and curves.png (default: below runs/)")
+    parser.add_argument("--output-dir", type=Path, help="for metrics, losses and curves.png (default: below runs/)")
     parser.add_argument("--checkpoint-dir", type=Path, help="save checkpoints here, on a disk that all machines share")
     parser.add_argument(
         "--checkpoint-every", type=int, metavar="CALLS", help="train_batch() calls between two of them"

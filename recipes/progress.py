@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,12 +49,13 @@ class Progress:
         }
         self.calls = 0
         """Made so far, those before a resumption included."""
-        self.seconds = 0.0
-        """Spent in training, without evaluation and checkpoints."""
         self.held_out: dict[str, dict[int, float]] = {}
         """Metric -> number of calls made before the evaluation -> value."""
         self._engine = engine
+        self._spent = 0.0
+        self._start: float | None = None
         self._losses: dict[int, float] = {}
+        self._known: dict[int, float] = {}
         self._unread: list[tuple[int, Tensor]] = []
         self._bar = tqdm(
             total=calls * engine.train_batch_size(),
@@ -69,11 +71,17 @@ class Progress:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.seconds += time.perf_counter() - self._start
+        self._spent, self._start = self.seconds, None
+
+    @property
+    def seconds(self) -> float:
+        """Spent in training so far, without evaluation and checkpoints."""
+        return self._spent + (0.0 if self._start is None else time.perf_counter() - self._start)
 
     def update(self, loss: Tensor, loss_call: int) -> None:
         """After a ``train_batch()``: the loss that it returned, and the call (0, 1, ...) that this is the loss of."""
         self._unread.append((loss_call, loss.detach()))
+        self._known.setdefault(loss_call, self.seconds)  # DDG returns that of call 0 until the next one is there
         self.calls += 1
         self._bar.update(self._engine.train_batch_size())
         if self.calls % READ_EVERY == 0 or self.calls == 1:
@@ -115,18 +123,21 @@ class Progress:
             "held_out": self.held_out,
             "loss_calls": torch.tensor(list(self.losses), dtype=torch.int64),
             "losses": torch.tensor(list(self.losses.values()), dtype=torch.float64),
+            "loss_seconds": torch.tensor([self._known[call] for call in self.losses], dtype=torch.float64),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self.calls, self.seconds, self.held_out = state["calls"], state["seconds"], state["held_out"]
-        self._losses = dict(zip(state["loss_calls"].tolist(), state["losses"].tolist(), strict=True))
+        self.calls, self._spent, self.held_out = state["calls"], state["seconds"], state["held_out"]
+        calls = state["loss_calls"].tolist()
+        self._losses = dict(zip(calls, state["losses"].tolist(), strict=True))
+        self._known = dict(zip(calls, state["loss_seconds"].tolist(), strict=True))
         self._unread = []
         self._bar.update(self.calls * self._engine.train_batch_size() - self._bar.n)
         self._bar.unpause()  # what was done before does not count for the speed
 
     def finish(self, output_dir: Path, title: str, draw: Sequence[str], **metrics: Any) -> None:
-        """On rank 0: write metrics.json and curves.png, and print the metrics as the last line.
+        """On rank 0: write metrics.json, losses.csv and curves.png, and print the metrics as the last line.
 
         Args:
             output_dir: made if it is not there.
@@ -149,12 +160,20 @@ class Progress:
         }
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "metrics.json").write_text(json.dumps(line, indent=2) + "\n")
+        self._write_losses(output_dir / "losses.csv")
         shown = {name: self.held_out.get(name, {}) for name in draw}
         stages = self.settings["stages"]
         full_title = f"{title}, {stages} {'stage' if stages == 1 else 'stages'}, {self.settings['schedule']}"
         path = output_dir / "curves.png"
         draw_curves(path, full_title, self.losses, shown, self._window, self.calls_per_epoch)
         print(json.dumps(line), flush=True)
+
+    def _write_losses(self, path: Path) -> None:
+        """Training loss of each call, and the seconds of training after which the script had it."""
+        with path.open("w", newline="", encoding="ascii") as file:
+            rows = csv.writer(file)
+            rows.writerow(("call", "loss", "seconds"))
+            rows.writerows((call, loss, f"{self._known[call]:.6f}") for call, loss in sorted(self.losses.items()))
 
     @property
     def _window(self) -> int:

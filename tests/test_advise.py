@@ -8,7 +8,7 @@ from ds_ddg.advise import Model, Setup, candidates, recommend, setups, steady
 from ds_ddg.balance import LayerCost
 from ds_ddg.plan import DDGPlan
 from ds_ddg.simulate import Cost, replay
-from ds_ddg.synchronous import DualPipeVPlan, GPipePlan, OneFOneBPlan
+from ds_ddg.synchronous import OneFOneBPlan
 
 GIB = Model(Cost(num_bytes=0.1), weight_bytes=(1, 1, 1, 1), activation_bytes=(2, 2, 2, 2))
 
@@ -18,17 +18,15 @@ PAIR = Model(Cost(num_bytes=0.1), weight_bytes=(1, 1), activation_bytes=(2, 2))
 @pytest.mark.parametrize(
     ("setup", "memory"),
     [
-        # An input takes 0.1 twice; under way are two gradients (not on the last stage), an activation and a gradient.
-        (Setup(DDGPlan(4), GIB), [4 + 8 + 0.2, 3 + 6.6 + 0.4, 2 + 4.4 + 0.4, 1 + 2.2 + 0.2]),
-        (Setup(DDGPlan(4, 4), GIB), [2 + 8 + 0.2, 2 + 6.6 + 0.4, 2 + 4.4 + 0.4, 1 + 2.2 + 0.2]),
-        (Setup(DDGPlan(4), GIB, weights="current"), [1 + 8 + 0.2, 1 + 6.6 + 0.4, 1 + 4.4 + 0.4, 1 + 2.2 + 0.2]),
-        (Setup(DDGPlan(4), GIB, activations="recompute"), [4 + 2.2, 3 + 2.4 + 0.4, 2 + 2.3 + 0.4, 1 + 2.2 + 0.2]),
-        (Setup(OneFOneBPlan(4, 2), GIB), [1 + 4 + 0.2, 1 + 4.4 + 0.4, 1 + 4.4 + 0.4, 1 + 2.2 + 0.2]),
-        (Setup(GPipePlan(4, 6), GIB), [1 + 12 + 0.2, 1 + 13.2 + 0.4, 1 + 13.2 + 0.4, 1 + 13.2 + 0.2]),
-        # 2K + 1 passes, each through half of a stage.
-        (Setup(DualPipeVPlan(4, 8), GIB), [1 + 9 + 0.2, 1 + 9.9 + 0.4, 1 + 9.9 + 0.4, 1 + 9.9 + 0.2]),
-        # The data of all micro-batches of a call, and the copies of those in flight.
-        (Setup(DDGPlan(2, 3), Model(Cost(), (1, 1), (2, 2), input_bytes=0.5)), [2 + 2 * 3 + 2 * 0.5, 1 + 2]),
+        # At work are a backward, 2 of activations or gradients in their place and 2 x 0.1, and 0.1 twice of its input.
+        # Messages: the gradient used; two held, and the next activation; two held on the last stage.
+        (Setup(DDGPlan(4), GIB), [4 + 8 + 0.3, 3 + 6.4 + 0.8, 2 + 4.2 + 0.8, 1 + 2 + 0.6]),
+        (Setup(DDGPlan(4, 4), GIB), [2 + 9 + 0.3, 2 + 7.4 + 0.8, 1 + 5.2 + 0.8, 1 + 3 + 0.6]),
+        (Setup(DDGPlan(4), GIB, weights="current"), [1 + 8 + 0.3, 1 + 6.4 + 0.8, 1 + 4.2 + 0.8, 1 + 2 + 0.6]),
+        (Setup(DDGPlan(4), GIB, activations="recompute"), [4 + 2.7, 3 + 3.3, 2 + 3.1, 1 + 2 + 0.6]),
+        (Setup(OneFOneBPlan(4, 2), GIB), [1 + 5 + 0.4, 1 + 5.2 + 0.8, 1 + 5.2 + 0.8, 1 + 3 + 0.6]),
+        # The data of the rest of a call, and the copies of those in flight.
+        (Setup(DDGPlan(2, 3), Model(Cost(), (1, 1), (2, 2), input_bytes=0.5)), [2 + 3 + 1 + 2 + 1, 1 + 3]),
     ],
 )
 def test_memory_of_each_stage(setup: Setup, memory: list[float]) -> None:
@@ -85,3 +83,4 @@ def test_model_of_measured_layers() -> None:
     model = Model.of_layers(layers, 2, update=0.5, link=0.25, bandwidth=8)
     assert model.cost == Cost(2, 4, 0.5, 0.25, 2, 8, (1, 1))
     assert (model.weight_bytes, model.activation_bytes) == ((30, 40), (12, 1))
+    assert (model.output_bytes, model.backward) == ((2, 1), ((7 + 30 + 3, 12 + 20 + 5), (1 + 40 + 3, 1 + 40 + 3)))

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import launch
 from distributed import Ranks
 from recipes import common
 from recipes.progress import Progress
@@ -166,7 +167,23 @@ def finished(progress: Progress, folder: Path, capsys: pytest.CaptureFixture[str
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert json.loads((folder / "metrics.json").read_text()) == line
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    header, *losses = (row.split(",") for row in (folder / "losses.csv").read_text().splitlines())
+    assert header == ["call", "loss", "seconds"]
+    assert {int(call): float(loss) for call, loss, _ in losses} == progress.losses
+    seconds = [float(at) for _, _, at in losses]
+    assert seconds == sorted(seconds)
+    assert all(0 < at <= progress.seconds + 1e-6 for at in seconds)
     return line
+
+
+def test_a_loss_was_known_when_it_came_not_when_its_call_ended(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100))
+    monkeypatch.setattr("recipes.progress.time.perf_counter", lambda: float(next(clock)))
+    progress = Progress(FakeEngine(), 6)  # type: ignore[arg-type]
+    make_calls(progress, 4)
+    assert progress.losses == {0: 10.0, 1: 9.0}
+    # The clock goes on by one with each look: two looks a call in training, at the loss and at the end.
+    assert progress.state_dict()["loss_seconds"].tolist() == [1.0, 7.0]
 
 
 @pytest.mark.parametrize("calls_per_epoch", [4, None])
@@ -245,6 +262,10 @@ def test_checkpoints_are_few_and_restore_the_record(alone: None, tmp_path: Path)
     make_calls(again, 2)
     assert (again.calls, again.losses, again.held_out) == (progress.calls, progress.losses, progress.held_out)
     assert again.seconds >= progress.seconds / 2
+    for record, folder in ((progress, "whole"), (again, "parts")):
+        record.finish(tmp_path / folder, "A run", draw=[])
+    whole, parts = ((tmp_path / folder / "losses.csv").read_text().splitlines() for folder in ("whole", "parts"))
+    assert whole[:17] == parts[:17], "a resumed run knows when it had the losses before"
 
 
 def test_without_a_folder_nothing_is_saved(alone: None, tmp_path: Path) -> None:
@@ -351,12 +372,12 @@ def test_the_benchmarks_table(tmp_path: Path) -> None:
 def test_the_benchmark_repeats_no_run_of_the_same_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
 
-    def launch(run: Any, command: list[str], log: Path) -> int:
+    def start(command: list[str], stages: int, log: Path) -> int:
         started.append(command)
         (Path(command[-1]) / "metrics.json").write_text(json.dumps({"run": len(started)}))
         return 0
 
-    monkeypatch.setattr(benchmark.Run, "_launch", launch)
+    monkeypatch.setattr(launch, "_launch", start)
     run = benchmark.Run("resnet", 2, 0, "ddg", ())
     assert [run.metrics(tmp_path)["run"], run.metrics(tmp_path)["run"]] == [1, 1]
     assert benchmark.Run("resnet", 2, 1, "ddg", ()).metrics(tmp_path)["run"] == 2
@@ -365,10 +386,10 @@ def test_the_benchmark_repeats_no_run_of_the_same_command(tmp_path: Path, monkey
 
 
 def test_the_benchmark_says_why_a_run_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def launch(run: Any, command: list[str], log: Path) -> int:
+    def start(command: list[str], stages: int, log: Path) -> int:
         log.write_text("line\n" * 100 + "ValueError: too bad\n")
         return 1
 
-    monkeypatch.setattr(benchmark.Run, "_launch", launch)
+    monkeypatch.setattr(launch, "_launch", start)
     with pytest.raises(SystemExit, match=r"(?s)deepspeed --quiet --num_gpus 4 recipes/.*exit status 1.*too bad"):
         benchmark.Run("bert", 4, 0, "1f1b", ()).metrics(tmp_path)

@@ -99,7 +99,8 @@ def state_of(checkpoint: Path) -> dict[str, Any]:
 
     for file in sorted(checkpoint.iterdir()):
         walk(file.name, torch.load(file, weights_only=False))
-    return {place: value for place, value in values.items() if not place.endswith("/progress/seconds")}
+    timed = ("/progress/seconds", "/progress/loss_seconds")
+    return {place: value for place, value in values.items() if not place.endswith(timed)}
 
 
 def interrupted_and_resumed(rank: int, world_size: int, folder: str, schedule: str) -> tuple[Any, Any]:

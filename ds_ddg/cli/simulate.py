@@ -13,6 +13,7 @@ from ds_ddg.advise import Model, Setup, candidates, recommend, setups, title
 from ds_ddg.balance import LayerCost, load, size, table
 from ds_ddg.curves import save_curves
 from ds_ddg.draw import save
+from ds_ddg.plan import DDGPlan
 from ds_ddg.simulate import Cost, replay
 
 from .options import add_output, list_of, num_bytes
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory-limit",
         type=num_bytes,
         metavar="X",
-        help="bytes of a device for weights and activations, such as 20G, without gradients and optimizer states: "
+        help="bytes of a device for weights, gradients and activations, such as 20G, without optimizer states: "
         "also say which M, slack, weights and activations to take",
     )
     add_output(parser)
@@ -129,7 +130,8 @@ def _one_device(setup: Setup) -> dict[str, Any]:
     row |= {"schedule": "one device", "slack": None, "time_per_call": round(setup.one_device, 6)}
     row |= {"speedup": 1.0, "efficiency": 1.0, "staleness": 0, "versions": 1, "activations": 1.0}
     if "memory" in row:
-        row["memory"] = [round(sum(setup.model.weight_bytes) + sum(setup.model.activation_bytes))]
+        whole = Model(Cost(), [sum(setup.model.weight_bytes)], [sum(setup.model.activation_bytes)])
+        row["memory"] = Setup(DDGPlan(1, setup.plan.micro_batches), whole).record()["memory"]
     return row
 
 
@@ -144,7 +146,7 @@ def _notes(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> list[
         "speedup: over one device; efficiency: share of the devices' time spent on work; activations: on stage 0",
     ]
     if "memory" in rows[0]:
-        notes.append("memory: weights and activations of the fullest stage, without gradients and optimizer states")
+        notes.append("memory: weights, gradients and activations of the fullest stage, without optimizer states")
     skipped = sorted({row["stages"] for row in rows if row["micro_batches"] < 2 * row["stages"]})
     if skipped:
         notes.append(f"dualpipev needs M >= 2K, so it is not everywhere (K = {', '.join(map(str, skipped))})")

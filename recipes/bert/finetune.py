@@ -12,7 +12,7 @@ GLUE, from the folders that its archives unpack to, with BERT-Base in a folder o
 
 and MNLI likewise with `MNLI/train.tsv` and `MNLI/dev_matched.tsv`. Columns are found by their names in the header, see
 `glue.py`. Model and tokenizer go to `--output-dir`/model, which AutoModelForSequenceClassification and AutoTokenizer
-read; curves.png and metrics.json beside it. F1 is that of the second of two labels, and the mean over more (macro).
+read; the record is beside. F1 is that of the second of two labels, and the mean over more (macro).
 """
 
 from __future__ import annotations

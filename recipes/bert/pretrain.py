@@ -18,7 +18,7 @@ Your own text, and a BERT-Base in four stages:
         --text DIR_OR_FILE ... --vocabulary 30000 --layers 12 --hidden 768 --heads 12 --dropout 0.1 --length 128
 
 `--model DIR` goes on from a Hugging Face directory, with its own vocabulary, instead. Model and tokenizer go to
-`--output-dir`/model, which AutoModelForMaskedLM and AutoTokenizer read; curves.png and metrics.json beside it.
+`--output-dir`/model, which AutoModelForMaskedLM and AutoTokenizer read; metrics.json, losses.csv, curves.png beside.
 `--schedule 1f1b` trains the same network on the same batches with DeepSpeed's schedule, for comparison. Perplexity is
 that of the masked tokens of held-out documents, with the same masks in every run. Rank 0 prepares the text, which has
 to fit into memory. Without `--quiet` the launcher has the last word instead of the metrics.

@@ -21,8 +21,8 @@ A torchvision ResNet on ImageNet, for a folder DIR with train/CLASS/*.JPEG and v
     deepspeed --quiet --num_gpus 4 recipes/resnet/train.py --deepspeed_config configs/resnet50_imagenet.json \
         --dataset imagefolder --data-dir DIR --model resnet50 --epochs 90 --checkpoint-dir ckpt --resume --save out
 
-`--schedule 1f1b` trains the same network in the same order with DeepSpeed's schedule, for comparison. curves.png and
-metrics.json go to `--output-dir`. Without `--quiet` the launcher has the last word instead of the metrics.
+`--schedule 1f1b` trains the same network in the same order with DeepSpeed's schedule, for comparison. metrics.json,
+losses.csv, curves.png go to `--output-dir`. Without `--quiet` the launcher has the last word instead of the metrics.
 """
 
 from __future__ import annotations

@@ -1,0 +1,120 @@
+"""How much memory a stage needs at its fullest moment, counted from the plan.
+
+In the steady state of DDG stage k goes through the same moments in every call: M backward passes and an update. At
+each, something else is at its most:
+
+    weights       at the backward of n - d_k all versions since that micro-batch's; one more after the update
+    activations   those of d_k micro-batches wait; of the one at work they go, layer by layer
+    gradients     of the weights: none before the first backward of a call, whose layers make them as the activations
+                  go; all of them at the others
+    messages      sent ones are held until the plan says that they must have been read (`Connections.expect`)
+    data          on the first stage, of the rest of the call
+
+Optimizer states come on top, and what an update needs for itself; so does what a mixed-precision optimizer adds.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .balance import LayerCost
+from .plan import DDGPlan, Plan
+
+__all__ = ["Backward", "Sizes", "at_most"]
+
+
+class Backward(NamedTuple):
+    """What a backward pass has alive at its peak, its micro-batch's activations included."""
+
+    first: float
+    """Where there are no gradients of the weights yet: with those that it makes."""
+    later: float
+    """Where they are all there already, on top of them."""
+
+    @classmethod
+    def of_equal_layers(cls, weights: float, activations: float, message: float) -> Backward:
+        """Of many layers alike: for each layer's activations that go there is a gradient of its weights.
+
+        Two gradients of activations are at work: of a layer's output, and of its input.
+        """
+        return cls(max(weights, activations) + 2 * message, activations + 2 * message)
+
+    @classmethod
+    def of_layers(cls, layers: Sequence[LayerCost], received: float) -> Backward:
+        """Of measured layers; `received` is the gradient that the first one makes of its input, 0 if none."""
+        first = later = 0.0
+        kept, made = 0.0, float(sum(layer.parameter_bytes for layer in layers))
+        for layer in layers:
+            kept += layer.activation_bytes
+            work = layer.output_bytes + received
+            first = max(first, kept + made + work)
+            later = max(later, kept + layer.parameter_bytes + work)  # adds a gradient of its own to the one there
+            made -= layer.parameter_bytes
+            received = layer.output_bytes
+        return cls(first, later)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of one stage, in bytes."""
+
+    weights: float
+    """One version; as much as their gradients."""
+    activations: float
+    """Of a micro-batch, without its input."""
+    received: float
+    """The input of a micro-batch: data, or a message."""
+    sent: float
+    """What goes to the next stage for a micro-batch; as much as the gradient that comes back. 0 on the last stage."""
+    backward: Backward
+
+
+def at_most(plan: Plan, stage: int, sizes: Sizes, stash: bool = True, recompute: bool = False) -> float:
+    """Bytes that `stage` has alive at its fullest moment, for weights, gradients, activations and messages.
+
+    Args:
+        plan: says what is in flight.
+        stage: this stage.
+        sizes: of this stage.
+        stash: every micro-batch in flight keeps the weights of its forward; otherwise there is one version.
+        recompute: activations are computed anew for the backward, so only the inputs wait.
+    """
+    if not isinstance(plan, DDGPlan):
+        return _synchronous(plan, stage, sizes)
+    messages = 0.0
+    if stage > 0:
+        # Gradients held, and the next activation, for which the last stage listens only when its backward is done.
+        held = plan.delay(stage - 1) - plan.delay(stage) + 1
+        messages += (held + (stage < plan.num_stages - 1)) * sizes.received
+    if stage < plan.num_stages - 1:
+        messages += sizes.sent  # the gradient that is used
+    if recompute:
+        messages += plan.activations(stage) * sizes.sent  # activations held, which are no longer in any graph
+    # DeepSpeed runs the layers on a copy of their input.
+    waiting = plan.delay(stage) * (sizes.received if recompute else 2 * sizes.received + sizes.activations)
+    return messages + waiting + max(_moments(plan, stage, sizes, stash))
+
+
+def _moments(plan: DDGPlan, stage: int, sizes: Sizes, stash: bool) -> Iterator[float]:
+    """Bytes at each backward of a call and at its update, but for what is the same at all of them."""
+    delay, m = plan.delay(stage), plan.micro_batches
+    for number in range(m):
+        versions = 1 - min(0, number - delay) // m if stash else 1
+        work = sizes.backward.first if number == 0 else sizes.weights + sizes.backward.later
+        data = (m - 1 - number) * sizes.received if stage == 0 else 0.0
+        yield versions * sizes.weights + 2 * sizes.received + work + data
+    yield (plan.versions(stage) if stash else 1) * sizes.weights + sizes.weights
+
+
+def _synchronous(plan: Plan, stage: int, sizes: Sizes) -> float:
+    """DeepSpeed's own schedules: at most this, as not every backward finds all passes alive."""
+    passes = plan.activations(stage) / plan.num_chunks
+    one = plan.micro_batches == 1
+    work = sizes.backward.first if one else sizes.weights + sizes.backward.later
+    messages = 2 * sizes.sent + (2 if stage > 0 else plan.micro_batches - 1) * sizes.received
+    # Of the passes, one is at work.
+    waiting = passes * (2 * sizes.received + sizes.activations) - sizes.activations
+    return sizes.weights + waiting + work + messages
