@@ -9,7 +9,9 @@ its *holders*, have a copy. So the equation needs no special case, and messages 
                       call, which comes later, as every call does on a later stage
 
 The natural skew between the stages covers both, and the copies are equal at every call. The holder's optimizer knows
-nothing of them. DeepSpeed all-reduces the gradients of tied weights instead, which makes their stages wait.
+nothing of them. DeepSpeed all-reduces the gradients of tied weights instead, which makes their stages wait; each stage
+then updates its copy with an optimizer state of its own, equal to the others'. So in a checkpoint a holder has its
+owner's.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ds_ddg.inbox import Inbox
@@ -45,6 +48,10 @@ class Ties:
         """What this stage owns, by holder."""
         self._held: dict[int, list[torch.nn.Parameter]] = {}
         """What this stage holds, by owner."""
+        self._comms: list[tuple[int, Any, list[torch.nn.Parameter]]] = []
+        """Of each tie: the rank of its owner, DeepSpeed's group of the stages that have it, what is trained of it."""
+        self._with_held: list[list[torch.nn.Parameter]] = []
+        """The optimizer's groups as they were given."""
         self._outbox: dict[int, Outbox] = {}
         self._inbox: dict[int, Inbox] = {}
         for tie in module.tied_comms.values() if enabled else ():
@@ -54,6 +61,7 @@ class Ties:
             for parameter in tie["module"].parameters():
                 parameter.ds_pipe_replicated = owner != module.stage_id and any(parameter is p for p in tied)
             trained = [parameter for parameter in tied if parameter.requires_grad]
+            self._comms.append((tie["ranks"][0], tie["group"], trained))
             for holder in holders:
                 if module.stage_id == owner and trained:
                     self._lent.setdefault(holder, []).extend(trained)
@@ -139,9 +147,39 @@ class Ties:
         A group of nothing else stays, with its learning rate, for schedulers and for callers that ask for it.
         """
         held = {id(parameter) for parameter in self.held}
-        for group in optimizer.param_groups:
+        self._with_held = [list(group["params"]) for group in optimizer.param_groups] if held else []
+        for group in optimizer.param_groups if held else ():
             kept = [parameter for parameter in group["params"] if id(parameter) not in held]
             group["params"] = kept or [torch.nn.Parameter(torch.empty(0))]
+
+    @contextmanager
+    def returned_to(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """Inside this block `optimizer` has held parameters again, as in DeepSpeed's own engine."""
+        own = [group["params"] for group in optimizer.param_groups]
+        for group, given in zip(optimizer.param_groups, self._with_held, strict=False):  # more may have been added
+            group["params"] = given
+        try:
+            yield
+        finally:
+            for group, parameters in zip(optimizer.param_groups, own, strict=True):
+                group["params"] = parameters
+            for parameter in self.held:
+                optimizer.state.pop(parameter, None)
+
+    def share_states(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give held parameters their owner's state in `optimizer`. Collective over the stages of each tie."""
+        for owner, group, parameters in self._comms:
+            mine = dist.get_rank() == owner
+            told: list[Any] = [[_on_host(optimizer.state.get(p)) for p in parameters] if mine else None]
+            dist.broadcast_object_list(told, src=owner, group=group)
+            if not mine:
+                known = zip(parameters, told[0], strict=True)
+                optimizer.state.update({parameter: state for parameter, state in known if state is not None})
+
+
+def _on_host(state: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Of one parameter, for another process, which may have no such device."""
+    return state and {name: value.cpu() if torch.is_tensor(value) else value for name, value in state.items()}
 
 
 def left_out_of_checkpoints(module: Any) -> dict[str, torch.nn.Module]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import toy
 from versus import MODES, GetRanks, Setup, versus
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("one_thread")]
 
 SETTINGS = {"lr": 0.01, "weight_decay": 0.1}
 Files = dict[str, str]

@@ -219,6 +219,15 @@ def test_three_holders(ranks: GetRanks, micro_batches: int) -> None:
     assert_exact(got, setting, 3)
 
 
+@pytest.mark.proves("weights tied across stages, data x pipeline")
+def test_replicas(ranks: GetRanks) -> None:
+    """Both have the same data and random numbers, so their mean is exactly that of one."""
+    setting = {"three": False, "micro_batches": 2, "ddg": {}, "optimizer": "adamw"}
+    got = ranks(4).run(train_engine, setting, 2, {})
+    for replica in (got[::2], got[1::2]):
+        assert_exact(replica, setting, 2)
+
+
 @pytest.mark.proves("weights tied across stages, clipped", exact=False)
 def test_clip_counts_the_whole_gradient_at_its_owner(ranks: GetRanks) -> None:
     """Equal to rounding: the norm adds up the parameters in another order."""
@@ -292,14 +301,103 @@ def test_training_resumes_from_a_checkpoint(ranks: GetRanks, tmp_path: Path) -> 
         assert all(map(torch.equal, one[1], other[1]))
 
 
+def project(module: nn.Module, x: Tensor) -> Tensor:
+    return nn.functional.linear(x, module.weight)
+
+
+def saved_by_one(rank: int, world_size: int, directory: str, given: tuple[bool, str]) -> tuple[list[Tensor], Any]:
+    """One engine trains and saves, the other loads and goes on: its weights, and its state of the tied one."""
+    import deepspeed
+    from deepspeed.pipe import PipelineModule, TiedLayerSpec
+
+    import ds_ddg
+
+    ours_first, optimizer = given
+
+    def engine(ours: bool) -> Any:
+        # Without a bias of the decoder's own, which DeepSpeed does not save.
+        ends = [TiedLayerSpec("embed", Plain, forward_fn=use) for use in (None, project)]
+        net = PipelineModule(
+            [ends[0], *blocks(), ends[1]], num_stages=world_size, loss_fn=loss_fn, partition_method="uniform"
+        )
+        initialize = ds_ddg.initialize if ours else deepspeed.initialize
+        made, *_ = initialize(
+            model=net,
+            config=toy.config(1, {} if ours else None),
+            optimizer=toy.OPTIMIZERS[optimizer],
+            model_parameters=list(net.parameters()),
+        )
+        torch.manual_seed(11)
+        return made
+
+    first, second = engine(ours_first), engine(not ours_first)
+    data = batches(9)
+    torch.manual_seed(11)
+    for _ in range(5):
+        first.train_batch(data)
+    first.save_checkpoint(directory)
+    in_optimizer = [sum(len(group["params"]) for group in e.optimizer.param_groups) for e in (first, second)]
+    second.train_batch(batches(1))
+    second.load_checkpoint(directory)
+    assert [sum(len(group["params"]) for group in e.optimizer.param_groups) for e in (first, second)] == in_optimizer
+    torch.manual_seed(5)
+    for _ in range(4):
+        second.train_batch(data)
+    if not ours_first:
+        second.drain()
+    tied = [m.weight for m in second.module.tied_modules.values()]
+    return toy.state(second.module), [dict(second.optimizer.state[p]) for p in tied if p in second.optimizer.state]
+
+
+class Plain(nn.Embedding):
+    def __init__(self) -> None:
+        super().__init__(WORDS, WIDTH, _weight=Embed().weight.data)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.proves("weights tied, checkpoints to DeepSpeed's engine and back")
+def test_checkpoints_go_to_deepspeed_and_back(
+    ranks: GetRanks, tmp_path: Path, ours_first: bool, optimizer: str
+) -> None:
+    """As the oracle, whose delays come or go where the engines change."""
+    first, last = Plain(), Plain()
+    last.weight = first.weight
+    net: list[nn.Module] = [first, *blocks(), Use(last, project)]
+    modules = [nn.Sequential(*net[a:b]) for a, b in ((0, 3), (3, 6), (6, 8))]
+    owned = [list(modules[0].parameters()), list(modules[1].parameters()), list(net[6].parameters())]
+    torch.manual_seed(11)
+    oracle = Reference(modules, loss_fn, [toy.OPTIMIZERS[optimizer](own) for own in owned])
+    delays = {True: oracle.delays, False: [0, 0, 0]}
+    data = batches(9)
+    oracle.delays = delays[ours_first]
+    for _ in range(5):
+        oracle.train_batch(data)
+    oracle.drain()
+    oracle.delays = delays[not ours_first]
+    torch.manual_seed(5)
+    oracle.rng = [torch.get_rng_state() for _ in modules]
+    for _ in range(4):
+        oracle.train_batch(data)
+    oracle.drain()
+    got = ranks(3).run(saved_by_one, str(tmp_path), (ours_first, optimizer))
+    for (states, _), module in zip(got, modules, strict=True):
+        for a, b in zip(sorted_states(states), sorted_states(toy.state(module)), strict=True):
+            assert torch.equal(a, b), float((a - b).abs().max())
+    owners, _, holders = (state for _, state in got)
+    assert len(owners) == 1
+    if ours_first:
+        for name, value in owners[0].items():
+            assert torch.equal(torch.as_tensor(holders[0][name]), torch.as_tensor(value)), name
+    else:
+        assert not holders
+
+
 def train_head_alone(rank: int, world_size: int, more: dict[str, Any]) -> tuple[list[float], bool, list[float]]:
     """The last stage has nothing but the tied decoder: losses, whether the copies are equal, learning rates."""
     from deepspeed.pipe import PipelineModule, TiedLayerSpec
 
     import ds_ddg
-
-    def project(module: nn.Module, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, module.weight)
 
     ends = [TiedLayerSpec("embed", nn.Embedding, WORDS, WIDTH, forward_fn=use) for use in (None, project)]
     net = PipelineModule(
