@@ -9,6 +9,7 @@ The engine's own ``mpu`` must stay the real grid: checkpoint file names come fro
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ __all__ = [
     "IdleOptimizer",
     "StageLocalGrid",
     "clip_stage_gradients",
+    "clipping_by",
     "fold_buffers_back",
     "never_detached",
     "with_a_parameter",
@@ -78,14 +80,45 @@ def clip_stage_gradients(
         square = _square_norm(own) if own else torch.zeros((), device=device)
         dist.all_reduce(square, group=slices.get_model_parallel_group())
     norm = square.pow(0.5)
-    largest = norm if known is None else torch.full_like(norm, known)
-    coefficient = torch.clamp(torch.full_like(norm, max_norm) / (largest + 1e-6), max=1.0)
+    _clip(gradients, max_norm, norm if known is None else torch.full_like(norm, known))
+    return norm
+
+
+def _clip(gradients: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
+    coefficient = torch.clamp(torch.full_like(norm, max_norm) / (norm + 1e-6), max=1.0)
     # On the CPU it costs less to look than to multiply by one.
     if coefficient.is_cpu and coefficient.item() == 1.0:
-        return norm
+        return
     for gradient in gradients:
         gradient.mul_(coefficient)
-    return norm
+
+
+@contextmanager
+def clipping_by(known: float, wrapper: Any) -> Iterator[None]:
+    """Inside this block an optimizer that DeepSpeed wraps clips by the `known` norm; it still measures its own.
+
+    DeepSpeed's wrappers (bf16, fp16, ZeRO-1) unscale gradients, clip them and hand them to the optimizer inside, ZeRO
+    one parameter group at a time. Here they clip to nothing, and what they hand on is clipped on its way.
+    """
+    inner, max_norm = wrapper.optimizer, wrapper.clip_grad
+    before = inner.__dict__.get("step")  # set where a scheduler watches it
+    step = inner.step
+
+    @functools.wraps(step)
+    def clipped_step(*args: Any, **kwargs: Any) -> Any:
+        gradients = [p.grad for group in inner.param_groups for p in group["params"] if p.grad is not None]
+        if gradients:
+            _clip(gradients, max_norm, torch.full((), known, device=gradients[0].device))
+        return step(*args, **kwargs)
+
+    inner.step, wrapper.clip_grad = clipped_step, 0.0
+    try:
+        yield
+    finally:
+        wrapper.clip_grad = max_norm
+        del inner.step
+        if before is not None:
+            inner.step = before
 
 
 def _square_norm(gradients: Sequence[Tensor]) -> Tensor:

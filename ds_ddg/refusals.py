@@ -54,11 +54,12 @@ def _refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
         '"trace" on GPUs',
         "it times launches, not work; use torch.profiler",
     )
-    wrapped = _wrappers(config)
+    # There the optimizer itself divides gradients by their scale and clips them, in one kernel.
+    legacy = "Lamb" if config.optimizer_name == "lamb" else "legacy_fusion" if config.optimizer_legacy_fusion else ""
     yield (
-        bool(wrapped) and ddg.clip == "global",
-        f'"clip": "global" with {" and ".join(wrapped)}',
-        'DeepSpeed clips inside its optimizer there; use "clip": "stage"',
+        bool(legacy) and _wrappers(config) == ["fp16"] and ddg.clip == "global",
+        f'"clip": "global" with fp16 and {legacy}',
+        'its optimizer clips by itself; use "clip": "stage", ZeRO-1 or another optimizer',
     )
     yield (
         bool(config.torch_autocast_enabled) and str(config.torch_autocast_dtype) == "torch.float16",

@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer, ZeROOptimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor
 
 from ds_ddg.config import DDGConfig
-from ds_ddg.local import IdleOptimizer, StageLocalGrid, clip_stage_gradients, with_a_parameter
+from ds_ddg.local import IdleOptimizer, StageLocalGrid, clip_stage_gradients, clipping_by, with_a_parameter
 from ds_ddg.losses import Update
 from ds_ddg.plan import DDGPlan
 from ds_ddg.tied import Ties
@@ -88,12 +89,35 @@ class Updater(_Host):
     def _step(self, lr_kwargs: Any = None) -> None:
         """DeepSpeed's; if it skips the weights for an overflow of this stage, the clocks go on with the others'."""
         known = self.skipped_steps, self._step_applied
-        super()._exec_optimizer_step(lr_kwargs)
+        with self._measured_unscaled(), self._clipped_as_asked():
+            super()._exec_optimizer_step(lr_kwargs)
         self._overflowed = self.skipped_steps > known[0]
         if self.num_stages > 1:
             self.skipped_steps, self._step_applied = known  # until all stages know more
             if self._overflowed and self.lr_scheduler is not None:
                 self.lr_scheduler.step()
+
+    @contextmanager
+    def _measured_unscaled(self) -> Iterator[None]:
+        """Each stage has a scale of its own, so norms are told without it.
+
+        DeepSpeed 0.19.8 unscales them itself with ZeRO; without it by the scale of the next step, or not at all.
+        """
+        if self.num_stages == 1 or not self.fp16_enabled() or isinstance(self.optimizer, ZeROOptimizer):
+            yield
+            return
+        before = float(self.optimizer.loss_scale)
+        yield
+        unfused = isinstance(self.optimizer, FP16_UnfusedOptimizer)
+        factor = (1.0 if unfused else float(self.optimizer.loss_scale)) / before
+        self._global_grad_norm = self._global_grad_norm * factor
+
+    def _clipped_as_asked(self) -> AbstractContextManager[None]:
+        """By the newest norm known of all, where DeepSpeed's optimizer clips; by its own while there is none."""
+        known = self._pipeline_norm if self.ddg.clip == "global" and self.schedule == "ddg" else None
+        if known is None or self.gradient_clipping() <= 0 or not isinstance(self.optimizer, DeepSpeedOptimizer):
+            return nullcontext()
+        return clipping_by(known, self.optimizer)
 
     def _own_update(self) -> Update:
         """What this stage's update of the call that ends here came to.
@@ -106,7 +130,8 @@ class Updater(_Host):
     def _learn_update(self, update: Update) -> None:
         """What those of all stages came to, at the same call on every rank."""
         if self.num_stages > 1:
-            self._pipeline_norm = math.sqrt(update.square) if update.square > 0 else None
+            if not update.skipped:  # a stage that overflowed has no norm, so that of the pipeline stays unknown
+                self._pipeline_norm = math.sqrt(update.square) if update.square > 0 else None
             self.skipped_steps += update.skipped > 0
             self._step_applied = update.skipped == 0
 
@@ -115,7 +140,10 @@ class Updater(_Host):
         self._pipeline_norm, self._last_update = norm, Update(*last)
 
     def get_global_grad_norm(self) -> Any:
-        """Norm of all stages' gradients in call ``loss_step - 1``, equal on every rank; None if not known yet."""
+        """Norm of all stages' gradients in call ``loss_step - 1``, equal on every rank; None if not known yet.
+
+        In fp16, if a stage overflowed in that call, in the newest one before it without an overflow.
+        """
         if self.num_stages == 1 or self.schedule == "1f1b":
             return super().get_global_grad_norm()
         return self._pipeline_norm

@@ -64,6 +64,14 @@ FORMATS = {
         primed=True,
         scale=128.0,
     ),
+    "fp16, fused optimizer, static scale": Format(
+        {"fp16": {"enabled": True, "loss_scale": 128.0}},
+        "FP16_Optimizer",
+        torch.float16,
+        torch.float16,
+        primed=True,
+        scale=128.0,
+    ),
     "fp16, ZeRO-1, static scale": Format(
         {"fp16": {"enabled": True, "loss_scale": 128.0}, **ZERO_1},
         "DeepSpeedZeroOptimizer",
@@ -75,6 +83,23 @@ FORMATS = {
         {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "", torch.float32, torch.float32, autocast=True
     ),
 }
+
+
+def made_for(name: str, optimizer: str) -> Callable[[Any], torch.optim.Optimizer]:
+    """What DeepSpeed is given; a fused one is a plain one by that name, which decides on the wrapper."""
+    make = toy.OPTIMIZERS[optimizer]
+    return as_fused(make) if FORMATS[name].wrapper == "FP16_Optimizer" else make
+
+
+def as_fused(make: Callable[[Any], torch.optim.Optimizer]) -> Callable[[Any], torch.optim.Optimizer]:
+    from deepspeed.ops.adam import FusedAdam
+
+    def fused(parameters: Any) -> torch.optim.Optimizer:
+        optimizer = make(parameters)
+        optimizer.__class__ = type("Fused", (type(optimizer), FusedAdam), {})
+        return optimizer
+
+    return fused
 
 
 def proving(what: str = "", exact: bool = True, names: Iterable[str] = FORMATS) -> list[Any]:
@@ -136,7 +161,7 @@ def train_engine(
     engine, *_ = ds_ddg.initialize(
         model=net,
         config=toy.config(micro_batches, ddg, **form.config, **{"gradient_clipping": clip}),
-        optimizer=toy.OPTIMIZERS[optimizer],
+        optimizer=made_for(name, optimizer),
         model_parameters=list(net.parameters()),
     )
     stage_of = [engine.grid.topology().get_coord(r).pipe for r in range(world_size)]
@@ -168,19 +193,35 @@ class Mixed:
                 master.grad = torch.zeros_like(master)
             self.inner.step()
 
-    def step(self) -> None:
+    def step(self, known: float = 0.0) -> float:
+        """By the `known` norm, if there is one; returns that of these gradients."""
         for weight, master in zip(self.weights, self.masters, strict=True):
             master.grad = SUMS.pop(weight).float() / self.scale
+        gradients = [master.grad for master in self.masters if master.grad is not None]
+        norm = torch.stack([g.norm(2.0) for g in gradients]).square().sum().sqrt()
         if self.clip > 0:
-            nn.utils.clip_grad_norm_(self.masters, self.clip)
+            for gradient in gradients:
+                gradient.mul_(torch.clamp(self.clip / ((torch.tensor(known) if known > 0 else norm) + 1e-6), max=1.0))
         self.inner.step()
         with torch.no_grad():
             for weight, master in zip(self.weights, self.masters, strict=True):
                 weight.copy_(master)
+        return float(norm)
 
     def zero_grad(self) -> None:
         for weight in self.weights:
             weight.grad = None
+
+
+class MixedReference(reference.Reference):
+    """Its optimizers clip for themselves, since they alone have the gradients in full."""
+
+    def _update(self, k: int) -> float:
+        known = self.norms[self.told - 1] if self.clip_globally and self.told > 0 else 0.0
+        optimizer: Any = self.optimizers[k]
+        norm: float = optimizer.step(known)
+        optimizer.zero_grad()
+        return norm**2
 
 
 SUMS: dict[nn.Parameter, Tensor] = {}
@@ -231,12 +272,19 @@ def train_oracle(
     SUMS.clear()
     make = toy.OPTIMIZERS[optimizer]
     optimizers: list[Any] = [make(module.parameters()) for module in modules]
+    kind = reference.Reference
     if form.weights is not torch.float32:
         monkeypatch.setattr(reference, "_accumulate", accumulate_in(form.sums))
         optimizers = [Mixed(module.parameters(), make, clip, form) for module in modules]
-        clip = 0.0
-    oracle = reference.Reference(
-        modules, lambda o, y: loss_fn(o, y) * form.scale, optimizers, micro_batches=micro_batches, clip=clip, **ddg
+        kind = MixedReference
+    settings = {"clip_by" if key == "clip" else key: value for key, value in ddg.items()}
+    oracle = kind(
+        modules,
+        lambda o, y: loss_fn(o, y) * form.scale,
+        optimizers,
+        micro_batches=micro_batches,
+        clip=clip,
+        **settings,
     )
     data = batches((CALLS + REFILL) * micro_batches, form.weights)
     losses = []
@@ -246,7 +294,7 @@ def train_oracle(
     delay = -(-(stages - 1) // micro_batches)
     known = [losses[max(t - delay, 0)] for t in range(CALLS)]
     known += [losses[max(t - delay, CALLS - 1)] for t in range(CALLS, CALLS + REFILL)]
-    return [Result(known, toy.state(module)) for module in modules]
+    return [Result(known, toy.state(module), norm=oracle.norms[-2]) for module in modules]
 
 
 def assert_exact(got: list[Result], expected: list[Result]) -> None:
@@ -273,20 +321,37 @@ def test_equals_the_oracle(
 
 @pytest.mark.parametrize("name", proving(", clipped", exact=False))
 def test_clips_by_the_norm_of_the_stage(ranks: GetRanks, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    run = (monkeypatch, name, 3, 1, "sgd", {})
+    assert_clipped(ranks, name, "sgd", {}, 0.05, train_oracle(*run, 0.05), unlike=train_oracle(*run))
+
+
+@pytest.mark.parametrize("name", proving(', "clip": "global"', exact=False))
+def test_clips_by_the_norm_of_the_pipeline(ranks: GetRanks, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    globally, by_stage = (
+        train_oracle(monkeypatch, name, 3, 1, "fast_sgd", {"clip": clip}, 0.2) for clip in ("global", "stage")
+    )
+    assert_clipped(ranks, name, "fast_sgd", {"clip": "global"}, 0.2, globally, unlike=by_stage)
+
+
+def assert_clipped(
+    ranks: GetRanks,
+    name: str,
+    optimizer: str,
+    ddg: dict[str, Any],
+    clip: float,
+    expected: list[Result],
+    unlike: list[Result],
+) -> None:
     """DeepSpeed's wrappers clip with an arithmetic of their own: equal to rounding."""
-    clip = 0.05
-    got = ranks(3).run(train_engine, name, 1, "sgd", {}, clip)
+    got = ranks(3).run(train_engine, name, 1, optimizer, ddg, clip)
     assert [result.across for result in got] == [0, 0, 0], "a collective across stages"
-    norms = [result.norm for result in got]
-    assert None not in norms
-    assert len(set(norms)) == 1, "the norm of the pipeline, which all ranks know alike"
-    expected = train_oracle(monkeypatch, name, 3, 1, "sgd", {}, clip)
-    free = train_oracle(monkeypatch, name, 3, 1, "sgd", {})
     fine = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}[FORMATS[name].weights]
-    for ours, its, unclipped in zip(got, expected, free, strict=True):
+    for ours, its, other in zip(got, expected, unlike, strict=True):
+        assert ours.norm == got[0].norm, "the norm of the pipeline, which all ranks know alike"
+        assert ours.norm == pytest.approx(its.norm, rel=fine), "without the loss scale"
         for a, b in zip(ours.states, its.states, strict=True):
             torch.testing.assert_close(a, b, rtol=fine, atol=fine / 10)
-        pairs = zip(ours.states, unclipped.states, strict=True)
+        pairs = zip(ours.states, other.states, strict=True)
         assert not all(torch.allclose(a, b, rtol=fine, atol=fine / 10) for a, b in pairs), "the clip was not at work"
 
 
