@@ -17,7 +17,7 @@ from torch import Tensor
 import toy
 from distributed import Ranks
 from test_engine_resources import census
-from test_precision import ZERO_1, as_fused, batches, fp16_allowed, layers, loss_fn
+from test_precision import ZERO_1, as_fused, batches, fp16_allowed, layers, loss_fn, trainable
 
 GetRanks = Callable[[int], Ranks]
 
@@ -49,6 +49,7 @@ def train(
     micro_batches: int,
     ddg: dict[str, Any],
     fused: bool = False,
+    frozen: int | None = None,
 ) -> Result:
     """Train with the scale of stage k at 2 ** powers[k] to begin with."""
     from deepspeed.pipe import PipelineModule
@@ -58,13 +59,13 @@ def train(
     def make(parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
 
-    net = PipelineModule(layers(), num_stages=world_size, loss_fn=loss_fn, partition_method="uniform")
+    net = PipelineModule(layers(frozen=frozen), num_stages=world_size, loss_fn=loss_fn, partition_method="uniform")
     torch.manual_seed(11)
     engine, *_ = ds_ddg.initialize(
         model=net,
         config=toy.config(micro_batches, ddg, **config),
         optimizer=as_fused(make) if fused else make,
-        model_parameters=list(net.parameters()),
+        model_parameters=trainable(net),
     )
     set_scale(engine.optimizer, 2.0 ** powers[rank])
     data = batches(CALLS * micro_batches, torch.float16)
@@ -137,6 +138,35 @@ def test_overflow_of_one_stage_is_its_own_and_known_to_all(ranks: GetRanks, conf
     assert [step for *_, step in told] == list(range(1, CALLS + 1))
     known = [applied for _, _, applied, _, _ in told]
     assert known.count(False) == len({step for _, step, applied, _, _ in told if not applied})
+
+
+@pytest.mark.parametrize("frozen", [1, 2])
+@pytest.mark.parametrize(
+    ("config", "fused"),
+    [(OPTIMIZERS["fp16"], False), (OPTIMIZERS["fp16"], True), (OPTIMIZERS["fp16, ZeRO-1"], False)],
+    ids=["fp16", "fp16, fused optimizer", "fp16, ZeRO-1"],
+)
+def test_scale_of_a_stage_without_anything_to_train(
+    ranks: GetRanks, config: dict[str, Any], fused: bool, frozen: int
+) -> None:
+    """Left as it is, it would make every gradient that passes overflow, and the stages before it skip for ever."""
+    powers = [10, 10, 10]
+    powers[frozen] = 24
+    results = ranks(3).run(train, config, powers, 1, {}, fused, frozen)
+    assert all(result.told == results[0].told for result in results), "every rank must say the same after every call"
+    scales = results[frozen].scales
+    assert scales[-1] < 2.0**24
+    assert scales[-1] == scales[-3], "it has come to rest"
+    assert not any(results[frozen].moved)
+    skipped = [skips for skips, *_ in results[0].told]
+    assert 0 < skipped[-1] == skipped[-3], "stages before it skip while it overflows, and then no more"
+    assert results[0].moved[-2:] == [True, True]
+
+
+def test_scale_of_a_stage_without_anything_to_train_grows(ranks: GetRanks) -> None:
+    growing = {**OPTIMIZERS["fp16"], "fp16": {**DYNAMIC, "loss_scale_window": 4}}
+    results = ranks(3).run(train, growing, [10, 10, 10], 1, {}, False, 1)
+    assert results[1].scales[-1] > 2.0**11
 
 
 @pytest.mark.parametrize("config", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
