@@ -34,6 +34,7 @@ _SEAMS = {
         "_exec_schedule",
         "_next_batch",
         "_reduce_non_expert_gradients",
+        "_take_model_step",
         "_train_schedule",
         "clip_fp32_gradients",
         "reset_activation_shape",

@@ -27,7 +27,7 @@ from ds_ddg.connections import own_group
 from ds_ddg.data import Feed
 from ds_ddg.message import Kind
 from ds_ddg.record import Recorded
-from ds_ddg.refusals import refuse_idle_stages, refuse_switch, refuse_unsupported
+from ds_ddg.refusals import refuse_switch, refuse_unsupported
 from ds_ddg.schedule import DDGSchedule
 from ds_ddg.slack import AutoSlack
 from ds_ddg.staging import staging_for, without_greetings
@@ -48,8 +48,6 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
         self._schedule = "1f1b"
         self._start_trial(kwargs["model"].num_stages)
         self._ties = Ties(kwargs["model"], self.ddg.enabled)
-        if self.ddg.enabled:
-            refuse_idle_stages(kwargs["config_class"], kwargs["model"], self._ties.held)
         with without_greetings() if self.ddg.enabled else nullcontext():
             super().__init__(*args, **kwargs)
         self._calls = 0

@@ -163,6 +163,9 @@ class Executor(Updater):
             with fold_buffers_back(self.module) if checkpoints else nullcontext():
                 if self.is_last_stage() or self._join_outputs(buffer_id):
                     super()._exec_backward_pass(buffer_id)
+        if not self._trains:
+            inputs = as_tuple(self.pipe_buffers["inputs"][buffer_id])
+            self._watch_overflow([*(tensor.grad for tensor in inputs), *(held.grad for held in self._ties.held)])
         self._ties.send_gradients()
         self.versions.forget(buffer_id)
         self.grad_layer = None

@@ -20,12 +20,11 @@ from torch import Tensor
 
 __all__ = [
     "Circumstances",
-    "IdleOptimizer",
     "StageLocalGrid",
+    "clip",
     "clip_stage_gradients",
     "fold_buffers_back",
     "never_detached",
-    "with_a_parameter",
 ]
 
 
@@ -78,14 +77,18 @@ def clip_stage_gradients(
         square = _square_norm(own) if own else torch.zeros((), device=device)
         dist.all_reduce(square, group=slices.get_model_parallel_group())
     norm = square.pow(0.5)
-    largest = norm if known is None else torch.full_like(norm, known)
-    coefficient = torch.clamp(torch.full_like(norm, max_norm) / (largest + 1e-6), max=1.0)
+    clip(gradients, max_norm, norm if known is None else torch.full_like(norm, known))
+    return norm
+
+
+def clip(gradients: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
+    """Scale `gradients`, whose norm is taken to be `norm`, down to `max_norm`."""
+    coefficient = torch.clamp(torch.full_like(norm, max_norm) / (norm + 1e-6), max=1.0)
     # On the CPU it costs less to look than to multiply by one.
     if coefficient.is_cpu and coefficient.item() == 1.0:
-        return norm
+        return
     for gradient in gradients:
         gradient.mul_(coefficient)
-    return norm
 
 
 def _square_norm(gradients: Sequence[Tensor]) -> Tensor:
@@ -120,25 +123,6 @@ class Circumstances:
             for index, state in self._on_device.items():
                 torch.get_device_module(self._type).set_rng_state(state, index)
             yield
-
-
-class IdleOptimizer:
-    """Stands in for an optimizer that has no gradient to step on; all else is the real one's."""
-
-    overflow = False
-    _global_grad_norm = None
-
-    def __init__(self, optimizer: Any) -> None:
-        self._optimizer = optimizer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._optimizer, name)
-
-    def step(self) -> None:
-        """No gradient, no step."""
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """No gradient, nothing to clear."""
 
 
 @contextmanager
@@ -176,27 +160,3 @@ def never_detached(module: Any) -> Iterator[None]:
         yield
     finally:
         module.activation_checkpoint_func = checkpoint
-
-
-def with_a_parameter(model_parameters: Any) -> Any:
-    """What an optimizer is made of, so that a stage without anything to train can have one.
-
-    torch refuses an empty list and DeepSpeed drops empty groups, with them the learning rate that callers ask for.
-    """
-    given = list(model_parameters)
-    if any(_trains(item) for item in given):
-        return given
-    nothing = torch.nn.Parameter(torch.empty(0))
-    if given and isinstance(given[0], dict):
-        return [{**given[0], "params": [nothing]}, *given[1:]]
-    return [nothing]
-
-
-def _trains(item: Any) -> bool:
-    """Whether anything of a parameter, a named one or a group of them can be trained."""
-    if torch.is_tensor(item):
-        return item.requires_grad
-    if isinstance(item, dict):
-        item["params"] = item["params"] if torch.is_tensor(item["params"]) else list(item["params"])
-        return _trains(item["params"])
-    return not isinstance(item, str) and any(map(_trains, item))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from ds_ddg.config import DDGConfig
 
-__all__ = ["refuse_idle_stages", "refuse_switch", "refuse_unsupported"]
+__all__ = ["refuse_switch", "refuse_unsupported"]
 
 
 def refuse_unsupported(config: Any, module: Any) -> None:
@@ -54,11 +54,12 @@ def _refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
         '"trace" on GPUs',
         "it times launches, not work; use torch.profiler",
     )
-    wrapped = _wrappers(config)
+    # There the optimizer itself divides gradients by their scale and clips them, in one kernel.
+    legacy = "Lamb" if config.optimizer_name == "lamb" else "legacy_fusion" if config.optimizer_legacy_fusion else ""
     yield (
-        bool(wrapped) and ddg.clip == "global",
-        f'"clip": "global" with {" and ".join(wrapped)}',
-        'DeepSpeed clips inside its optimizer there; use "clip": "stage"',
+        bool(legacy) and _wrappers(config) == ["fp16"] and ddg.clip == "global",
+        f'"clip": "global" with fp16 and {legacy}',
+        'its optimizer clips by itself; use "clip": "stage", ZeRO-1 or another optimizer',
     )
     yield (
         bool(config.torch_autocast_enabled) and str(config.torch_autocast_dtype) == "torch.float16",
@@ -116,37 +117,6 @@ def refuse_switch(name: str, enabled: bool, config: Any, module: Any) -> None:
         for wrong, what, remedy in _one_f_one_b_refusals(config, module):
             if wrong:
                 raise ValueError(f"{what}: {remedy}")
-
-
-def refuse_idle_stages(config: Any, module: Any, held: Sequence[Any]) -> None:
-    """Raise, on every rank alike, if a stage has nothing to train that an optimizer of DeepSpeed's needs. Collective.
-
-    Args:
-        config: the parsed ``DeepSpeedConfig``.
-        module: the ``PipelineModule``.
-        held: tied parameters that belong to an earlier stage.
-
-    Raises:
-        ValueError: which stages, and what to do instead.
-    """
-    wrapped = _wrappers(config)
-    if not wrapped or module.num_stages == 1:
-        return
-    import torch.distributed as dist
-    from deepspeed.accelerator import get_accelerator
-
-    get_accelerator().set_device(module.local_rank)  # as DeepSpeed does soon; NCCL gathers on the present one
-    not_its_own = {id(parameter) for parameter in held}
-    trains = any(p.requires_grad and id(p) not in not_its_own for p in module.parameters())
-    stages: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(stages, None if trains else module.stage_id)
-    idle = sorted(set(stages) - {None})
-    if idle:
-        raise ValueError(
-            f"DDG cannot train this set-up:\n- stages {idle} with nothing of their own to train, in "
-            f"{' and '.join(wrapped)}: DeepSpeed's optimizer there fails without a gradient; move a layer to them "
-            "(partition_method), or train in fp32 without ZeRO"
-        )
 
 
 def _one_f_one_b_refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:

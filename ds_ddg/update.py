@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer, ZeROOptimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor
 
 from ds_ddg.config import DDGConfig
-from ds_ddg.local import IdleOptimizer, StageLocalGrid, clip_stage_gradients, with_a_parameter
+from ds_ddg.local import StageLocalGrid, clip_stage_gradients
 from ds_ddg.losses import Update
+from ds_ddg.optimizers import IdleOptimizer, anything_to_train, clipping_by, fill_groups, with_a_parameter
 from ds_ddg.plan import DDGPlan
 from ds_ddg.tied import Ties
 from ds_ddg.versions import WeightVersions
@@ -49,6 +51,7 @@ class Updater(_Host):
     lr_scheduler: Any
     num_stages: int
     optimizer: Any
+    param_names: dict[Any, str]
     skipped_steps: int
     _step_applied: bool
     _global_grad_norm: Any
@@ -56,6 +59,10 @@ class Updater(_Host):
     _pipeline_norm: float | None = None
     """Of the gradients of all stages, of the newest call for which all stages know it."""
     _overflowed = False
+    _trains = True
+    """Whether this stage has something of its own to train."""
+    _passed_on: Any = 0.0
+    """0 if the gradients that a stage without such has passed on since its last step were finite, else NaN."""
     _last_update = Update()
     """Of this stage in the call before, and overflows of a drain since."""
 
@@ -88,12 +95,35 @@ class Updater(_Host):
     def _step(self, lr_kwargs: Any = None) -> None:
         """DeepSpeed's; if it skips the weights for an overflow of this stage, the clocks go on with the others'."""
         known = self.skipped_steps, self._step_applied
-        super()._exec_optimizer_step(lr_kwargs)
+        with self._measured_unscaled(), self._clipped_as_asked():
+            super()._exec_optimizer_step(lr_kwargs)
         self._overflowed = self.skipped_steps > known[0]
         if self.num_stages > 1:
             self.skipped_steps, self._step_applied = known  # until all stages know more
             if self._overflowed and self.lr_scheduler is not None:
                 self.lr_scheduler.step()
+
+    @contextmanager
+    def _measured_unscaled(self) -> Iterator[None]:
+        """Each stage has a scale of its own, so norms are told without it.
+
+        DeepSpeed 0.19.8 unscales them itself with ZeRO; without it by the scale of the next step, or not at all.
+        """
+        if self.num_stages == 1 or not self.fp16_enabled() or isinstance(self.optimizer, ZeROOptimizer):
+            yield
+            return
+        before = float(self.optimizer.loss_scale)
+        yield
+        after = 1.0 if isinstance(self.optimizer, FP16_UnfusedOptimizer) else float(self.optimizer.loss_scale)
+        if self._global_grad_norm is not None:
+            self._global_grad_norm = self._global_grad_norm * (after / before)
+
+    def _clipped_as_asked(self) -> AbstractContextManager[None]:
+        """By the newest norm known of all, where DeepSpeed's optimizer clips; by its own while there is none."""
+        known = self._pipeline_norm if self.ddg.clip == "global" and self.schedule == "ddg" else None
+        if known is None or self.gradient_clipping() <= 0 or not isinstance(self.optimizer, DeepSpeedOptimizer):
+            return nullcontext()
+        return clipping_by(known, self.optimizer)
 
     def _own_update(self) -> Update:
         """What this stage's update of the call that ends here came to.
@@ -106,7 +136,8 @@ class Updater(_Host):
     def _learn_update(self, update: Update) -> None:
         """What those of all stages came to, at the same call on every rank."""
         if self.num_stages > 1:
-            self._pipeline_norm = math.sqrt(update.square) if update.square > 0 else None
+            if not update.skipped:  # a stage that overflowed has no norm, so that of the pipeline stays unknown
+                self._pipeline_norm = math.sqrt(update.square) if update.square > 0 else None
             self.skipped_steps += update.skipped > 0
             self._step_applied = update.skipped == 0
 
@@ -115,7 +146,10 @@ class Updater(_Host):
         self._pipeline_norm, self._last_update = norm, Update(*last)
 
     def get_global_grad_norm(self) -> Any:
-        """Norm of all stages' gradients in call ``loss_step - 1``, equal on every rank; None if not known yet."""
+        """Norm of all stages' gradients in call ``loss_step - 1``, equal on every rank; None if not known yet.
+
+        In fp16, if a stage overflowed in that call, in the newest one before it without an overflow.
+        """
         if self.num_stages == 1 or self.schedule == "1f1b":
             return super().get_global_grad_norm()
         return self._pipeline_norm
@@ -138,12 +172,35 @@ class Updater(_Host):
 
     def _exec_advance_clocks(self) -> None:
         self._global_grad_norm, self._overflowed = None, False
+        with self._optimizer_idle():
+            super()._exec_optimizer_step()
+
+    def _take_model_step(self, *args: Any, **kwargs: Any) -> None:
+        """DeepSpeed's, on either schedule; its wrappers fail on a stage without a gradient."""
+        if self._trains or not isinstance(self.optimizer, DeepSpeedOptimizer):
+            super()._take_model_step(*args, **kwargs)
+            return
+        with self._optimizer_idle():
+            super()._take_model_step(*args, **kwargs)
+        if self.fp16_enabled():
+            self.optimizer._update_scale(not math.isfinite(float(self._passed_on)))
+            self._passed_on = 0.0
+
+    def _watch_overflow(self, gradients: Iterable[Tensor | None]) -> None:
+        """The scale of a stage that trains nothing goes by the gradients that it passes on, having none of its own."""
+        if not self._trains and self.fp16_enabled():
+            for gradient in gradients:
+                if gradient is not None:
+                    self._passed_on = self._passed_on + (gradient * 0.0).sum()
+
+    @contextmanager
+    def _optimizer_idle(self) -> Iterator[None]:
         self.optimizer, optimizer = IdleOptimizer(self.optimizer), self.optimizer
         try:
             with warnings.catch_warnings():
                 # torch warns when a scheduler steps before its optimizer; here that is the meaning of a warm-up call.
                 warnings.filterwarnings("ignore", message=r".*lr_scheduler\.step\(\).*before.*optimizer\.step\(\)")
-                super()._exec_optimizer_step()
+                yield
         finally:
             self.optimizer = optimizer
 
@@ -169,6 +226,9 @@ class Updater(_Host):
         """DeepSpeed's, which sees every optimizer before it is wrapped, whoever made it."""
         if self.ddg.enabled:
             self._ties.remove_from(optimizer)
+            self._trains = anything_to_train(optimizer)
+            if self.fp16_enabled() or self.bfloat16_enabled() or self.zero_optimization():
+                fill_groups(optimizer, self.param_names, self.get_data_types()[0], self.device)
         super()._check_for_duplicates(optimizer)
 
     def _new_versions(self) -> None:

@@ -59,9 +59,9 @@ def test_disabled(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         ({**RIGHT, "ddg": {"loss": 0, "clip": "all"}}, "", ['{"loss": 0}', "{\"clip\": 'all'}"]),
         ({**RIGHT, "zero_optimization": {"stage": 3}}, "", ["ZeRO stage 3: no pipeline can run it"]),
         (
-            {**RIGHT, "bf16": {"enabled": True}, "ddg": {"clip": "global"}},
+            {**RIGHT, "optimizer": {"type": "Lamb"}, "fp16": {"enabled": True}, "ddg": {"clip": "global"}},
             "",
-            ['"clip": "global" with bf16', 'use "clip": "stage"'],
+            ['"clip": "global" with fp16 and Lamb', 'use "clip": "stage"'],
         ),
         ({"steps_per_print": 5}, "", ["DeepSpeed refuses the config: Either train_batch_size or"]),
         ({**RIGHT, "train_batch_size": 8}, "--replicas 2", ["refuses the config: Check batch", "8 != 4 * 2 * 2"]),

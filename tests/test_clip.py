@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import toy
 from distributed import Ranks
+from ds_ddg.optimizers import clipping_by
 from test_engine_resources import census
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -125,3 +127,31 @@ def test_resumes_with_the_norm_that_was_known(ranks: GetRanks, tmp_path: Path) -
     for one, other in ranks(3).run(resume, str(tmp_path)):
         assert one[0] == other[0]
         assert all(map(torch.equal, one[1], other[1]))
+
+
+class Derived(torch.optim.SGD):
+    """As projects write them: torch's hooks would run in both of its steps."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.filterwarnings("error")
+def test_wrapper_clips_by_the_known_norm_inside_the_block_alone(scheduled: bool) -> None:
+    weight = torch.nn.Parameter(torch.zeros(2))
+    inner = Derived([weight], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(inner, 1, gamma=1.0) if scheduled else None
+    before = vars(inner).get("step")
+    wrapper = SimpleNamespace(optimizer=inner, clip_grad=0.5)
+    for known, coefficient in ((2.0, 0.25), (0.25, 1.0)):
+        weight.data.zero_()
+        weight.grad = torch.tensor([3.0, 4.0])
+        with clipping_by(known, wrapper):
+            assert wrapper.clip_grad == 0.0
+            inner.step()
+            if scheduler is not None:
+                scheduler.step()
+        torch.testing.assert_close(weight.data, torch.tensor([-3.0, -4.0]) * coefficient)
+        assert wrapper.clip_grad == 0.5
+        assert vars(inner).get("step") == before

@@ -131,6 +131,8 @@ def fake_config(**changes: Any) -> Any:
         "zero_config": zero(0),
         "bfloat16_config": SimpleNamespace(enabled=False),
         "float16_config": SimpleNamespace(enabled=False),
+        "optimizer_name": None,
+        "optimizer_legacy_fusion": False,
         "torch_autocast_enabled": False,
         "torch_autocast_dtype": torch.float16,
         "pipeline": {"activation_checkpoint_interval": 0},
@@ -165,6 +167,10 @@ def tied(*positions: int) -> list[Any]:
     ]
 
 
+HALF = {"float16_config": SimpleNamespace(enabled=True)}
+GLOBAL = {"_param_dict": {"ddg": {"clip": "global"}}}
+
+
 def test_accepts_what_it_can_train() -> None:
     refuse_unsupported(fake_config(), fake_module())
 
@@ -176,7 +182,10 @@ def test_accepts_what_it_can_train() -> None:
         {"zero_config": zero(1, "none")},
         {"bfloat16_config": SimpleNamespace(enabled=True)},
         {"float16_config": SimpleNamespace(enabled=True)},
-        {"_param_dict": {"ddg": {"clip": "global"}}},
+        GLOBAL,
+        {**GLOBAL, **HALF},
+        {**GLOBAL, **HALF, "zero_config": zero(1), "optimizer_name": "lamb"},
+        {**GLOBAL, "zero_config": zero(1)},
         {"torch_autocast_enabled": True, "torch_autocast_dtype": torch.bfloat16},
     ],
 )
@@ -196,17 +205,12 @@ def test_accepts_models(module: dict[str, Any]) -> None:
         ({"zero_config": zero(3)}, {}, "ZeRO stage 3", '"stage": 0'),
         ({"zero_config": zero(1, "cpu")}, {}, "offload_optimizer", "remove"),
         (
-            {"float16_config": SimpleNamespace(enabled=True), "_param_dict": {"ddg": {"clip": "global"}}},
+            {**HALF, **GLOBAL, "optimizer_name": "lamb"},
             {},
-            '"clip": "global" with fp16',
+            '"clip": "global" with fp16 and Lamb',
             '"clip": "stage"',
         ),
-        (
-            {"zero_config": zero(1), "_param_dict": {"ddg": {"clip": "global"}}},
-            {},
-            '"clip": "global" with ZeRO-1',
-            '"clip": "stage"',
-        ),
+        ({**HALF, **GLOBAL, "optimizer_legacy_fusion": True}, {}, "fp16 and legacy_fusion", '"clip": "stage"'),
         ({"torch_autocast_enabled": True}, {}, "torch_autocast in float16", "bfloat16"),
         ({}, {"num_stages": 5, "parts": [0, 1, 2, 3, 4, 4]}, "5 stages for 4 layers", "at most 4 stages"),
         ({}, {"parts": [0, 4, 4]}, "stages without a layer: [1] (partition [0, 4, 4])", "uniform"),
@@ -241,7 +245,6 @@ def test_names_all_refusals_at_once() -> None:
     ]
 
 
-HALF = {"float16_config": SimpleNamespace(enabled=True)}
 BRAIN = {"bfloat16_config": SimpleNamespace(enabled=True)}
 TIED = {"_layer_specs": tied(0, 3)}
 

@@ -218,10 +218,10 @@ def assert_told(ends: list[End], culprit: int, kind: str, *parts: str, call: int
 REFUSALS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "unknown key": ({"ddg": {"slak": 1}}, "ValueError", ["'slak'", "slack, clip"]),
     "wrong type": ({"ddg": {"slack": "1"}}, "ValueError", ['"slack"', "'1'", "integer"]),
-    "global clip of a wrapped optimizer": (
-        {"ddg": {"clip": "global"}, "bf16": {"enabled": True}},
+    "global clip where the optimizer clips": (
+        {"ddg": {"clip": "global"}, "fp16": {"enabled": True}, "optimizer": {"type": "Lamb"}},
         "ValueError",
-        ['"clip": "global" with bf16', '"stage"'],
+        ['"clip": "global" with fp16 and Lamb', '"stage"'],
     ),
     "DeepSpeed's schedule first, in fp16": (
         {"ddg": {"sync_steps": 2}, "fp16": {"enabled": True}},
@@ -268,7 +268,10 @@ def initialize_badly(rank: int, world_size: int, what: str) -> tuple[End, bool]:
 
 
 REMEDIES = {
-    "global clip of a wrapped optimizer": ('"clip": "global" with bf16, fp16 or ZeRO-1', '"clip": "stage"'),
+    "global clip where the optimizer clips": (
+        '"clip": "global" in fp16 without ZeRO-1 with `Lamb` or `legacy_fusion`',
+        '"clip": "stage", ZeRO-1',
+    ),
     "DeepSpeed's schedule first, in fp16": (
         "`sync_steps` or switching to 1F1B in fp16, or with tied weights in bf16 or ZeRO-1",
         '"enabled": false in a run of its own',

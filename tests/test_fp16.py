@@ -17,7 +17,7 @@ from torch import Tensor
 import toy
 from distributed import Ranks
 from test_engine_resources import census
-from test_precision import ZERO_1, batches, fp16_allowed, layers, loss_fn
+from test_precision import ZERO_1, as_fused, batches, fp16_allowed, layers, loss_fn, trainable
 
 GetRanks = Callable[[int], Ranks]
 
@@ -36,28 +36,40 @@ class Result:
     """Whether the stage's weights changed in each call."""
     states: list[Tensor]
     across: int
+    norms: list[float | None]
+    """Of the pipeline, as told after each call."""
 
 
 @fp16_allowed()
 def train(
-    rank: int, world_size: int, config: dict[str, Any], powers: list[int], micro_batches: int, ddg: dict[str, Any]
+    rank: int,
+    world_size: int,
+    config: dict[str, Any],
+    powers: list[int],
+    micro_batches: int,
+    ddg: dict[str, Any],
+    fused: bool = False,
+    frozen: int | None = None,
 ) -> Result:
     """Train with the scale of stage k at 2 ** powers[k] to begin with."""
     from deepspeed.pipe import PipelineModule
 
     import ds_ddg
 
-    net = PipelineModule(layers(), num_stages=world_size, loss_fn=loss_fn, partition_method="uniform")
+    def make(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+
+    net = PipelineModule(layers(frozen=frozen), num_stages=world_size, loss_fn=loss_fn, partition_method="uniform")
     torch.manual_seed(11)
     engine, *_ = ds_ddg.initialize(
         model=net,
         config=toy.config(micro_batches, ddg, **config),
-        optimizer=lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
-        model_parameters=list(net.parameters()),
+        optimizer=as_fused(make) if fused else make,
+        model_parameters=trainable(net),
     )
     set_scale(engine.optimizer, 2.0 ** powers[rank])
     data = batches(CALLS * micro_batches, torch.float16)
-    result = Result([], [], [], [], 0)
+    result = Result([], [], [], [], 0, [])
     for _ in range(CALLS):
         before = toy.state(net)
         with census() as seen:
@@ -65,6 +77,7 @@ def train(
         result.across += sum(count for (_, group), count in seen.items() if len(group) > 1)
         result.moved.append(not all(map(torch.equal, before, toy.state(net))))
         result.scales.append(float(engine.optimizer.loss_scale))
+        result.norms.append(engine.get_global_grad_norm())
         rate = engine.get_lr()[0]
         result.told.append(
             (engine.skipped_steps, engine.loss_step, engine.was_step_applied(), rate, engine.global_steps)
@@ -127,6 +140,35 @@ def test_overflow_of_one_stage_is_its_own_and_known_to_all(ranks: GetRanks, conf
     assert known.count(False) == len({step for _, step, applied, _, _ in told if not applied})
 
 
+@pytest.mark.parametrize("frozen", [1, 2])
+@pytest.mark.parametrize(
+    ("config", "fused"),
+    [(OPTIMIZERS["fp16"], False), (OPTIMIZERS["fp16"], True), (OPTIMIZERS["fp16, ZeRO-1"], False)],
+    ids=["fp16", "fp16, fused optimizer", "fp16, ZeRO-1"],
+)
+def test_scale_of_a_stage_without_anything_to_train(
+    ranks: GetRanks, config: dict[str, Any], fused: bool, frozen: int
+) -> None:
+    """Left as it is, it would make every gradient that passes overflow, and the stages before it skip for ever."""
+    powers = [10, 10, 10]
+    powers[frozen] = 24
+    results = ranks(3).run(train, config, powers, 1, {}, fused, frozen)
+    assert all(result.told == results[0].told for result in results), "every rank must say the same after every call"
+    scales = results[frozen].scales
+    assert scales[-1] < 2.0**24
+    assert scales[-1] == scales[-3], "it has come to rest"
+    assert not any(results[frozen].moved)
+    skipped = [skips for skips, *_ in results[0].told]
+    assert 0 < skipped[-1] == skipped[-3], "stages before it skip while it overflows, and then no more"
+    assert results[0].moved[-2:] == [True, True]
+
+
+def test_scale_of_a_stage_without_anything_to_train_grows(ranks: GetRanks) -> None:
+    growing = {**OPTIMIZERS["fp16"], "fp16": {**DYNAMIC, "loss_scale_window": 4}}
+    results = ranks(3).run(train, growing, [10, 10, 10], 1, {}, False, 1)
+    assert results[1].scales[-1] > 2.0**11
+
+
 @pytest.mark.parametrize("config", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
 def test_learning_rate_goes_by_calls_whatever_overflows(ranks: GetRanks, config: dict[str, Any]) -> None:
     smooth = ranks(2).run(train, config, [10, 10], 1, {})
@@ -136,3 +178,57 @@ def test_learning_rate_goes_by_calls_whatever_overflows(ranks: GetRanks, config:
     for result in rough:
         assert [rate for *_, rate, _ in result.told] == rates
         assert result.told[-1][0] > 0, "something overflowed"
+
+
+@pytest.mark.parametrize(
+    ("config", "fused"),
+    [
+        pytest.param(
+            config, fused, id=name, marks=pytest.mark.proves(f'{name}, dynamic scale, "clip": "global"', exact=False)
+        )
+        for name, config, fused in (
+            ("fp16", OPTIMIZERS["fp16"], False),
+            ("fp16, fused optimizer", OPTIMIZERS["fp16"], True),
+            ("fp16, ZeRO-1", OPTIMIZERS["fp16, ZeRO-1"], False),
+        )
+    ],
+)
+def test_clips_by_a_norm_without_scales(ranks: GetRanks, config: dict[str, Any], fused: bool) -> None:
+    """The norm of the pipeline adds up stages whose scales differ, grow, and shrink where they overflow."""
+    clipping = {**config, "gradient_clipping": 0.2}
+    same, differing, rough = (
+        ranks(3).run(train, clipping, powers, 1, {"clip": "global"}, fused)
+        for powers in ([10, 10, 10], [12, 9, 11], [10, 24, 10])
+    )
+    for a, b in zip(same, differing, strict=True):
+        assert known(b.norms) == pytest.approx(known(a.norms), rel=5e-3)
+        for x, y in zip(a.states, b.states, strict=True):
+            torch.testing.assert_close(x, y, rtol=2e-3, atol=1e-4)
+    assert len(known(same[0].norms)) > CALLS - 5
+    assert all(0.5 < norm < 5.0 for norm in known(same[0].norms)), "as without scales, and above the limit of 0.2"
+    # While stage 1 overflows nobody knows a norm; that of two stages alone would be another.
+    assert all(result.norms == rough[0].norms for result in rough)
+    skipped = [skips for skips, *_ in rough[0].told]
+    for call in range(1, CALLS):
+        if skipped[call] > skipped[call - 1]:
+            assert rough[0].norms[call] == rough[0].norms[call - 1]
+    assert skipped[-1] >= 3
+    assert all(0.5 < norm < 5.0 for norm in known(rough[0].norms))
+
+
+def known(norms: list[float | None]) -> list[float]:
+    return [norm for norm in norms if norm is not None]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_norm_is_that_of_the_scale_it_was_measured_in(ranks: GetRanks, fused: bool) -> None:
+    """Where a scale grows in a step, DeepSpeed's fused optimizer unscales the norm by the next one."""
+    growing = {**OPTIMIZERS["fp16"], "fp16": {**DYNAMIC, "loss_scale_window": 4}}
+    steady, grown = (
+        ranks(3).run(train, config, [10, 10, 10], 1, {}, fused) for config in (OPTIMIZERS["fp16"], growing)
+    )
+    assert grown[2].scales[-1] > 2.0**11, "it grew more than once"
+    first = next(call for call in range(CALLS) if grown[2].scales[call] > 2.0**10)
+    # Told two calls and the pipeline's delay later; up to that step the runs are the same.
+    assert grown[0].norms[first + 3] == steady[0].norms[first + 3]
+    assert all(0.5 < norm < 5.0 for norm in known(grown[0].norms)), grown[0].norms

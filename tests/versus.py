@@ -80,7 +80,7 @@ class Setup:
         """The oracle, its layers shared out as DeepSpeed's "uniform" does."""
         from deepspeed.runtime.utils import partition_uniform
 
-        from ds_ddg.local import with_a_parameter
+        from ds_ddg.optimizers import with_a_parameter
         from ds_ddg.reference import Reference
 
         net = self.layers()

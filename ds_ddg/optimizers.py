@@ -1,0 +1,107 @@
+"""Optimizers of stages: what DeepSpeed makes of them, bent where a stage is not a whole model.
+
+DeepSpeed wraps the optimizer for bf16, fp16 and ZeRO-1. Its wrappers clip by the norm of their own gradients, and fail
+on a stage that has nothing to train.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from deepspeed.runtime.utils import is_optimized_parameter
+
+from ds_ddg.local import clip
+
+__all__ = ["IdleOptimizer", "anything_to_train", "clipping_by", "fill_groups", "with_a_parameter"]
+
+
+@contextmanager
+def clipping_by(known: float, wrapper: Any) -> Iterator[None]:
+    """Inside this block an optimizer that DeepSpeed wraps clips by the `known` norm; it still measures its own.
+
+    DeepSpeed's wrappers (bf16, fp16, ZeRO-1) unscale gradients, clip them and hand them to the optimizer inside, ZeRO
+    one parameter group at a time. Here they clip to nothing, and what they hand on is clipped on its way.
+    """
+    inner, max_norm = wrapper.optimizer, wrapper.clip_grad
+    before = inner.__dict__.get("step")  # set where a scheduler watches it
+    step = inner.step
+
+    @functools.wraps(step)
+    def clipped_step(*args: Any, **kwargs: Any) -> Any:
+        gradients = [p.grad for group in inner.param_groups for p in group["params"] if p.grad is not None]
+        if gradients:
+            clip(gradients, max_norm, torch.full((), known, device=gradients[0].device))
+        return step(*args, **kwargs)
+
+    inner.step, wrapper.clip_grad = clipped_step, 0.0
+    try:
+        yield
+    finally:
+        wrapper.clip_grad = max_norm
+        del inner.step
+        if before is not None:
+            inner.step = before
+
+
+class IdleOptimizer:
+    """Stands in for an optimizer that has no gradient to step on; all else is the real one's."""
+
+    overflow = False
+    _global_grad_norm = None
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+    def step(self) -> None:
+        """No gradient, no step."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """No gradient, nothing to clear."""
+
+
+def anything_to_train(optimizer: Any) -> bool:
+    """Whether DeepSpeed's wrappers would find anything in it."""
+    return any(is_optimized_parameter(p) for group in optimizer.param_groups for p in group["params"])
+
+
+def fill_groups(optimizer: Any, names: dict[Any, str], dtype: torch.dtype, device: torch.device) -> None:
+    """Put a number into every group of `optimizer` without anything to train, and its name into `names`.
+
+    DeepSpeed's wrappers flatten each group, and know each parameter by the name that it has in the model.
+    """
+    for group in optimizer.param_groups:
+        if not any(map(is_optimized_parameter, group["params"])):
+            stand_in = torch.nn.Parameter(torch.zeros(1, dtype=dtype, device=device))
+            names[stand_in] = f"ds_ddg.stand_in.{len(names)}"
+            group["params"] = [stand_in, *(p for p in group["params"] if p.numel())]
+
+
+def with_a_parameter(model_parameters: Any) -> Any:
+    """What an optimizer is made of, so that a stage without anything to train can have one.
+
+    torch refuses an empty list and DeepSpeed drops empty groups, with them the learning rate that callers ask for.
+    """
+    given = list(model_parameters)
+    if any(_trains(item) for item in given):
+        return given
+    nothing = torch.nn.Parameter(torch.empty(0))
+    if given and isinstance(given[0], dict):
+        return [{**given[0], "params": [nothing]}, *given[1:]]
+    return [nothing]
+
+
+def _trains(item: Any) -> bool:
+    """Whether anything of a parameter, a named one or a group of them can be trained."""
+    if torch.is_tensor(item):
+        return item.requires_grad
+    if isinstance(item, dict):
+        item["params"] = item["params"] if torch.is_tensor(item["params"]) else list(item["params"])
+        return _trains(item["params"])
+    return not isinstance(item, str) and any(map(_trains, item))
