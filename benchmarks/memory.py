@@ -5,8 +5,8 @@
 
 Pipelines of K = 3 stages: equal blocks (a linear layer and a ReLU) with more weights than activations (``wide``) and
 with more activations than weights (``long``), and a ResNet-20 (``resnet``), whose layers are anything but equal. Each
-is profiled as ``ds-ddg partition`` does it; `ds_ddg.memory` predicts from that, as in ``ds-ddg simulate --profile``,
-what a stage has alive at its fullest moment.
+is profiled as ``ds-ddg partition`` does it; `ds_ddg.memory` predicts from that and the size of the data what a stage
+has alive at its fullest moment.
 
 Measured is by how much the process grows from before the first call to its peak in the steady state (the kernel's own
 count, VmHWM), plus the weights, which are there before. An engine that is not counted runs first, for what libraries
@@ -161,9 +161,12 @@ def page(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
         "# Memory of a stage, predicted and measured",
         "",
         f"Written by `{about['command']}`, whose docstring says what is run and what is counted: {STAGES} stages, on",
-        f"CPU, torch {about['torch']}, DeepSpeed {about['deepspeed']}. Predictions are those of `ds-ddg simulate",
-        "--profile`; [memory.py](../ds_ddg/memory.py) says which moments of a call they are the most of. Weights,",
-        "gradients, activations and messages are in both.",
+        f"CPU, torch {about['torch']}, DeepSpeed {about['deepspeed']}. Predictions are made as by",
+        "`ds-ddg simulate --profile`, which does not know the size of the data, while this does;",
+        "[memory.py](../ds_ddg/memory.py) says of which moments of a call they are the fullest. Weights, gradients,",
+        "activations and messages are in both. Not predicted is what a layer's backward works with inside, so a",
+        "network of large layers takes more. A little less is measured where a receive was posted and nothing had",
+        "arrived yet: the kernel counts memory that has been written to.",
         "",
         f"Within 10% in {sum(error <= 0.1 for error in errors)} of {len(rows)}; median difference "
         f"{errors[len(errors) // 2]:.1%}, largest {errors[-1]:.1%}; most above the prediction: {over:+.1%}.",

@@ -14,7 +14,7 @@ from math import gcd, inf
 from typing import Any
 
 from .balance import LayerCost, balance
-from .memory import Backward, Sizes, at_most
+from .memory import Backward, Sizes, fullest
 from .plan import DDGPlan, Plan
 from .simulate import UNIT_COST, Cost, Timeline, replay
 from .synchronous import DualPipeVPlan, GPipePlan, OneFOneBPlan
@@ -122,12 +122,12 @@ class Setup:
 
     @property
     def memory(self) -> list[float] | None:
-        """Bytes by stage for weights, gradients, activations and messages, at most; None if the model does not say."""
+        """Bytes by stage for weights, gradients, activations and messages; None if the model does not say."""
         if not (self.model.weight_bytes or self.model.activation_bytes):
             return None
         stash = self.weights == "stash"
         stages = range(self.plan.num_stages)
-        return [at_most(self.plan, k, self._sizes(k), stash, self._recomputes(k)) for k in stages]
+        return [fullest(self.plan, k, self._sizes(k), stash, self._recomputes(k)) for k in stages]
 
     def _sizes(self, stage: int) -> Sizes:
         model, last = self.model, self.plan.num_stages - 1

@@ -10,8 +10,8 @@ each, something else is at its most:
     messages      sent ones are held until the plan says that they must have been read (`Connections.expect`)
     data          on the first stage, of the rest of the call
 
-Optimizer states come on top, and what an update needs for itself; so does what a mixed-precision optimizer adds.
-Nothing here imports torch.
+Not counted: optimizer states, what an update needs for itself, what a mixed-precision optimizer adds, and what the
+backward of a single layer works with besides the gradients of its output and its input. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import NamedTuple
 from .balance import LayerCost
 from .plan import DDGPlan, Plan
 
-__all__ = ["Backward", "Sizes", "at_most"]
+__all__ = ["Backward", "Sizes", "fullest"]
 
 
 class Backward(NamedTuple):
@@ -72,7 +72,7 @@ class Sizes:
     backward: Backward
 
 
-def at_most(plan: Plan, stage: int, sizes: Sizes, stash: bool = True, recompute: bool = False) -> float:
+def fullest(plan: Plan, stage: int, sizes: Sizes, stash: bool = True, recompute: bool = False) -> float:
     """Bytes that `stage` has alive at its fullest moment, for weights, gradients, activations and messages.
 
     Args:

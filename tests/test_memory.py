@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ds_ddg.balance import LayerCost
-from ds_ddg.memory import Backward, Sizes, at_most
+from ds_ddg.memory import Backward, Sizes, fullest
 from ds_ddg.plan import DDGPlan, Plan
 from ds_ddg.synchronous import DualPipeVPlan, GPipePlan, OneFOneBPlan
 
@@ -28,26 +28,26 @@ def sizes(first: float = 1500, later: float = 300, sent: float = 1) -> Sizes:
     ],
 )
 def test_with_one_micro_batch_a_call_no_gradients_are_there_before(slack: int, stage: int, expected: float) -> None:
-    assert at_most(DDGPlan(3, 1, slack), stage, sizes(sent=stage < 2)) == expected
+    assert fullest(DDGPlan(3, 1, slack), stage, sizes(sent=stage < 2)) == expected
 
 
 def test_with_more_the_fullest_backward_is_one_that_finds_gradients() -> None:
     plan = DDGPlan(3, 4)
     # The second of the call still uses an old version; the data of two more micro-batches waits.
-    assert at_most(plan, 0, sizes(first=100)) == 2000 + 2 * 202 + 1000 + 300 + 2 + 1 + 2
+    assert fullest(plan, 0, sizes(first=100)) == 2000 + 2 * 202 + 1000 + 300 + 2 + 1 + 2
     # On stage 1 only the first one does, before there are gradients: here, the update comes to as much as that.
-    assert at_most(plan, 1, sizes(first=1100)) == 2000 + 202 + 1100 + 2 + 4
-    assert at_most(plan, 1, sizes(first=100)) == 2000 + 202 + 1000 + 4, "at the update, with its new version"
-    assert at_most(plan, 1, sizes(first=100, later=2000)) == 1000 + 202 + 1000 + 2000 + 2 + 4
+    assert fullest(plan, 1, sizes(first=1100)) == 2000 + 202 + 1100 + 2 + 4
+    assert fullest(plan, 1, sizes(first=100)) == 2000 + 202 + 1000 + 4, "at the update, with its new version"
+    assert fullest(plan, 1, sizes(first=100, later=2000)) == 1000 + 202 + 1000 + 2000 + 2 + 4
 
 
 def test_one_version_if_a_backward_may_see_newer_weights() -> None:
-    assert at_most(DDGPlan(3), 0, sizes(), stash=False) == 1000 + 2 * 202 + 1500 + 2 + 1
+    assert fullest(DDGPlan(3), 0, sizes(), stash=False) == 1000 + 2 * 202 + 1500 + 2 + 1
 
 
 def test_recomputing_keeps_inputs_and_what_is_on_its_way() -> None:
-    assert at_most(DDGPlan(3), 0, sizes(), recompute=True) == 3000 + 2 * 1 + 1500 + 2 + 1 + 3
-    assert at_most(DDGPlan(3), 1, sizes(), recompute=True) == 2000 + 1 * 1 + 1500 + 2 + 4 + 2
+    assert fullest(DDGPlan(3), 0, sizes(), recompute=True) == 3000 + 2 * 1 + 1500 + 2 + 1 + 3
+    assert fullest(DDGPlan(3), 1, sizes(), recompute=True) == 2000 + 1 * 1 + 1500 + 2 + 4 + 2
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_recomputing_keeps_inputs_and_what_is_on_its_way() -> None:
     ],
 )
 def test_schedules_of_deepspeed(plan: Plan, stage: int, expected: float) -> None:
-    assert at_most(plan, stage, sizes()) == expected
+    assert fullest(plan, stage, sizes()) == expected
 
 
 def test_gradients_take_the_place_of_activations() -> None:
