@@ -31,6 +31,7 @@ _SEAMS = {
         "_exec_backward_pass",
         "_exec_forward_pass",
         "_exec_optimizer_step",
+        "_exec_reduce_tied_grads",
         "_exec_schedule",
         "_next_batch",
         "_reduce_non_expert_gradients",

@@ -65,6 +65,7 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
             engine: Any = weakref.ref(self)  # the links live longer
             self._links.loss_scale = lambda: float(engine().optimizer.loss_scale)
         self._ties.connect(self._links, self.stage_id, self.plan)
+        self._choose_instructions()
         self._ddg_from = self.ddg.sync_steps if self.ddg.enabled else None
         if self._ddg_from == 0:
             self.schedule = "ddg"
@@ -161,9 +162,7 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
         self.drain()
         self._forget_updates()
         self._schedule = name
-        self.__dict__.pop("_INSTRUCTION_MAP", None)  # the class's own, for DeepSpeed's schedule
-        if name == "ddg":
-            self._INSTRUCTION_MAP = self._ddg_instruction_map()
+        self._choose_instructions()
         self.pipe_buffers = {column: [None] * self.num_pipe_buffers for column in self.pipe_buffers}
         self.reset_activation_shape()
 

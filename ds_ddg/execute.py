@@ -107,6 +107,15 @@ class Executor(Updater):
             UpdateWeights: Executor._exec_update_weights,
         }
 
+    def _choose_instructions(self) -> None:
+        """Those of the present schedule."""
+        self.__dict__.pop("_INSTRUCTION_MAP", None)
+        if self.schedule == "ddg":
+            self._INSTRUCTION_MAP = self._ddg_instruction_map()
+        elif self._ties.held:
+            tied = {instructions.ReduceTiedGrads: Executor._exec_reduce_tied_grads}
+            self._INSTRUCTION_MAP = {**type(self)._INSTRUCTION_MAP, **tied}
+
     @property
     def _recomputes(self) -> bool:
         """Whether the graph is built only when the gradient is here; pointless where it comes in the same tick."""

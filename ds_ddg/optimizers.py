@@ -7,6 +7,7 @@ on a stage that has nothing to train.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from deepspeed.runtime.utils import is_optimized_parameter
 
 from ds_ddg.local import clip
 
-__all__ = ["IdleOptimizer", "anything_to_train", "clipping_by", "fill_groups", "with_a_parameter"]
+__all__ = ["anything_to_train", "clipping_by", "fill_groups", "idle_optimizer", "with_a_parameter"]
 
 
 @contextmanager
@@ -64,6 +65,19 @@ class IdleOptimizer:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """No gradient, nothing to clear."""
+
+
+@contextmanager
+def idle_optimizer(engine: Any) -> Iterator[None]:
+    """Inside this block the optimizer of `engine` steps nothing, while schedulers and counts go on."""
+    engine.optimizer, optimizer = IdleOptimizer(engine.optimizer), engine.optimizer
+    try:
+        with warnings.catch_warnings():
+            # torch warns when a scheduler steps before its optimizer; here that is what is meant.
+            warnings.filterwarnings("ignore", message=r".*lr_scheduler\.step\(\).*before.*optimizer\.step\(\)")
+            yield
+    finally:
+        engine.optimizer = optimizer
 
 
 def anything_to_train(optimizer: Any) -> bool:

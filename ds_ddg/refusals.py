@@ -137,11 +137,6 @@ def _one_f_one_b_refusals(config: Any, module: Any) -> Iterable[tuple[bool, str,
         "1F1B between calls of DDG in fp16, whose stages have scales of their own",
         remedy,
     )
-    yield (
-        bool(wrapped) and _tied_across_stages(module),
-        f"1F1B between calls of DDG with tied weights and {' and '.join(wrapped)}",
-        remedy,
-    )
 
 
 def _wrappers(config: Any) -> list[str]:

@@ -7,7 +7,6 @@ ends with UpdateWeights. Learning rate and step counts go by calls, on every sta
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from torch import Tensor
 from ds_ddg.config import DDGConfig
 from ds_ddg.local import StageLocalGrid, clip_stage_gradients
 from ds_ddg.losses import Update
-from ds_ddg.optimizers import IdleOptimizer, anything_to_train, clipping_by, fill_groups, with_a_parameter
+from ds_ddg.optimizers import anything_to_train, clipping_by, fill_groups, idle_optimizer, with_a_parameter
 from ds_ddg.plan import DDGPlan
 from ds_ddg.tied import Ties
 from ds_ddg.versions import WeightVersions
@@ -53,6 +52,7 @@ class Updater(_Host):
     optimizer: Any
     param_names: dict[Any, str]
     skipped_steps: int
+    using_bf16_optimizer: bool
     _step_applied: bool
     _global_grad_norm: Any
 
@@ -74,6 +74,16 @@ class Updater(_Host):
     def _exec_reduce_grads(self) -> None:
         with self._ties.hidden():
             super()._exec_reduce_grads()
+
+    def _exec_reduce_tied_grads(self) -> None:
+        """DeepSpeed's, on its own schedule; its wrappers neither sum up nor clear gradients that are not theirs."""
+        wrapped: list[Any] = self._ties.held if isinstance(self.optimizer, DeepSpeedOptimizer) else []
+        for held in wrapped:
+            if self.using_bf16_optimizer and held.grad is not None:
+                held._hp_grad = held.grad.to(self.optimizer.grad_acc_dtype)
+        super()._exec_reduce_tied_grads()
+        for held in wrapped:
+            held.grad = held._hp_grad = None
 
     def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
         with self.versions.updating():
@@ -172,7 +182,7 @@ class Updater(_Host):
 
     def _exec_advance_clocks(self) -> None:
         self._global_grad_norm, self._overflowed = None, False
-        with self._optimizer_idle():
+        with idle_optimizer(self):
             super()._exec_optimizer_step()
 
     def _take_model_step(self, *args: Any, **kwargs: Any) -> None:
@@ -180,7 +190,7 @@ class Updater(_Host):
         if self._trains or not isinstance(self.optimizer, DeepSpeedOptimizer):
             super()._take_model_step(*args, **kwargs)
             return
-        with self._optimizer_idle():
+        with idle_optimizer(self):
             super()._take_model_step(*args, **kwargs)
         if self.fp16_enabled():
             self.optimizer._update_scale(not math.isfinite(float(self._passed_on)))
@@ -192,17 +202,6 @@ class Updater(_Host):
             for gradient in gradients:
                 if gradient is not None:
                     self._passed_on = self._passed_on + (gradient * 0.0).sum()
-
-    @contextmanager
-    def _optimizer_idle(self) -> Iterator[None]:
-        self.optimizer, optimizer = IdleOptimizer(self.optimizer), self.optimizer
-        try:
-            with warnings.catch_warnings():
-                # torch warns when a scheduler steps before its optimizer; here that is the meaning of a warm-up call.
-                warnings.filterwarnings("ignore", message=r".*lr_scheduler\.step\(\).*before.*optimizer\.step\(\)")
-                yield
-        finally:
-            self.optimizer = optimizer
 
     def _exec_update_weights(self) -> None:
         with self._clocks_stopped(), self.versions.updating():

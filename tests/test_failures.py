@@ -273,7 +273,7 @@ REMEDIES = {
         '"clip": "stage", ZeRO-1',
     ),
     "DeepSpeed's schedule first, in fp16": (
-        "`sync_steps` or switching to 1F1B in fp16, or with tied weights in bf16 or ZeRO-1",
+        "`sync_steps` or switching to 1F1B in fp16",
         '"enabled": false in a run of its own',
     ),
     "ZeRO-1 offload": ("ZeRO's `offload_optimizer`", "ZeRO-1 without it"),

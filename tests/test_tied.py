@@ -478,3 +478,55 @@ def test_parameter_group_of_a_tied_weight_alone(ranks: GetRanks, name: str) -> N
     for a, b in zip(grouped, plain, strict=True):
         assert a.losses == b.losses
         assert all(map(torch.equal, a.states, b.states))
+
+
+@fp16_allowed()
+def switch(rank: int, world_size: int, name: str, three: bool) -> tuple[list[float], list[Tensor]]:
+    """Losses and, where there is one, the tied weight after calls of DeepSpeed's schedule, delayed ones, and again."""
+    from deepspeed.pipe import PipelineModule
+
+    import ds_ddg
+
+    net = PipelineModule(specs(three), num_stages=world_size, loss_fn=loss_fn, partition_method="uniform")
+    for module in net.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    engine, *_ = ds_ddg.initialize(
+        model=net,
+        config=toy.config(2, {"sync_steps": 4}, **(FORMATS[name].config if name else {})),
+        optimizer=one_group_fast,
+        model_parameters=list(net.parameters()),
+    )
+    data = batches(22)
+    losses, copies = [], []
+    for call in range(11):
+        if call == 8:
+            engine.schedule = "1f1b"
+        losses.append(engine.train_batch(data).item())
+        if "embed" in net.tied_modules:
+            copies.append(net.tied_modules["embed"].weight.detach().clone())
+    return losses, copies
+
+
+def one_group_fast(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+@pytest.mark.proves("1F1B between delayed calls, weights tied, bf16 or ZeRO-1", exact=False)
+@pytest.mark.parametrize("three", [False, True])
+def test_switches_schedules_with_wrapped_optimizers(ranks: GetRanks, three: bool) -> None:
+    """Unwrapped, the arithmetic is all DeepSpeed's; wrapped, it must be the same, to the rounding of the format."""
+    plain = ranks(3).run(switch, "", three)
+    for name, fine in (
+        ("fp32, ZeRO-1", 0.0),
+        ("bf16", 0.02),
+        ("bf16, ZeRO-1", 0.02),
+        ("bf16, ZeRO-1, fp32 sums", 0.02),
+    ):
+        got = ranks(3).run(switch, name, three)
+        for (losses, copies), (expected, weights) in zip(got, plain, strict=True):
+            assert losses == pytest.approx(expected, rel=fine, abs=0.0), name
+            assert len(copies) == len(weights)
+            for copy, owned, weight in zip(copies, got[0][1] if copies else [], weights, strict=True):
+                assert torch.equal(copy, owned), f"{name}: a holder's copy is not its owner's"
+                torch.testing.assert_close(copy.float(), weight, rtol=fine, atol=fine / 2)
