@@ -29,6 +29,8 @@ GetRanks = Callable[[int], Ranks]
 
 WIDTH, CALLS, REFILL = 12, 8, 2
 MODES = list(itertools.product(("stash", "current"), ("keep", "recompute")))
+# bf16 weights hardly notice how small steps are clipped.
+OPTIMIZERS = {**toy.OPTIMIZERS, "fast_sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9)}
 ZERO_1 = {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
 
 
@@ -185,7 +187,7 @@ def build_engine(
     return ds_ddg.initialize(
         model=net,
         config=toy.config(micro_batches, ddg, **FORMATS[name].config, **{"gradient_clipping": clip}),
-        optimizer=made_for(name, toy.OPTIMIZERS[optimizer]),
+        optimizer=made_for(name, OPTIMIZERS[optimizer]),
         model_parameters=trainable(net),
     )[0]
 
@@ -310,7 +312,7 @@ def train_oracle(
     if form.autocast:
         modules = [Autocast(module) for module in modules]
     SUMS.clear()
-    make = toy.OPTIMIZERS[optimizer]
+    make = OPTIMIZERS[optimizer]
     optimizers: list[Any] = [make(with_a_parameter(trainable(module))) for module in modules]
     kind = reference.Reference
     if form.weights is not torch.float32:
@@ -353,7 +355,7 @@ def test_equals_the_oracle(
     stages, micro_batches, optimizer = (3, 2, "adamw") if activations == "keep" else (2, 1, "sgd")
     ddg = {"weights": weights, "activations": activations}
     got = ranks(stages).run(train_engine, name, micro_batches, optimizer, ddg, 0.0)
-    bare = type(toy.OPTIMIZERS[optimizer]([torch.zeros(1)])).__name__
+    bare = type(OPTIMIZERS[optimizer]([torch.zeros(1)])).__name__
     assert {result.wrapper for result in got} == {FORMATS[name].wrapper or bare}
     assert [result.across for result in got] == [0] * stages, "a collective across stages"
     assert_exact(got, train_oracle(monkeypatch, name, stages, micro_batches, optimizer, ddg))
