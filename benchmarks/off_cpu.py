@@ -1,6 +1,6 @@
 """How much of its time a pipeline spends working, measured and predicted: DDG, DeepSpeed's schedules, one device.
 
-    python benchmarks/off_cpu.py                                      # the whole grid, about an hour
+    python benchmarks/off_cpu.py                                      # the whole grid, about half an hour
     python benchmarks/off_cpu.py --stages 4 --micro-batches 1 4K --latency 0 --turns 1
     python benchmarks/off_cpu.py --bf16-zero1                         # the same in bf16 with ZeRO-1
     python benchmarks/off_cpu.py --from docs/benchmarks/off_cpu.json  # only predict and write the page again
@@ -250,9 +250,9 @@ def main() -> None:
         "--micro-batches", nargs="+", default=["1", "2", "4", "8", "4K", "8K"], help="4K: four a stage"
     )
     parser.add_argument("--latency", type=float, nargs="+", default=[0, 0.1, 0.5, 1], help="added to a hop, in ticks")
-    parser.add_argument("--latency-micro-batches", type=int, nargs="+", default=[1, 4], help="M of those")
+    parser.add_argument("--latency-micro-batches", type=int, nargs="+", default=[1], help="M of those")
     parser.add_argument("--slack", type=_slack, nargs="+", default=[0, 1, "auto"])
-    parser.add_argument("--seconds", type=float, default=3.0, help="of a turn in steady state")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of a turn in steady state")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--bf16-zero1", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder; the page lies beside it")
