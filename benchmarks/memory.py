@@ -28,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
-from benchmarks.processes import run_ranks
+from benchmarks.processes import join, run_ranks
 from benchmarks.report import machine
 
 STAGES = 3
@@ -85,17 +85,11 @@ def rank_main(
     rank: int, num_stages: int, names: list[str], grid: list[int], calls: int, store: str, results: Any
 ) -> None:
     """One stage: for every setting the bytes that it takes, and how its network is split."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_stages))
-    import deepspeed
-    import torch
     from deepspeed.pipe import PipelineModule
 
     import ds_ddg
 
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_stages)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for a minute, for inference only
-    deepspeed.init_distributed("gloo")
+    join(rank, num_stages, store)
 
     def measure(name: str, micro_batches: int, mode: tuple[str, str, int]) -> tuple[int, list[int]]:
         specs, method, loss_fn = network(name)

@@ -30,7 +30,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from predictions import predict, uneven
-from processes import run_ranks
+from processes import join, run_ranks
 from report import machine, write
 
 FORWARD, BACKWARD = 0.030, 0.060
@@ -111,14 +111,9 @@ class Bench:
     def __init__(
         self, rank: int, num_stages: int, seconds: float, turns: int, more: dict[str, Any], store: str
     ) -> None:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_stages))
-        import deepspeed
         import torch
 
-        torch.set_num_threads(1)
-        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_stages)
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for a minute, for inference only
-        deepspeed.init_distributed("gloo")
+        join(rank, num_stages, store)
         self.seconds, self.turns, self.more = seconds, turns, more
         dtype = torch.bfloat16 if more else torch.float32
         self.data = itertools.repeat((torch.ones(4, 16, dtype=dtype), torch.zeros(4, 16, dtype=dtype)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
+import os
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -32,3 +33,15 @@ def run_ranks(target: Callable[..., None], count: int, *arguments: Any) -> list[
         for process in ranks:
             process.join()
     return measured
+
+
+def join(rank: int, count: int, store: str) -> None:
+    """In each of them first: one thread, process groups over gloo, and DeepSpeed on top."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
+    import deepspeed
+    import torch
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for a minute, for inference only
+    deepspeed.init_distributed("gloo")

@@ -17,27 +17,22 @@ import statistics
 import time
 from typing import Any
 
-from processes import run_ranks
+from processes import join, run_ranks
 
 MICRO_BATCH = 32
 
 
 def rank_main(rank: int, num_stages: int, micro_batches: int, calls: int, store: str, results: Any) -> None:
     """Train one stage (or everything, alone) and report samples per second and what the split predicts."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_stages))
     import itertools
 
-    import deepspeed
     import torch
 
     import ds_ddg
     from ds_ddg.models import cifar_resnet
     from ds_ddg.partition import PipelineModule
 
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_stages)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for a minute, for inference only
-    deepspeed.init_distributed("gloo")
+    join(rank, num_stages, store)
     torch.manual_seed(0)
     batch = torch.randn(MICRO_BATCH, 3, 32, 32), torch.randint(10, (MICRO_BATCH,))
     loss_fn = torch.nn.functional.cross_entropy

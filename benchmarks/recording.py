@@ -29,7 +29,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
-from benchmarks.processes import run_ranks
+from benchmarks.processes import join, run_ranks
 from benchmarks.report import machine
 
 STAGES, MICRO_BATCH, MICRO_BATCHES = 2, 16, 2
@@ -39,18 +39,13 @@ MODES = ("without", "with")
 
 def rank_main(rank: int, num_stages: int, pairs: int, calls: int, folder: str, store: str, results: Any) -> None:
     """One stage: for each mode seconds and processor seconds of every turn."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_stages))
-    import deepspeed
     import torch
     from deepspeed.pipe import PipelineModule
 
     import ds_ddg
     from ds_ddg.models import cifar_resnet
 
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_stages)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for a minute, for inference only
-    deepspeed.init_distributed("gloo")
+    join(rank, num_stages, store)
     torch.manual_seed(0)
     batch = torch.randn(MICRO_BATCH, 3, 32, 32), torch.randint(10, (MICRO_BATCH,))
     engines = {}
