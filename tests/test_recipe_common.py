@@ -251,6 +251,8 @@ def test_checkpoints_are_few_and_restore_the_record(alone: None, tmp_path: Path)
             progress.evaluated({"accuracy": 0.1})
         checkpoints.save_if_due()
         random_numbers.append(float(torch.rand(())))
+        if progress.calls == 18:
+            seconds = progress.seconds
     kept = {path.name for path in tmp_path.glob("global_step*")}
     assert kept == {"global_step18", "global_step20", "global_step_of_another_kind"}, "the end is saved, too"
 
@@ -259,9 +261,9 @@ def test_checkpoints_are_few_and_restore_the_record(alone: None, tmp_path: Path)
     torch.manual_seed(99)
     common.Checkpoints(arguments(tmp_path, resume=True), engine, again, every=6).restore()  # type: ignore[arg-type]
     assert float(torch.rand(())) == random_numbers[17], "dropout goes on as it would have"
+    assert again.seconds == seconds > 0
     make_calls(again, 2)
     assert (again.calls, again.losses, again.held_out) == (progress.calls, progress.losses, progress.held_out)
-    assert again.seconds >= progress.seconds / 2
     for record, folder in ((progress, "whole"), (again, "parts")):
         record.finish(tmp_path / folder, "A run", draw=[])
     whole, parts = ((tmp_path / folder / "losses.csv").read_text().splitlines() for folder in ("whole", "parts"))
