@@ -32,7 +32,7 @@ from ds_ddg.schedule import DDGSchedule
 from ds_ddg.slack import AutoSlack
 from ds_ddg.staging import staging_for, without_greetings
 from ds_ddg.tied import Ties
-from ds_ddg.together import Together, stay_until_the_others_leave, together, with_its_data
+from ds_ddg.together import DataEnded, Together, stay_until_the_others_leave, together, with_its_data
 from ds_ddg.watch import WatchedLinks
 
 __all__ = ["DDGEngine", "DDGMixin"]
@@ -90,12 +90,16 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
         if self._ddg_from is not None and self.global_steps >= self._ddg_from:
             self.schedule = "ddg"
         self._settle_slack()
-        if data_iter is not None:
-            self.set_dataiterator(data_iter)
-        self._begin("train_batch", self.data_iterator, self.micro_batches)
-        with self._reported():
-            loss = with_its_data(super().train_batch)
-        if self._schedule == "1f1b" and self.ddg.enabled:
+        try:
+            loss = with_its_data(super().train_batch, data_iter)
+        except DataEnded:
+            self._forget_time()
+            raise
+        finally:
+            self._speak()
+        if self._schedule == "ddg":
+            self._report_call()
+        elif self.ddg.enabled:
             self._share_tied_weights()
         return loss
 
@@ -176,8 +180,11 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
         super().destroy()
 
     def _train_schedule(self) -> Any:
+        """The last thing that DeepSpeed asks for before it executes: the call begins here, its preparations done."""
+        self._begin("train_batch", self.data_iterator, self.micro_batches)
         if self._schedule == "1f1b":
             return super()._train_schedule()
+        self._begin_report()
         ops = self.plan.call(self.stage_id, self._calls, self._filled_at)
         return DDGSchedule(self.plan, self.stage_id, ops)
 
@@ -218,10 +225,6 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
             *([self.mpu.get_slice_parallel_group()] if self.is_model_parallel else []),
         ]
 
-    def _share_tied_weights(self) -> None:
-        self._ties.send_weights()
-        self._ties.recv_weights()
-
     def _begin(self, what: str, data_iter: Iterator[Any] | None, micro_batches: int, labelled: bool = True) -> None:
         """Fetch the data of a call, then start it on every stage, or stop on every stage."""
         self._parked = False
@@ -234,7 +237,7 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
         kind = self._links.begin(here, ready, with_data)
         if kind is Kind.END:
             self._feed.clear()
-            raise StopIteration
+            raise DataEnded
         if not ready:
             raise RuntimeError(
                 f"the data of the last stage ended in call {self._calls}, that of the first stage did not; "

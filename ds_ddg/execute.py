@@ -178,7 +178,8 @@ class Executor(Updater):
         self._ties.send_gradients()
         self.versions.forget(buffer_id)
         self.grad_layer = None
-        self.loss = self.loss.detach()
+        if self.is_last_stage():
+            self.loss = self.loss.detach()
         for column in ("outputs", "labels", "grads", "rng"):
             self.pipe_buffers[column][buffer_id] = None
         if self.is_first_stage():

@@ -83,10 +83,10 @@ def clip_stage_gradients(
 
 def clip(gradients: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
     """Scale `gradients`, whose norm is taken to be `norm`, down to `max_norm`."""
-    coefficient = torch.clamp(torch.full_like(norm, max_norm) / (norm + 1e-6), max=1.0)
-    # On the CPU it costs less to look than to multiply by one.
-    if coefficient.is_cpu and coefficient.item() == 1.0:
+    # On the CPU it costs less to look than to multiply by one; near the border rounding decides, and not here.
+    if norm.is_cpu and norm.item() < 0.99 * max_norm - 1e-6:
         return
+    coefficient = torch.clamp(torch.full_like(norm, max_norm) / (norm + 1e-6), max=1.0)
     for gradient in gradients:
         gradient.mul_(coefficient)
 

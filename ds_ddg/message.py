@@ -11,9 +11,8 @@ import functools
 import math
 import pickle
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,8 +46,7 @@ class Kind(str, Enum):
     """The sender has done its work and will send nothing more."""
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(NamedTuple):
     """One message as received: its kind, small values, and tensors that now belong to the receiver."""
 
     kind: Kind
@@ -93,8 +91,7 @@ def bytes_of(tensors: Iterable[Tensor | None]) -> list[Tensor]:
     return [t.reshape(-1).view(torch.uint8) for t in tensors if t is not None and t.numel() > 0]
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """The first part of a message."""
 
     kind: Kind
@@ -109,8 +106,7 @@ class Header:
 
     def encode(self) -> Tensor:
         """As a tensor of ``HEADER_BYTES`` bytes; ValueError if it is longer."""
-        fields = self.kind.value, self.info, self.spec, self.standing, self.recurs, self.inline
-        header = pickle.dumps(fields, protocol=5)
+        header = pickle.dumps((self.kind.value, *self[1:]), protocol=5)
         if len(header) > HEADER_BYTES:
             raise ValueError(
                 f"a message of {len(self.spec)} tensors needs a header of {len(header)} bytes, at most {HEADER_BYTES}"

@@ -9,15 +9,25 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.utils import is_optimized_parameter
 
 from ds_ddg.local import clip
 
-__all__ = ["anything_to_train", "clipping_by", "fill_groups", "idle_optimizer", "with_a_parameter"]
+__all__ = [
+    "anything_to_train",
+    "clipping_by",
+    "clocks_stopped",
+    "fill_groups",
+    "idle_optimizer",
+    "norm_unscaled",
+    "with_a_parameter",
+]
 
 
 @contextmanager
@@ -78,6 +88,38 @@ def idle_optimizer(engine: Any) -> Iterator[None]:
             yield
     finally:
         engine.optimizer = optimizer
+
+
+def norm_unscaled(engine: Any) -> AbstractContextManager[None]:
+    """Around a step of `engine`, which leaves its norm without the loss scale: each stage has one of its own.
+
+    DeepSpeed 0.19.8 unscales it itself with ZeRO; without it by the scale of the next step, or not at all.
+    """
+    optimizer = engine.optimizer
+    told_so = engine.num_stages == 1 or not engine.fp16_enabled() or isinstance(optimizer, ZeROOptimizer)
+    return nullcontext() if told_so else _scale_of_this_step(engine)
+
+
+@contextmanager
+def _scale_of_this_step(engine: Any) -> Iterator[None]:
+    optimizer = engine.optimizer
+    before = float(optimizer.loss_scale)
+    yield
+    after = 1.0 if isinstance(optimizer, FP16_UnfusedOptimizer) else float(optimizer.loss_scale)
+    if engine._global_grad_norm is not None:
+        engine._global_grad_norm = engine._global_grad_norm * (after / before)
+
+
+@contextmanager
+def clocks_stopped(engine: Any) -> Iterator[None]:
+    """Inside this block a step of `engine` moves weights only: no step count, no learning rate."""
+    saved = {name: getattr(engine, name) for name in ("global_steps", "global_samples", "lr_scheduler")}
+    engine.lr_scheduler = None
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            setattr(engine, name, value)
 
 
 def anything_to_train(optimizer: Any) -> bool:

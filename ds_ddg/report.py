@@ -1,42 +1,35 @@
 """What is said about a call, by name: its number, its loss, what its stages measured.
 
-DeepSpeed takes the loss that a call returns for the loss of that call, and prints and records it as such. Under the
-delayed schedule it is that of an earlier call, so here each loss is recorded once, with the samples of its own call,
-and the printed line says which step it belongs to. All else DeepSpeed goes on reporting itself.
+DeepSpeed takes the loss that a call returns for the loss of that call, and records it as such. Under the delayed
+schedule it is that of an earlier call, so here each loss is recorded once, with the samples of its own call. All else
+DeepSpeed goes on recording itself; what is printed is in ``printing.py``.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from types import SimpleNamespace
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 from deepspeed.utils import logger
-from deepspeed.utils.logging import print_dist
 from torch import Tensor
 
-from ds_ddg.execute import Executor
 from ds_ddg.losses import Loss, Losses
 from ds_ddg.ordered import InOrder
+from ds_ddg.printing import Printer
 from ds_ddg.schedule import TellLoss
-from ds_ddg.watch import MEASURED, Gauge, WatchedLinks
+from ds_ddg.watch import MEASURED, Gauge
 
 __all__ = ["Reporter"]
 
-_NO_MONITOR = SimpleNamespace(enabled=False)
 
-
-class Reporter(Executor):
-    """Mixed into a ``PipelineEngine``: losses, measurements, and what is printed and recorded of them."""
+class Reporter(Printer):
+    """Mixed into a ``PipelineEngine``: losses, measurements, and what is recorded of them."""
 
     _calls: int
-    _links: WatchedLinks
     _schedule: str
 
     # The host's state that reports are about.
@@ -44,17 +37,13 @@ class Reporter(Executor):
     agg_train_loss: Tensor | None
     engine_timers: Any
     is_pipe_parallel: bool
-    monitor: Any
     total_additional_losses: Any
     total_loss: Any
-
-    _silenced = False
 
     def _start_reports(self) -> None:
         self._losses = Losses(self._links)
         self._samples: dict[int, int] = {}
         self._new_gauge()
-        self._seconds_printed: dict[str, float] = {}
         self._put_in_order()
         if not self.is_last_stage():
             # There DeepSpeed 0.19.8 starts these timers twice, in the pipeline's backward and in hooks, and fails.
@@ -79,11 +68,6 @@ class Reporter(Executor):
         """
         return dict(zip(("stage", *MEASURED), self._gauge.now(self.versions, self.micro_batches), strict=True))
 
-    def steps_per_print(self) -> int | None:
-        """DeepSpeed's; practically never while it must not print."""
-        period: int | None = super().steps_per_print()
-        return sys.maxsize if self._silenced and period is not None else period
-
     def _ddg_instruction_map(self) -> dict[type, Callable[..., None]]:
         return {**super()._ddg_instruction_map(), TellLoss: Reporter._exec_tell_loss}
 
@@ -99,7 +83,7 @@ class Reporter(Executor):
         loss = self._learn_loss(self._known_in(call))
         # What the stages measured in a call comes with the loss of the next.
         self._complete_steps(self._samples.get(self._losses.newest.call, 0) - 1)
-        self._call_end.enter_context(self._in_silence())
+        self._silence()
         return loss
 
     def _known_in(self, call: int) -> int:
@@ -173,36 +157,20 @@ class Reporter(Executor):
 
     # -- reports ----------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _reported(self) -> Iterator[None]:
-        """Around DeepSpeed's part of a training call."""
-        delayed = self._schedule == "ddg"
-        if delayed:
-            self._gauge.begin_call(self.versions.version)
-            self._links.update = self._links.update.plus(self._last_update)
-        with ExitStack() as self._call_end:
-            yield
-        if delayed:
-            self._last_update = self._own_update()
-            self._report_call()
-
-    @contextmanager
-    def _in_silence(self) -> Iterator[None]:
-        """Inside, DeepSpeed neither prints nor records."""
-        monitor, self.monitor, self._silenced = self.monitor, _NO_MONITOR, True
-        try:
-            yield
-        finally:
-            self.monitor, self._silenced = monitor, False
+    def _begin_report(self) -> None:
+        """A delayed call has begun."""
+        self._gauge.begin_call(self.versions.version)
+        self._links.update = self._links.update.plus(self._last_update)
 
     def _report_call(self) -> None:
-        """Print and measure once every ``steps_per_print`` calls; a monitor without it gets every call."""
+        """It is over: print and measure once every ``steps_per_print``; a monitor without it gets every call."""
+        self._last_update = self._own_update()
         self._gauge.end_call()
         period = self.steps_per_print()
         if self.global_steps % (period or 1):
             return
         if period is not None:
-            self._print()
+            self._print(self._losses.newest, self.loss_step)
         if self.monitor.enabled:
             self._gauge.end_period(self.versions, self.micro_batches)
 
@@ -226,25 +194,3 @@ class Reporter(Executor):
         ordered = getattr(self.monitor, "wandb_monitor", None)
         if isinstance(ordered, InOrder):
             ordered.complete(samples)
-
-    def _print(self) -> None:
-        """DeepSpeed's line, and which step its loss belongs to."""
-        timer = self.timers(TRAIN_BATCH_TIMER)
-        calls = max(1, len(timer.event_timers))
-        seconds = timer.elapsed(reset=True) / 1000.0 / calls
-        if self.global_rank != 0:
-            return
-        losses = [("loss", self._losses.newest.mean), *(self._losses.newest.additional or ())]
-        parts = [f"steps: {self.global_steps}", *(f"{name}: {value:0.4f}" for name, value in losses)]
-        parts.insert(2, f"(of step {self.loss_step + 1})")
-        rate = self.train_batch_size() / max(seconds, 1e-9)
-        print(*parts, f"iter time (s): {seconds:0.3f} samples/sec: {rate:0.3f}")
-        if self.wall_clock_breakdown():
-            self._print_waits()
-
-    def _print_waits(self) -> None:
-        """In place of DeepSpeed's pipe timers: sends wait for nobody here, receives do."""
-        seconds = dict(self._links.seconds)
-        waits = [f" | {n}: {1000 * (s - self._seconds_printed.get(n, 0.0)):.2f}" for n, s in seconds.items()]
-        print_dist("time (ms)" + "".join(waits), ranks=[0])
-        self._seconds_printed = seconds

@@ -16,15 +16,21 @@ from ds_ddg.execute import Executor
 from ds_ddg.links import Links
 from ds_ddg.wire import StageError
 
-__all__ = ["Together", "stay_until_the_others_leave", "together", "with_its_data"]
+__all__ = ["DataEnded", "Together", "stay_until_the_others_leave", "together", "with_its_data"]
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
+class DataEnded(StopIteration):
+    """There is no data for another call; every stage knows."""
+
+
 def with_its_data(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run DeepSpeed's part of a call, whose data is here already: a StopIteration is a mistake in somebody's code."""
+    """Run DeepSpeed's part of a call, whose data is fetched at once: another StopIteration is a layer's mistake."""
     try:
         return method(*args, **kwargs)
+    except DataEnded:
+        raise
     except StopIteration as error:
         raise RuntimeError("StopIteration raised inside a layer or loss_fn") from error
 
@@ -39,7 +45,7 @@ def together(method: _Method) -> _Method:
         try:
             return method(self, *args, **kwargs)
         except StopIteration:
-            raise
+            raise StopIteration from None
         except Exception as error:
             cause = self._understood(error)
             if self._failure is None:  # a call within a call has told already

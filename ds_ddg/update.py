@@ -7,19 +7,26 @@ ends with UpdateWeights. Learning rate and step counts go by calls, on every sta
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer, ZeROOptimizer
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor
 
 from ds_ddg.config import DDGConfig
 from ds_ddg.local import StageLocalGrid, clip_stage_gradients
 from ds_ddg.losses import Update
-from ds_ddg.optimizers import anything_to_train, clipping_by, fill_groups, idle_optimizer, with_a_parameter
+from ds_ddg.optimizers import (
+    anything_to_train,
+    clipping_by,
+    clocks_stopped,
+    fill_groups,
+    idle_optimizer,
+    norm_unscaled,
+    with_a_parameter,
+)
 from ds_ddg.plan import DDGPlan
 from ds_ddg.tied import Ties
 from ds_ddg.versions import WeightVersions
@@ -72,8 +79,15 @@ class Updater(_Host):
         return DDGPlan(self.num_stages, self.micro_batches, self._slack)
 
     def _exec_reduce_grads(self) -> None:
-        with self._ties.hidden():
+        with self._ties.hidden() if self._ties.owners else nullcontext():
             super()._exec_reduce_grads()
+
+    def allreduce_gradients(self, *args: Any, **kwargs: Any) -> None:
+        """DeepSpeed's, which also puts zeros where there is no gradient; often neither is needed."""
+        shared = self.is_data_parallel or self.is_model_parallel or isinstance(self.optimizer, DeepSpeedOptimizer)
+        missing = any(p.grad is None and p.requires_grad for p in self.versions.parameters)
+        if shared or missing or self.schedule == "1f1b":
+            super().allreduce_gradients(*args, **kwargs)
 
     def _exec_reduce_tied_grads(self) -> None:
         """DeepSpeed's, on its own schedule; its wrappers neither sum up nor clear gradients that are not theirs."""
@@ -92,6 +106,10 @@ class Updater(_Host):
             self._ties.recv_weights(updated)
         self._ties.send_weights()
 
+    def _share_tied_weights(self) -> None:
+        self._ties.send_weights()
+        self._ties.recv_weights()
+
     def _scaled(self, loss: Tensor) -> Tensor:
         """The loss as its backward starts from it.
 
@@ -105,28 +123,13 @@ class Updater(_Host):
     def _step(self, lr_kwargs: Any = None) -> None:
         """DeepSpeed's; if it skips the weights for an overflow of this stage, the clocks go on with the others'."""
         known = self.skipped_steps, self._step_applied
-        with self._measured_unscaled(), self._clipped_as_asked():
+        with norm_unscaled(self), self._clipped_as_asked():
             super()._exec_optimizer_step(lr_kwargs)
         self._overflowed = self.skipped_steps > known[0]
         if self.num_stages > 1:
             self.skipped_steps, self._step_applied = known  # until all stages know more
             if self._overflowed and self.lr_scheduler is not None:
                 self.lr_scheduler.step()
-
-    @contextmanager
-    def _measured_unscaled(self) -> Iterator[None]:
-        """Each stage has a scale of its own, so norms are told without it.
-
-        DeepSpeed 0.19.8 unscales them itself with ZeRO; without it by the scale of the next step, or not at all.
-        """
-        if self.num_stages == 1 or not self.fp16_enabled() or isinstance(self.optimizer, ZeROOptimizer):
-            yield
-            return
-        before = float(self.optimizer.loss_scale)
-        yield
-        after = 1.0 if isinstance(self.optimizer, FP16_UnfusedOptimizer) else float(self.optimizer.loss_scale)
-        if self._global_grad_norm is not None:
-            self._global_grad_norm = self._global_grad_norm * (after / before)
 
     def _clipped_as_asked(self) -> AbstractContextManager[None]:
         """By the newest norm known of all, where DeepSpeed's optimizer clips; by its own while there is none."""
@@ -204,7 +207,7 @@ class Updater(_Host):
                     self._passed_on = self._passed_on + (gradient * 0.0).sum()
 
     def _exec_update_weights(self) -> None:
-        with self._clocks_stopped(), self.versions.updating():
+        with clocks_stopped(self), self.versions.updating():
             self._step()
         self._last_update = self._last_update.plus(Update(0.0, int(self._overflowed)))
 
@@ -236,14 +239,3 @@ class Updater(_Host):
         delayed = self.module.stage_id < self.module.num_stages - 1 and self.ddg.weights == "stash"
         pinned = delayed and isinstance(self.optimizer, DeepSpeedOptimizer)
         self.versions = WeightVersions(self.module.parameters(), stash=delayed, pinned=pinned)
-
-    @contextmanager
-    def _clocks_stopped(self) -> Iterator[None]:
-        clocks = ("global_steps", "global_samples", "lr_scheduler")
-        saved = {name: getattr(self, name) for name in clocks}
-        self.lr_scheduler = None
-        try:
-            yield
-        finally:
-            for name, value in saved.items():
-                setattr(self, name, value)

@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 from torch import Tensor, nn
 
 import ds_ddg
@@ -451,6 +452,8 @@ def run_out_of_data(rank: int, world_size: int, first: int, last: int) -> tuple[
     again = train(engine, batches(), calls=2) if end.kind == "StopIteration" else end
     if end.kind == "StopIteration":
         engine.drain()
+        timed = engine.timers(TRAIN_BATCH_TIMER).event_timers
+        assert len(timed) == end.calls + 2, "the call that did not happen took no time"
     return end, again
 
 
