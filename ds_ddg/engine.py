@@ -32,7 +32,7 @@ from ds_ddg.schedule import DDGSchedule
 from ds_ddg.slack import AutoSlack
 from ds_ddg.staging import staging_for, without_greetings
 from ds_ddg.tied import Ties
-from ds_ddg.together import DataEnded, Together, stay_until_the_others_leave, together, with_its_data
+from ds_ddg.together import OutOfDataError, Together, stay_until_the_others_leave, together, with_its_data
 from ds_ddg.watch import WatchedLinks
 
 __all__ = ["DDGEngine", "DDGMixin"]
@@ -92,7 +92,7 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
         self._settle_slack()
         try:
             loss = with_its_data(super().train_batch, data_iter)
-        except DataEnded:
+        except OutOfDataError:
             self._forget_time()
             raise
         finally:
@@ -237,7 +237,7 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
         kind = self._links.begin(here, ready, with_data)
         if kind is Kind.END:
             self._feed.clear()
-            raise DataEnded
+            raise OutOfDataError
         if not ready:
             raise RuntimeError(
                 f"the data of the last stage ended in call {self._calls}, that of the first stage did not; "

@@ -6,9 +6,9 @@ DeepSpeed's own line and timers would present a loss as that of the call that re
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
@@ -33,7 +33,8 @@ class Printer(Executor):
 
     _silenced: Any = None
     """The monitor, while it is out of DeepSpeed's reach."""
-    _seconds_printed: dict[str, float] = {}  # noqa: RUF012 - replaced, never changed
+    _seconds_printed: Mapping[str, float] = MappingProxyType({})
+    """Waited until the last line, by what for."""
 
     def steps_per_print(self) -> int | None:
         """DeepSpeed's; practically never while it must not print."""
@@ -51,6 +52,7 @@ class Printer(Executor):
 
     @contextmanager
     def _in_silence(self) -> Iterator[None]:
+        """Inside, DeepSpeed neither prints nor records."""
         self._silence()
         try:
             yield

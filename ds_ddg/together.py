@@ -16,21 +16,19 @@ from ds_ddg.execute import Executor
 from ds_ddg.links import Links
 from ds_ddg.wire import StageError
 
-__all__ = ["DataEnded", "Together", "stay_until_the_others_leave", "together", "with_its_data"]
+__all__ = ["OutOfDataError", "Together", "stay_until_the_others_leave", "together", "with_its_data"]
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
-class DataEnded(StopIteration):
-    """There is no data for another call; every stage knows."""
+class OutOfDataError(Exception):
+    """There is no data for another call, and every stage knows; users get a StopIteration."""
 
 
 def with_its_data(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run DeepSpeed's part of a call, whose data is fetched at once: another StopIteration is a layer's mistake."""
+    """Run DeepSpeed's part of a call, whose data is fetched at once: a StopIteration is somebody's mistake."""
     try:
         return method(*args, **kwargs)
-    except DataEnded:
-        raise
     except StopIteration as error:
         raise RuntimeError("StopIteration raised inside a layer or loss_fn") from error
 
@@ -44,7 +42,7 @@ def together(method: _Method) -> _Method:
             raise StageError(self._failure)
         try:
             return method(self, *args, **kwargs)
-        except StopIteration:
+        except OutOfDataError:
             raise StopIteration from None
         except Exception as error:
             cause = self._understood(error)

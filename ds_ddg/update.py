@@ -85,8 +85,8 @@ class Updater(_Host):
     def allreduce_gradients(self, *args: Any, **kwargs: Any) -> None:
         """DeepSpeed's, which also puts zeros where there is no gradient; often neither is needed."""
         shared = self.is_data_parallel or self.is_model_parallel or isinstance(self.optimizer, DeepSpeedOptimizer)
-        missing = any(p.grad is None and p.requires_grad for p in self.versions.parameters)
-        if shared or missing or self.schedule == "1f1b":
+        needed = shared or self.schedule == "1f1b"
+        if needed or any(p.grad is None and p.requires_grad for p in self.versions.parameters):
             super().allreduce_gradients(*args, **kwargs)
 
     def _exec_reduce_tied_grads(self) -> None:
