@@ -6,9 +6,9 @@
     python benchmarks/off_cpu.py --from docs/benchmarks/off_cpu.json  # only predict and write the page again
 
 A stage "computes" by sleeping (30 ms forward, 60 ms backward), so many stages fit on few cores and everything that is
-not sleep is overhead: of the schedule, of the engine, of the messages. The schedules take turns in the same processes;
-the median of the turns counts, of the slowest stage, in steady state. Efficiency is the share of the devices' time
-that goes into forward and backward.
+not sleep is overhead: of the schedule, of the engine, of the messages, of having fewer cores than stages. The
+schedules take turns in the same processes; the median of the turns counts, of the slowest stage, in steady state.
+Efficiency is the share of the devices' time that goes into forward and backward.
 
 Predictions are those of ``ds-ddg simulate``, given what one stage alone takes for a micro-batch and for an update, and
 what a message takes between two idle stages. Latency is added to the links of DDG alone (`latency.py`). Writes
@@ -23,18 +23,16 @@ import json
 import os
 import shlex
 import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any, NamedTuple
 
 from predictions import predict, uneven
 from processes import join, run_ranks
 from report import machine, write
+from sleeping import BACKWARD, FORWARD, TICK, Took, per_call, sleeping_layer
 
-FORWARD, BACKWARD = 0.030, 0.060
-TICK = FORWARD + BACKWARD
 BF16_ZERO_1 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
 
 
@@ -69,42 +67,6 @@ def _number(text: str, num_stages: int) -> int:
     return int(text.removesuffix("K")) * (num_stages if text.endswith("K") else 1)
 
 
-def stage_layer(scale: float = 1.0) -> Any:
-    """A layer with one weight that takes its time, forward and backward."""
-    import torch
-
-    class Sleep(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Any) -> Any:
-            time.sleep(FORWARD * scale)
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, gradient: Any) -> Any:
-            time.sleep(BACKWARD * scale)
-            return gradient
-
-    class Layer(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(16))
-
-        def forward(self, x: Any) -> Any:
-            return Sleep.apply(x * self.weight)
-
-    return Layer()
-
-
-def seconds_per_call(engine: Any, data: Any, warm_up: int, calls: int) -> float:
-    """Of this stage, in steady state."""
-    for _ in range(warm_up):
-        engine.train_batch(data)
-    start = time.perf_counter()
-    for _ in range(calls):
-        engine.train_batch(data)
-    return (time.perf_counter() - start) / calls
-
-
 class Bench:
     """Measures cells on one rank."""
 
@@ -119,7 +81,7 @@ class Bench:
         self.data = itertools.repeat((torch.ones(4, 16, dtype=dtype), torch.zeros(4, 16, dtype=dtype)))
 
     def measure(self, cell: Cell) -> dict[str, Any]:
-        """Seconds per call by schedule, one number for each turn; the slack; seconds that a message takes."""
+        """What a call took by schedule, one entry for each turn; the slack; seconds that a message takes."""
         from latency import added_latency
 
         with added_latency(cell.latency * TICK):
@@ -127,13 +89,13 @@ class Bench:
             if cell.slack == "auto":
                 from ds_ddg.slack import trial_calls
 
-                seconds_per_call(engine, self.data, trial_calls(engine.plan) + 1, 1)
+                per_call(engine, self.data, trial_calls(engine.plan) + 1, 1)
             engine.drain()
             hop = engine._links.ping([next(self.data)[0]], times=20)
             engines = dict.fromkeys(cell.schedules, engine)
             if "dualpipev" in engines:
                 engines["dualpipev"] = self._engine(cell, {}, chunks=2)
-            found: dict[str, list[float]] = {name: [] for name in engines}
+            found: dict[str, list[Took]] = {name: [] for name in engines}
             for _, (name, trained) in itertools.product(range(self.turns), engines.items()):
                 if trained is engine:
                     engine.schedule = name
@@ -141,9 +103,9 @@ class Bench:
                 longest = TICK * (cell.micro_batches + (cell.stages - 1) * (name != "ddg"))
                 warm_up = 2 + engine.plan.staleness(0) if name == "ddg" else 1
                 calls = max(3, round(self.seconds / longest))
-                found[name].append(seconds_per_call(trained, self.data, warm_up, calls))
+                found[name].append(per_call(trained, self.data, warm_up, calls))
             engine.schedule = "ddg"  # drained; a process ends when all have left
-            return {"seconds": found, "slack": engine.plan.slack, "hop": hop}
+            return {"took": found, "slack": engine.plan.slack, "hop": hop}
 
     def _engine(self, cell: Cell, ddg: dict[str, Any], chunks: int = 1) -> Any:
         import deepspeed
@@ -156,7 +118,7 @@ class Bench:
         scale = cell.scale or (1.0,) * cell.stages
         order = [*range(cell.stages), *reversed(range(cell.stages))][: chunks * cell.stages]
         net = (DualPipeVModule if chunks == 2 else PipelineModule)(
-            [stage_layer(scale[stage] / chunks) for stage in order],
+            [sleeping_layer(scale[stage] / chunks) for stage in order],
             num_stages=cell.stages,
             loss_fn=torch.nn.functional.mse_loss,
             partition_method="uniform",
@@ -186,7 +148,7 @@ def one_stage(seconds: float, turns: int, more: dict[str, Any]) -> dict[str, flo
     few, many = 1, 8
     todo = [Cell(1, few), Cell(1, many)]
     ((a, b),) = run_ranks(rank_main, 1, todo, seconds, turns, more)
-    small, large = (median(found["seconds"]["ddg"]) for found in (a, b))
+    small, large = (median(took.seconds for took in found["took"]["ddg"]) for found in (a, b))
     tick = (large - small) / (many - few)
     return {"tick": tick, "update": max(0.0, small - few * tick)}
 
@@ -195,7 +157,9 @@ def rows(cell: Cell, by_stage: list[dict[str, Any]]) -> Iterable[dict[str, Any]]
     """A row for each schedule of a cell, as measured."""
     work = TICK * (sum(cell.scale) / cell.stages if cell.scale else 1) * cell.micro_batches
     for name in cell.schedules:
-        turns = [max(times) for times in zip(*(stage["seconds"][name] for stage in by_stage), strict=True)]
+        took = [stage["took"][name] for stage in by_stage]
+        turns = [max(stage.seconds for stage in turn) for turn in zip(*took, strict=True)]
+        queued = [turn.queued for stage in took for turn in stage if turn.queued is not None]
         yield {
             "stages": cell.stages,
             "micro_batches": cell.micro_batches,
@@ -207,6 +171,7 @@ def rows(cell: Cell, by_stage: list[dict[str, Any]]) -> Iterable[dict[str, Any]]
             "seconds_per_call": median(turns),
             "turns": turns,
             "measured": work / median(turns),
+            "queued_ms": 1e3 * mean(queued) / cell.micro_batches if queued else None,
             "hop_ms": 1e3 * max(stage["hop"] for stage in by_stage),
         }
 

@@ -14,6 +14,9 @@ from ds_ddg.curves import save_curves
 
 Row = dict[str, Any]
 
+_NUMBERS = "efficiency", "lowest, highest", "predicted", "error", "no core"
+"""Columns that every table has."""
+
 
 def machine() -> dict[str, Any]:
     """What a result depends on."""
@@ -62,7 +65,8 @@ def _head(results: dict[str, Any]) -> Iterable[str]:
         "so all stages fit on these cores and all else is overhead. Efficiency is the share of the devices' time that "
         f"goes into them; medians of {about['turns']} turns that the schedules took in the same processes, with the "
         "lowest and the highest. Predictions are those of `ds-ddg simulate`, given what one stage alone takes here: "
-        f"{1e3 * alone['tick']:.2f} ms for a micro-batch and {1e3 * alone['update']:.2f} ms once a call."
+        f"{1e3 * alone['tick']:.2f} ms for a micro-batch and {1e3 * alone['update']:.2f} ms once a call. *No core*: "
+        "time per micro-batch in which a stage could have run, and other stages had the cores; the mean over stages."
     )
 
 
@@ -73,7 +77,7 @@ def _tables(results: dict[str, Any]) -> Iterable[str]:
     if plain:
         yield "## DDG, DeepSpeed's schedules and M"
         yield _table(
-            ["K", "M", "schedule", "efficiency", "lowest, highest", "predicted", "error", "1F1B / this", "(M+K-1)/M"],
+            ["K", "M", "schedule", *_NUMBERS, "1F1B / this", "(M+K-1)/M"],
             [[*_start(row), *_compared(row, plain)] for row in plain],
         )
     late = [row for row in even if row["link"] > 0 or row["slack"] not in (0, None)]
@@ -81,7 +85,7 @@ def _tables(results: dict[str, Any]) -> Iterable[str]:
         yield "## Latency of the links"
         yield "Added to every hop, in ticks; `auto` chose the slack in brackets."
         yield _table(
-            ["K", "M", "latency", "slack", "efficiency", "lowest, highest", "predicted", "error"],
+            ["K", "M", "latency", "slack", *_NUMBERS],
             [[row["stages"], row["micro_batches"], f"{row['link']:g}", _slack(row), *_numbers(row)] for row in late],
         )
     uneven = [row for row in rows if row["uneven"]]
@@ -89,7 +93,7 @@ def _tables(results: dict[str, Any]) -> Iterable[str]:
         yield "## Uneven stages"
         yield "One stage takes half as long again as the others."
         yield _table(
-            ["K", "M", "schedule", "efficiency", "lowest, highest", "predicted", "error"],
+            ["K", "M", "schedule", *_NUMBERS],
             [[*_start(row), *_numbers(row)] for row in uneven],
         )
     errors = sorted(abs(_error(row)) for row in rows)
@@ -110,7 +114,8 @@ def _slack(row: Row) -> str:
 def _numbers(row: Row) -> list[str]:
     spread = sorted(row["measured"] * row["seconds_per_call"] / seconds for seconds in row["turns"])
     found = f"{row['measured']:.3f}", f"{spread[0]:.3f}, {spread[-1]:.3f}", f"{row['efficiency']:.3f}"
-    return [*found, f"{_error(row):+.1%}"]
+    queued = "" if row.get("queued_ms") is None else f"{row['queued_ms']:.2f} ms"  # older results have none
+    return [*found, f"{_error(row):+.1%}", queued]
 
 
 def _compared(row: Row, rows: Sequence[Row]) -> list[str]:

@@ -92,7 +92,7 @@ def clip(gradients: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
 
 
 def _square_norm(gradients: Sequence[Tensor]) -> Tensor:
-    return torch.stack([gradient.norm(2.0) for gradient in gradients]).pow(2.0).sum()
+    return torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).pow(2.0).sum()
 
 
 class Circumstances:
