@@ -66,7 +66,7 @@ def _head(results: dict[str, Any]) -> Iterable[str]:
         f"goes into them; medians of {about['turns']} turns that the schedules took in the same processes, with the "
         "lowest and the highest. Predictions are those of `ds-ddg simulate`, given what one stage alone takes here: "
         f"{1e3 * alone['tick']:.2f} ms for a micro-batch and {1e3 * alone['update']:.2f} ms once a call. *No core*: "
-        "time per micro-batch in which a stage could have run, and other stages had the cores; the mean over stages."
+        "time per micro-batch in which a stage could have run and no core was free; the mean over stages."
     )
 
 

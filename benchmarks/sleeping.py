@@ -48,7 +48,7 @@ def per_call(engine: Any, data: Any, warm_up: int, calls: int) -> Took:
     """Of this stage, in steady state: the mean over `calls`, behind `warm_up` others."""
     for _ in range(warm_up):
         engine.train_batch(data)
-    start, before = time.perf_counter(), _queued()
+    before, start = _queued(), time.perf_counter()
     for _ in range(calls):
         engine.train_batch(data)
     seconds, after = time.perf_counter() - start, _queued()
