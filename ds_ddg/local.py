@@ -18,6 +18,8 @@ import torch.distributed as dist
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import Tensor
 
+from ds_ddg.alone import alone_if_one
+
 __all__ = [
     "Circumstances",
     "StageLocalGrid",
@@ -39,7 +41,11 @@ class StageLocalGrid:
 
     def get_model_parallel_group(self) -> Any:
         """Process group of the tensor slices of this stage."""
-        return self._grid.get_slice_parallel_group()
+        return alone_if_one(self._grid.get_slice_parallel_group())
+
+    def get_data_parallel_group(self) -> Any:
+        """Process group of the replicas of this stage."""
+        return alone_if_one(self._grid.get_data_parallel_group())
 
     def get_model_parallel_rank(self) -> int:
         """Rank among the tensor slices of this stage."""

@@ -15,6 +15,7 @@ import torch
 from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer, ZeROOptimizer
 from torch import Tensor
 
+from ds_ddg.alone import alone_if_one
 from ds_ddg.config import DDGConfig
 from ds_ddg.local import StageLocalGrid, clip_stage_gradients
 from ds_ddg.losses import Update
@@ -54,6 +55,7 @@ class Updater(_Host):
     device: torch.device
     micro_batches: int
     mpu: Any
+    seq_data_parallel_group: Any
     lr_scheduler: Any
     num_stages: int
     optimizer: Any
@@ -217,11 +219,12 @@ class Updater(_Host):
             return
         if "_links" in self.__dict__:
             self.drain()  # what is in flight belongs to the optimizer before
-        grid, self.mpu = self.mpu, StageLocalGrid(self.mpu)
+        grid, replicas = self.mpu, self.seq_data_parallel_group
+        self.mpu, self.seq_data_parallel_group = StageLocalGrid(grid), alone_if_one(replicas)
         try:
             super()._configure_optimizer(client_optimizer, with_a_parameter(model_parameters))
         finally:
-            self.mpu = grid
+            self.mpu, self.seq_data_parallel_group = grid, replicas
         self._new_versions()  # some projects configure the optimizer only now
 
     def _check_for_duplicates(self, optimizer: Any) -> None:

@@ -153,8 +153,8 @@ class Result:
     losses: list[Tensor]
     states: list[Tensor]
     wrapper: str = ""
-    across: int = 0
-    """Collectives across stages in one call of the filled pipeline."""
+    collectives: int = 0
+    """In one call of the filled pipeline, those of a stage with itself included: no stage has a replica here."""
     norm: float | None = None
 
 
@@ -204,7 +204,6 @@ def train_engine(
     frozen: int | None = None,
 ) -> Result:
     engine = build_engine(min(world_size, 3), name, micro_batches, optimizer, ddg, clip, frozen)
-    stage_of = [engine.grid.topology().get_coord(r).pipe for r in range(world_size)]
     data = batches((CALLS + REFILL) * micro_batches, FORMATS[name].weights)
     losses = [engine.train_batch(data).clone() for _ in range(CALLS - 1)]
     with census() as seen:
@@ -213,9 +212,8 @@ def train_engine(
     for _ in range(REFILL):
         losses.append(engine.train_batch(data).clone())
     engine.drain()
-    across = sum(count for key, count in seen.items() if len({stage_of[r] for r in key[1]}) > 1)
     wrapper, norm = type(engine.optimizer).__name__, engine.get_global_grad_norm()
-    return Result(losses, toy.state(engine.module), wrapper, across, None if norm is None else float(norm))
+    return Result(losses, toy.state(engine.module), wrapper, seen.total(), None if norm is None else float(norm))
 
 
 class Mixed:
@@ -357,7 +355,7 @@ def test_equals_the_oracle(
     got = ranks(stages).run(train_engine, name, micro_batches, optimizer, ddg, 0.0)
     bare = type(OPTIMIZERS[optimizer]([torch.zeros(1)])).__name__
     assert {result.wrapper for result in got} == {FORMATS[name].wrapper or bare}
-    assert [result.across for result in got] == [0] * stages, "a collective across stages"
+    assert [result.collectives for result in got] == [0] * stages
     assert_exact(got, train_oracle(monkeypatch, name, stages, micro_batches, optimizer, ddg))
 
 
@@ -371,7 +369,7 @@ def test_stage_without_anything_to_train(
     frozen = {MODES[0]: 0, MODES[1]: 2, MODES[3]: 1}[mode]
     ddg = {"weights": weights, "activations": activations}
     got = ranks(3).run(train_engine, name, 2, "adamw", ddg, 0.0, frozen)
-    assert [result.across for result in got] == [0, 0, 0], "a collective across stages"
+    assert [result.collectives for result in got] == [0, 0, 0]
     expected = train_oracle(monkeypatch, name, 3, 2, "adamw", ddg, frozen=frozen)
     assert_exact(got, expected)
     assert FORMATS[name].wrapper in (got[frozen].wrapper, "")
@@ -405,7 +403,7 @@ def assert_clipped(
 ) -> None:
     """DeepSpeed's wrappers clip with an arithmetic of their own: equal to rounding."""
     got = ranks(3).run(train_engine, name, 1, optimizer, ddg, clip)
-    assert [result.across for result in got] == [0, 0, 0], "a collective across stages"
+    assert [result.collectives for result in got] == [0, 0, 0]
     fine = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}[FORMATS[name].weights]
     for ours, its, other in zip(got, expected, unlike, strict=True):
         assert ours.norm == got[0].norm, "the norm of the pipeline, which all ranks know alike"
