@@ -19,7 +19,7 @@ def run_ranks(target: Callable[..., None], count: int, *arguments: Any) -> list[
         *arguments: passed on.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "deepspeed", "deepspeed.runtime.pipe.engine"])
+    context.set_forkserver_preload(["torch", "torch._dynamo", "deepspeed", "deepspeed.runtime.pipe.engine"])
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
