@@ -18,7 +18,8 @@ def run_ranks(target: Callable[..., None], count: int, *arguments: Any) -> list[
         count: ranks.
         *arguments: passed on.
     """
-    context = multiprocessing.get_context("forkserver")
+    # A process that has asked for GPUs cannot be forked.
+    context: Any = multiprocessing.get_context("spawn" if os.environ["DS_ACCELERATOR"] == "cuda" else "forkserver")
     context.set_forkserver_preload(["torch", "torch._dynamo", "deepspeed", "deepspeed.runtime.pipe.engine"])
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
@@ -35,13 +36,13 @@ def run_ranks(target: Callable[..., None], count: int, *arguments: Any) -> list[
     return measured
 
 
-def join(rank: int, count: int, store: str) -> None:
-    """In each of them first: one thread, process groups over gloo, and DeepSpeed on top."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
+def join(rank: int, count: int, store: str, backend: str = "gloo", device: int | None = None) -> None:
+    """In each of them first: one thread, process groups, and DeepSpeed on top, on the GPU of number `device`."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank if device is None else device), WORLD_SIZE=str(count))
     import deepspeed
     import torch
 
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
+    torch.distributed.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=count)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for a minute, for inference only
-    deepspeed.init_distributed("gloo")
+    deepspeed.init_distributed(backend)

@@ -76,7 +76,7 @@ def _tables(results: dict[str, Any]) -> Iterable[str]:
     plain = _without_latency(even)
     if plain:
         yield "## DDG, DeepSpeed's schedules and M"
-        yield _table(
+        yield table(
             ["K", "M", "schedule", *_NUMBERS, "1F1B / this", "(M+K-1)/M"],
             [[*_start(row), *_compared(row, plain)] for row in plain],
         )
@@ -84,7 +84,7 @@ def _tables(results: dict[str, Any]) -> Iterable[str]:
     if late:
         yield "## Latency of the links"
         yield "Added to every hop, in ticks; `auto` chose the slack in brackets."
-        yield _table(
+        yield table(
             ["K", "M", "latency", "slack", *_NUMBERS],
             [[row["stages"], row["micro_batches"], f"{row['link']:g}", _slack(row), *_numbers(row)] for row in late],
         )
@@ -92,7 +92,7 @@ def _tables(results: dict[str, Any]) -> Iterable[str]:
     if uneven:
         yield "## Uneven stages"
         yield "One stage takes half as long again as the others."
-        yield _table(
+        yield table(
             ["K", "M", "schedule", *_NUMBERS],
             [[*_start(row), *_numbers(row)] for row in uneven],
         )
@@ -131,6 +131,7 @@ def _error(row: Row) -> float:
     return float(row["predicted_seconds"] / row["seconds_per_call"] - 1)
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -43,8 +43,7 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.ddg = DDGConfig.parse(kwargs["config_class"]._param_dict.get("ddg"))
-        if self.ddg.enabled:
-            refuse_unsupported(kwargs["config_class"], kwargs["model"])
+        refuse_unsupported(kwargs["config_class"], kwargs["model"], self.ddg.enabled)
         self._schedule = "1f1b"
         self._start_trial(kwargs["model"].num_stages)
         self._ties = Ties(kwargs["model"], self.ddg.enabled)

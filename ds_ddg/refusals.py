@@ -10,23 +10,23 @@ from ds_ddg.config import DDGConfig
 __all__ = ["refuse_switch", "refuse_unsupported"]
 
 
-def refuse_unsupported(config: Any, module: Any) -> None:
+def refuse_unsupported(config: Any, module: Any, enabled: bool = True) -> None:
     """Raise for what this version cannot run *exactly*, before any message is sent.
 
     Args:
         config: the parsed ``DeepSpeedConfig``.
         module: the ``PipelineModule``.
+        enabled: whether it is to run DDG; DeepSpeed's own schedule otherwise, which checks the rest for itself.
 
     Raises:
         ValueError: one line per refusal, each with what to do instead.
     """
-    refusals = [f"- {what}: {remedy}" for wrong, what, remedy in _refusals(config, module) if wrong]
+    found = _refusals(config, module) if enabled else _sending_refusals(module)
+    refusals = [f"- {what}: {remedy}" for wrong, what, remedy in found if wrong]
     if refusals:
-        raise ValueError(
-            "DDG cannot train this set-up:\n"
-            + "\n".join(refusals)
-            + '\n("ddg": {"enabled": false} runs DeepSpeed\'s own schedule instead.)'
-        )
+        name = "DDG" if enabled else "DeepSpeed's schedule"
+        other = '\n("ddg": {"enabled": false} runs DeepSpeed\'s own schedule instead.)' if enabled else ""
+        raise ValueError(f"{name} cannot train this set-up:\n" + "\n".join(refusals) + other)
 
 
 def _refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
@@ -121,21 +121,23 @@ def refuse_switch(name: str, enabled: bool, config: Any, module: Any) -> None:
 
 def _one_f_one_b_refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
     """What an engine that was built for DDG cannot run on DeepSpeed's schedule."""
+    yield from _sending_refusals(module)
+    yield (
+        module.num_stages > 1 and "fp16" in _wrappers(config),
+        "1F1B between calls of DDG in fp16, whose stages have scales of their own",
+        'run DeepSpeed\'s schedule with "ddg": {"enabled": false}, from a checkpoint if need be',
+    )
+
+
+def _sending_refusals(module: Any) -> Iterable[tuple[bool, str, str]]:
+    """Where DeepSpeed's own messages break their connection."""
     import torch.distributed as dist
     from deepspeed.accelerator import get_accelerator
 
-    wrapped = _wrappers(config)
-    remedy = 'run DeepSpeed\'s schedule with "ddg": {"enabled": false}, from a checkpoint if need be'
-    several = module.num_stages > 1
     yield (
-        several and get_accelerator().device_name() != "cpu" and dist.get_backend() == "gloo",
+        module.num_stages > 1 and get_accelerator().device_name() != "cpu" and dist.get_backend() == "gloo",
         "1F1B of GPU stages over gloo, which cannot send from a device",
         'give every stage a GPU of its own and initialize "nccl", or leave DDG on throughout',
-    )
-    yield (
-        several and "fp16" in wrapped,
-        "1F1B between calls of DDG in fp16, whose stages have scales of their own",
-        remedy,
     )
 
 

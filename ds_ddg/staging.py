@@ -3,7 +3,7 @@
 Messages go over gloo, which knows host memory alone, so several stages can share one GPU and links without NCCL work;
 NCCL carries no messages of ours, only the collectives of DeepSpeed within a stage, where it is what was initialized.
 **No GPU has run this yet**: the tests of this module put a stand-in in the place of streams and events, those in
-tests/test_gpu.py are to be run first where there is a device.
+tests/test_gpu*.py are to be run first where there is a device.
 
 Neither direction makes the main thread wait for the device, which would cost it the lead over the device that hides
 the time of Python::
@@ -110,7 +110,7 @@ def staging_for(device: torch.device) -> Staging | None:
     if dist.get_rank() == 0:
         logger.warning(
             f"ds_ddg: the stages run on {device.type!r}, where the project has not been tested yet; run "
-            "`pytest tests/test_gpu.py` on this machine first, and compare a short run with one on CPU"
+            "`pytest tests/test_gpu*.py` on this machine first, and compare a short run with one on CPU"
         )
     return Staging(device)
 

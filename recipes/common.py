@@ -1,4 +1,4 @@
-"""What the recipes share: arguments, config, processes, evaluation, checkpoints; `progress.py` has the rest."""
+"""What the recipes share: arguments, config, processes, evaluation. `progress.py` and `checkpoints.py` have more."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,20 +21,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ds_ddg
-from recipes.progress import Progress
 
 T = TypeVar("T")
 
 EVALUATED_TOGETHER = 32
 """Micro-batches of one ``eval_batch()``, which fetches all its data before it starts."""
-
-KEPT_CHECKPOINTS = 2
-"""The newest, and the one before in case a crash or a full disk has spoilt the newest."""
-
-SETTINGS = "settings.json"
-
-TAG = "global_step"
-"""What DeepSpeed calls a checkpoint, followed by the number of calls."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,15 +55,19 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
+def local_processes() -> int:
+    """How many the launcher has started on this machine."""
+    # LOCAL_SIZE is the deepspeed launcher's name for torchrun's LOCAL_WORLD_SIZE.
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
 def set_threads() -> None:
     """Share this machine's cores among its processes, unless OMP_NUM_THREADS says otherwise.
 
     PyTorch gives every process all cores, so several of them on one machine would slow each other down.
     """
     if "OMP_NUM_THREADS" not in os.environ:
-        # LOCAL_SIZE is the deepspeed launcher's name for torchrun's LOCAL_WORLD_SIZE.
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes()))
 
 
 def init_distributed() -> None:
@@ -82,8 +76,24 @@ def init_distributed() -> None:
     What it would compile, shared-memory collectives for inference, no training run uses.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed()
+    deepspeed.init_distributed(share_gpus())
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def share_gpus() -> str | None:
+    """If there are fewer GPUs than processes here, give each process one to share, by LOCAL_RANK.
+
+    Returns:
+        The back end to initialize: gloo, as NCCL refuses two processes on one GPU. None if nothing is shared.
+    """
+    processes, local = local_processes(), int(os.environ.get("LOCAL_RANK", 0))
+    gpus = get_accelerator().device_count() if get_accelerator().device_name() == "cuda" else processes
+    if gpus >= processes:
+        return None
+    os.environ["LOCAL_RANK"] = str(local * gpus // processes)
+    if local == 0:
+        tqdm.write(f"{processes} processes share {gpus} GPU{'s' * (gpus > 1)}, over gloo")
+    return "gloo"
 
 
 def gather(value: T) -> list[T]:
@@ -176,89 +186,3 @@ def evaluate(
         engine.module.loss_fn = train_loss_fn
     parts = gather(sums[0].tolist() if sums else None)  # only last stages have measured
     return [sum(values) for values in zip(*(part for part in parts if part is not None), strict=True)]
-
-
-class Checkpoints:
-    """Saves in DeepSpeed's layout, and goes on from the newest as if the run had never stopped, to the last bit.
-
-    A resumed run equals one that was not interrupted and saved at the same calls: a save drains the pipeline. From
-    each save on, PyTorch's random numbers (dropout) start from a seed of their own, so there is no state of generators
-    to keep. Data must depend on the seed and the number of the call only.
-
-    Args:
-        args: parsed from `add_arguments`.
-        engine: made by ``ds_ddg.initialize``.
-        progress: saved and restored with the engine.
-        every: calls between two saves, unless --checkpoint-every says otherwise.
-    """
-
-    def __init__(self, args: argparse.Namespace, engine: ds_ddg.DDGEngine, progress: Progress, every: int) -> None:
-        self._directory: Path | None = args.checkpoint_dir
-        self._every = args.checkpoint_every or every
-        self._resume = args.resume
-        self._seed = args.seed
-        self._engine, self._progress = engine, progress
-
-    def restore(self) -> None:
-        """Once, before the first call: load the newest checkpoint with --resume, if there is one.
-
-        SystemExit on every rank if there are checkpoints that --resume did not ask for, or of another run.
-        """
-        if self._directory is not None:
-            with on_every_rank():
-                tag = self._newest(self._directory)
-            tags = gather(tag)
-            if len(set(tags)) > 1:
-                raise SystemExit(f"{self._directory} is not the same folder on all machines: by rank it has {tags}")
-            if tag is not None:
-                self._load(self._directory, tag)
-            elif dist.get_rank() == 0:
-                self._directory.mkdir(parents=True, exist_ok=True)
-                (self._directory / SETTINGS).write_text(json.dumps(self._progress.settings, indent=2) + "\n")
-        self._reseed()
-
-    def save_if_due(self) -> None:
-        """After a call and what belongs to it (an evaluation): save when it is time, and at the end of the run."""
-        calls = self._progress.calls
-        if self._directory is None or (calls % self._every and calls < self._progress.total_calls):
-            return
-        self._engine.save_checkpoint(str(self._directory), client_state={"progress": self._progress.state_dict()})
-        if dist.get_rank() == 0:
-            calls_of = {path: path.name.removeprefix(TAG) for path in self._directory.glob(f"{TAG}*")}
-            saved = sorted((int(calls), path) for path, calls in calls_of.items() if calls.isdecimal())
-            for _, old in saved[:-KEPT_CHECKPOINTS]:
-                shutil.rmtree(old)
-        self._reseed()
-
-    def _newest(self, directory: Path) -> str | None:
-        """The tag of the checkpoint to load. ValueError or OSError if that cannot be what the user wants."""
-        latest = directory / "latest"
-        if not latest.is_file():
-            return None
-        tag = latest.read_text().strip()
-        if not self._resume:
-            raise ValueError(
-                f"{directory} holds checkpoints of an earlier run ({tag}): add --resume to go on from there, or name "
-                "another --checkpoint-dir"
-            )
-        if not (directory / tag).is_dir():
-            raise FileNotFoundError(f"{latest} names {tag}, but {directory / tag} is not there; name another in it")
-        then = json.loads((directory / SETTINGS).read_text())
-        now = json.loads(json.dumps(self._progress.settings))
-        keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
-        other = [f"{key} {then.get(key)!r}, now {now.get(key)!r}" for key in keys]
-        if keys:
-            raise ValueError(
-                f"the checkpoints in {directory} are of a run with {'; '.join(other)}: use the same, or start anew in "
-                "another --checkpoint-dir"
-            )
-        return tag
-
-    def _load(self, directory: Path, tag: str) -> None:
-        _, client_state = self._engine.load_checkpoint(str(directory), tag)
-        self._progress.load_state_dict(client_state["progress"])
-        if dist.get_rank() == 0:
-            tqdm.write(f"going on from {directory / tag}, after {self._progress.calls} calls")
-
-    def _reseed(self) -> None:
-        torch.manual_seed(seed_from(self._seed, self._progress.calls, dist.get_rank()))

@@ -27,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu"):
+    if item.get_closest_marker("gpu") and os.environ.get("DS_DDG_TEST_DEVICE") != "cpu":
         import torch
 
         if not torch.cuda.is_available():

@@ -110,7 +110,11 @@ def proving(exact: bool = False) -> list[Any]:
 def test_scale_travels_with_the_gradient(ranks: GetRanks, config: dict[str, Any], ddg: dict[str, Any]) -> None:
     """Scales that differ from stage to stage change no more than the smallest numbers of the format."""
     same = ranks(3).run(train, config, [10, 10, 10], 2, ddg)
-    differing = ranks(3).run(train, config, [12, 9, 11], 2, ddg)
+    assert_scales_change_nothing(same, ranks(3).run(train, config, [12, 9, 11], 2, ddg))
+
+
+def assert_scales_change_nothing(same: list[Result], differing: list[Result]) -> None:
+    """Of runs that begin with the powers 10, 10, 10 and 12, 9, 11."""
     for a, b in zip(same, differing, strict=True):
         assert a.told == b.told
         assert b.told[-1][0] == 0, "nothing overflows"
@@ -123,7 +127,11 @@ def test_scale_travels_with_the_gradient(ranks: GetRanks, config: dict[str, Any]
 
 @pytest.mark.parametrize("config", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
 def test_overflow_of_one_stage_is_its_own_and_known_to_all(ranks: GetRanks, config: dict[str, Any]) -> None:
-    results = ranks(3).run(train, config, [24, 10, 10], 1, {})
+    assert_overflow_is_its_own(ranks(3).run(train, config, [24, 10, 10], 1, {}))
+
+
+def assert_overflow_is_its_own(results: list[Result]) -> None:
+    """Of a run that begins with the powers 24, 10, 10."""
     assert [result.across for result in results] == [0, 0, 0]
     told = results[0].told
     assert all(result.told == told for result in results), "every rank must say the same after every call"

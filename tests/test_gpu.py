@@ -1,26 +1,19 @@
 """Stages on a GPU: several share one over gloo, against the oracle on the same device, or the engine on CPU.
 
-    python -m pytest tests/test_gpu.py        # first thing on a machine with a GPU; it needs one, and no more
+    python -m pytest tests/test_gpu.py tests/test_gpu_features.py    # first thing on a machine with a GPU
 
-Ranks are fresh processes here, as DeepSpeed picks its accelerator once in a process. What they do is in functions that
-take any device, so that all but the kernels can be tried on CPU.
+Nothing but one GPU is needed. `devices.py` says how these tests are tried without one.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
-import pickle
-import subprocess
-import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -28,90 +21,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import test_tied as tied
 import toy
+from devices import DEVICE, device, launch
 from test_engine_exact import Case, Course, train, train_oracle
-from test_precision import FORMATS
-from test_precision import train_engine as train_format
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(600)]
 
-TIMEOUT = 500.0
-ROOT = Path(__file__).parents[1]
-
-
-# -- processes --------------------------------------------------------------------------------------------------------
-
-
-def launch(
-    job: Callable[..., Any], world_size: int, *args: Any, device: str = "cuda", backend: str = "gloo"
-) -> list[Any]:
-    """`job(rank, world_size, *args)` in processes of its own on one device; what each returned, on the CPU."""
-    with tempfile.TemporaryDirectory(prefix="ds_ddg_gpu_") as name:
-        directory = Path(name)
-        (directory / "job").write_bytes(pickle.dumps((job.__name__, world_size, args, backend)))
-        processes = []
-        for rank in range(world_size):
-            environment = {
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-                "DS_ACCELERATOR": device,
-                "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-                "OMP_NUM_THREADS": "1",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": "29500",
-                "RANK": str(rank),
-                # DeepSpeed computes on the device of this number: with gloo all ranks share one.
-                "LOCAL_RANK": str(rank if backend == "nccl" else 0),
-                "WORLD_SIZE": str(world_size),
-            }
-            if device == "cpu":
-                environment["CUDA_VISIBLE_DEVICES"] = ""
-            with (directory / f"log{rank}").open("w") as log:
-                command = [sys.executable, "-c", f"import test_gpu; test_gpu.serve({name!r}, {rank})"]
-                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-        deadline = time.monotonic() + TIMEOUT
-        try:
-            for process in processes:
-                process.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            pass  # whoever hangs shows below
-        for process in processes:
-            process.kill()
-            process.wait()
-        if any(process.returncode for process in processes):
-            logs = [f"rank {r}: {(directory / f'log{r}').read_text()[-4000:]}" for r in range(world_size)]
-            raise AssertionError(f"{job.__name__} failed on {device}\n" + "\n".join(logs))
-        # Written by ourselves a moment ago.
-        return [
-            torch.load(directory / f"result{r}", map_location="cpu", weights_only=False) for r in range(world_size)
-        ]
-
-
-def serve(name: str, rank: int) -> None:
-    """On the ranks."""
-    import deepspeed
-
-    directory = Path(name)
-    job, world_size, args, backend = pickle.loads((directory / "job").read_bytes())
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    toy.Split.forward = split  # type: ignore[method-assign]
-    store = f"file://{directory / 'store'}"
-    torch.distributed.init_process_group(backend, init_method=store, rank=rank, world_size=world_size)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(backend)
-    result = globals()[job](rank, world_size, *args)
-    torch.save(result, directory / f"result{rank}")
-
-
-def device() -> torch.device:
-    from deepspeed.accelerator import get_accelerator
-
-    return torch.device(get_accelerator().current_device_name())
+needs_kernels = pytest.mark.skipif(DEVICE == "cpu", reason="about the device itself")
 
 
 def split(self: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,20 +60,31 @@ def train_cases(rank: int, world_size: int, cases: list[DeviceCase]) -> list[tup
     """Of every case: how it went, what is left after the drain, and where its weights are."""
     results = []
     for case in cases:
-        engine = case.engine()
-        (course,) = train(engine, case.data(), [(engine.module, engine.optimizer)])
+        with mock.patch.object(toy.Split, "forward", split):
+            engine = case.engine()
+            (course,) = train(engine, case.data(), [(engine.module, engine.optimizer)])
         engine.versions.assert_empty()
         left = engine._links.pending + engine.versions.alive - 1
         results.append((course, left, engine.device.type))
     return results
 
 
+@contextmanager
+def random_state_of_the_device() -> Iterator[None]:
+    """Where a script or the oracle keeps the state of the random numbers, it is that of those dropout takes."""
+    if device().type == "cpu":
+        yield
+        return
+    with (
+        mock.patch.object(torch, "get_rng_state", torch.cuda.get_rng_state),
+        mock.patch.object(torch, "set_rng_state", torch.cuda.set_rng_state),
+    ):
+        yield
+
+
 def train_oracles(rank: int, world_size: int, cases: list[DeviceCase]) -> list[list[Course]]:
-    """Of every case, by stage. Random numbers are those of the device, of which dropout takes them."""
-    with ExitStack() as stack:
-        if device().type == "cuda":
-            stack.enter_context(mock.patch.object(torch, "get_rng_state", torch.cuda.get_rng_state))
-            stack.enter_context(mock.patch.object(torch, "set_rng_state", torch.cuda.set_rng_state))
+    """Of every case, by stage."""
+    with random_state_of_the_device(), mock.patch.object(toy.Split, "forward", split):
         return [train_oracle(case, data=((x.to(device()), y.to(device())) for x, y in case.data())) for case in cases]
 
 
@@ -192,52 +119,20 @@ def assert_close(ours: Course, its: Course, losses: list[Tensor]) -> None:
 def test_engine_equals_the_oracle(trained: Any, oracles: Any, case: DeviceCase) -> None:
     expected = oracles[case]
     for stage, (course, left, where) in enumerate(trained[case]):
-        assert where == "cuda"
+        assert where == DEVICE
         assert left == 0, "messages or versions after the drain"
         assert_close(course, expected[stage], case.known(expected[stage].losses))
         first, last = (list(course.states.values())[i] for i in (0, -1))
         assert any(not torch.equal(a, b) for a, b in zip(first, last, strict=True)), f"stage {stage} does not train"
 
 
+@needs_kernels
 def test_dropout_has_the_random_numbers_of_the_device(oracles: Any) -> None:
     """Without them "recompute" would agree with anything."""
     keep, recompute = (
         oracles[DeviceCase(2, 1, 0, "current", activations, True, "sgd")] for activations in ("keep", "recompute")
     )
     assert [float(loss) for loss in keep[0].losses] != [float(loss) for loss in recompute[0].losses]
-
-
-# -- against the engine on CPU ----------------------------------------------------------------------------------------
-
-
-def train_without_dropout(rank: int, world_size: int, what: str) -> tuple[list[float], list[Tensor]]:
-    """Losses and the state of the stage; other devices have other random numbers, so there are none."""
-    with mock.patch.object(nn.Dropout, "forward", lambda _, x: x):
-        if what == "tied":
-            setting = {"three": world_size == 3, "micro_batches": 2, "ddg": {}, "optimizer": "sgd"}
-            result: Any = tied.train_engine(rank, world_size, setting, world_size, {})
-        else:
-            result = train_format(rank, world_size, what, 2, "sgd", {}, 1.0)
-    return [float(loss) for loss in result.losses], result.states
-
-
-@pytest.mark.parametrize(
-    ("what", "stages", "tolerance"),
-    [
-        pytest.param("tied", 3, 1e-4, marks=pytest.mark.proves("GPU stages: tied weights", exact=False)),
-        *(
-            pytest.param(name, 2, 0.05, marks=pytest.mark.proves(f"GPU stages: {name}", exact=False))
-            for name in FORMATS
-            if name.startswith("bf16")
-        ),
-    ],
-)
-def test_device_equals_the_cpu(what: str, stages: int, tolerance: float) -> None:
-    there, here = (launch(train_without_dropout, stages, what, device=device) for device in ("cuda", "cpu"))
-    for (losses, states), (expected_losses, expected) in zip(there, here, strict=True):
-        assert losses == pytest.approx(expected_losses, rel=tolerance, abs=tolerance)
-        for a, b in zip(states, expected, strict=True):
-            torch.testing.assert_close(a.float(), b.float(), rtol=tolerance, atol=tolerance)
 
 
 # -- what it costs ----------------------------------------------------------------------------------------------------
@@ -277,6 +172,7 @@ def read_back(rank: int, world_size: int, ddg: dict[str, Any]) -> list[str]:
     return [f"{w.filename}:{w.lineno}" for w in seen if "synchroniz" in str(w.message)]
 
 
+@needs_kernels
 @pytest.mark.parametrize("ddg", [{}, {"activations": "recompute"}, {"weights": "current"}], ids=str)
 def test_nothing_is_read_back_but_the_loss(ddg: dict[str, Any]) -> None:
     *others, last = launch(read_back, 3, ddg)
@@ -297,6 +193,7 @@ def memory(rank: int, world_size: int) -> list[tuple[int, int]]:
     return seen
 
 
+@needs_kernels
 def test_memory_is_flat() -> None:
     for stage, (early, late) in enumerate(launch(memory, 2)):
         assert late[0] <= early[0] + 2**21, f"stage {stage}: device memory grows"
@@ -331,16 +228,3 @@ def test_stages_keep_each_other_busy(capsys: pytest.CaptureFixture[str]) -> None
     for seconds, busy in two:
         assert 0 < busy <= 1
         assert seconds < 4 * 2 * alone, "twice the work of one process, shared by two"
-
-
-# -- a device for each stage ------------------------------------------------------------------------------------------
-
-
-def test_stages_with_devices_of_their_own() -> None:
-    """DeepSpeed's collectives go over NCCL then; what travels between stages still goes over gloo."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
-    there = launch(train_without_dropout, 2, "tied", backend="nccl")
-    here = launch(train_without_dropout, 2, "tied", device="cpu")
-    for (losses, _), (expected, _) in zip(there, here, strict=True):
-        assert losses == pytest.approx(expected, rel=1e-4, abs=1e-4)

@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import torch
 from benchmarks import launch
 from distributed import Ranks
 from recipes import common
+from recipes.checkpoints import Checkpoints
 from recipes.progress import Progress
 
 GetRanks = Callable[[int], Ranks]
@@ -81,7 +83,39 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process is the only rank."""
     monkeypatch.setattr("recipes.progress.dist.get_rank", lambda: 0)
     monkeypatch.setattr("recipes.common.dist.get_rank", lambda: 0)
-    monkeypatch.setattr("recipes.common.gather", lambda value: [value])
+    for module in ("common", "checkpoints"):
+        monkeypatch.setattr(f"recipes.{module}.gather", lambda value: [value])
+
+
+# -- processes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("launcher", ["LOCAL_SIZE", "LOCAL_WORLD_SIZE"])
+@pytest.mark.parametrize(
+    ("kind", "gpus", "processes", "expected"),
+    [
+        ("cuda", 1, 2, [0, 0]),
+        ("cuda", 2, 4, [0, 0, 1, 1]),
+        ("cuda", 2, 3, [0, 0, 1]),
+        ("cuda", 2, 2, None),
+        ("cuda", 4, 2, None),
+        ("cpu", 1, 2, None),
+    ],
+)
+def test_processes_share_gpus_where_there_are_too_few(
+    monkeypatch: pytest.MonkeyPatch, kind: str, gpus: int, processes: int, expected: list[int] | None, launcher: str
+) -> None:
+    accelerator = SimpleNamespace(device_count=lambda: gpus, device_name=lambda: kind)
+    monkeypatch.setattr(common, "get_accelerator", lambda: accelerator)
+    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(launcher, str(processes))
+    ranks = []
+    for rank in range(processes):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert common.share_gpus() == ("gloo" if expected else None)
+        ranks.append(int(os.environ["LOCAL_RANK"]))
+    assert ranks == (expected or list(range(processes)))
 
 
 # -- arguments and config ---------------------------------------------------------------------------------------------
@@ -242,7 +276,7 @@ def test_checkpoints_are_few_and_restore_the_record(alone: None, tmp_path: Path)
     engine = FakeEngine()
     progress = Progress(engine, 20, 5)  # type: ignore[arg-type]
     (tmp_path / "global_step_of_another_kind").mkdir()
-    checkpoints = common.Checkpoints(arguments(tmp_path), engine, progress, every=6)  # type: ignore[arg-type]
+    checkpoints = Checkpoints(arguments(tmp_path), engine, progress, every=6)  # type: ignore[arg-type]
     checkpoints.restore()
     random_numbers = []
     for _ in range(20):
@@ -259,7 +293,7 @@ def test_checkpoints_are_few_and_restore_the_record(alone: None, tmp_path: Path)
     (tmp_path / "latest").write_text("global_step18")
     again = Progress(engine, 20, 5)  # type: ignore[arg-type]
     torch.manual_seed(99)
-    common.Checkpoints(arguments(tmp_path, resume=True), engine, again, every=6).restore()  # type: ignore[arg-type]
+    Checkpoints(arguments(tmp_path, resume=True), engine, again, every=6).restore()  # type: ignore[arg-type]
     assert float(torch.rand(())) == random_numbers[17], "dropout goes on as it would have"
     assert again.seconds == seconds > 0
     make_calls(again, 2)
@@ -273,7 +307,7 @@ def test_checkpoints_are_few_and_restore_the_record(alone: None, tmp_path: Path)
 def test_without_a_folder_nothing_is_saved(alone: None, tmp_path: Path) -> None:
     engine = FakeEngine()
     progress = Progress(engine, 3)  # type: ignore[arg-type]
-    checkpoints = common.Checkpoints(arguments(None), engine, progress, every=1)  # type: ignore[arg-type]
+    checkpoints = Checkpoints(arguments(None), engine, progress, every=1)  # type: ignore[arg-type]
     checkpoints.restore()
     make_calls(progress, 3)
     checkpoints.save_if_due()
@@ -295,7 +329,7 @@ def disagree(rank: int, world_size: int, folder: str) -> list[str]:
         (mine / "global_step2").mkdir(parents=True)
         (mine / "latest").write_text("global_step2")
         (mine / "settings.json").write_text(json.dumps(progress.settings))
-    checkpoints = common.Checkpoints(arguments(mine, resume=True), FakeEngine(), progress, every=1)  # type: ignore[arg-type]
+    checkpoints = Checkpoints(arguments(mine, resume=True), FakeEngine(), progress, every=1)  # type: ignore[arg-type]
     with pytest.raises(SystemExit) as stopped:
         checkpoints.restore()
     said.append(str(stopped.value))

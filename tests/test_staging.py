@@ -579,7 +579,7 @@ def settings(rank: int, world_size: int, name: str, block: dict[str, Any]) -> st
     config = DeepSpeedConfig(toy.config(1, block), mpu=net.mpu())
     with accelerator(name):
         try:
-            refuse_unsupported(config, net)
+            refuse_unsupported(config, net, block.get("enabled", True))
         except ValueError as error:
             return str(error)
     return ""
@@ -591,8 +591,10 @@ def test_other_accelerators_are_refused_by_name(ranks: GetRanks) -> None:
     assert ranks(2).run(settings, "cuda", {}) == ["", ""]
 
 
-def test_deepspeeds_schedule_is_refused_where_it_cannot_send(ranks: GetRanks) -> None:
-    for text in ranks(2).run(settings, "cuda", {"sync_steps": 2}):
+@pytest.mark.parametrize("block", [{"sync_steps": 2}, {"enabled": False}], ids=str)
+def test_deepspeeds_schedule_is_refused_where_it_cannot_send(ranks: GetRanks, block: dict[str, Any]) -> None:
+    for text in ranks(2).run(settings, "cuda", block):
+        assert text.startswith("DDG cannot" if block.get("enabled", True) else "DeepSpeed's schedule cannot")
         assert "1F1B of GPU stages over gloo" in text
         assert "nccl" in text
 

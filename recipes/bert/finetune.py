@@ -39,6 +39,7 @@ from ds_ddg.models.transformer import Head
 from recipes import common
 from recipes.bert import glue, model
 from recipes.bert.batches import IGNORED, Batch, MakeBatch, TrainBatches, held_out_batches
+from recipes.checkpoints import Checkpoints
 from recipes.progress import Progress, fit
 
 
@@ -150,7 +151,7 @@ def main() -> None:
         "seed": args.seed,
     }
     progress = Progress(engine, calls, len(train_batches), **settings)
-    checkpoints = common.Checkpoints(args, engine, progress, every=len(train_batches))
+    checkpoints = Checkpoints(args, engine, progress, every=len(train_batches))
     checkpoints.restore()
 
     def evaluate() -> dict[str, float]:

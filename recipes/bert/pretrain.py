@@ -45,6 +45,7 @@ from ds_ddg.models import load_pretrained, masked_lm, masked_lm_loss
 from recipes import common
 from recipes.bert import corpus, model, text
 from recipes.bert.batches import IGNORED, MakeBatch, TrainBatches, held_out_batches
+from recipes.checkpoints import Checkpoints
 from recipes.progress import Progress, fit
 
 
@@ -147,7 +148,7 @@ def main() -> None:
         vocabulary=len(tokenizer),
         seed=args.seed,
     )
-    checkpoints = common.Checkpoints(args, engine, progress, every=len(train_batches))
+    checkpoints = Checkpoints(args, engine, progress, every=len(train_batches))
     checkpoints.restore()
 
     def evaluate() -> dict[str, float]:

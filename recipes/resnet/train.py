@@ -44,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from any fo
 
 import ds_ddg
 from recipes import common
+from recipes.checkpoints import Checkpoints
 from recipes.progress import Progress, fit
 from recipes.resnet import data, model
 
@@ -120,7 +121,7 @@ def main() -> None:
 
     engine, _, _, _ = ds_ddg.initialize(model=net, model_parameters=net.parameters(), config=config)
     progress = Progress(engine, calls, len(train_batches), model=args.model, dataset=args.dataset, seed=args.seed)
-    checkpoints = common.Checkpoints(args, engine, progress, every=len(train_batches))
+    checkpoints = Checkpoints(args, engine, progress, every=len(train_batches))
     checkpoints.restore()
     if args.eval_only:
         if not (args.load or progress.calls):
