@@ -169,7 +169,7 @@ def train_oracle(setting: dict[str, Any], stages: int) -> tuple[list[float], lis
         optimizers,
         micro_batches=setting["micro_batches"],
         clip=setting.get("clip", 0.0),
-        **setting["ddg"],
+        **{"clip_by" if key == "clip" else key: value for key, value in setting["ddg"].items()},
     )
     data = batches((CALLS + REFILL) * setting["micro_batches"])
     losses, copies = [], []
@@ -234,14 +234,21 @@ def test_replicas(ranks: GetRanks) -> None:
         assert_exact(replica, setting, 2)
 
 
-@pytest.mark.proves("weights tied across stages, clipped", exact=False)
-def test_clip_counts_the_whole_gradient_at_its_owner(ranks: GetRanks) -> None:
+CLIPS = [
+    pytest.param("stage", marks=pytest.mark.proves("weights tied across stages, clipped", exact=False)),
+    pytest.param("global", marks=pytest.mark.proves('weights tied across stages, "clip": "global"', exact=False)),
+]
+
+
+@pytest.mark.parametrize("clip_by", CLIPS)
+def test_clip_counts_the_whole_gradient_at_its_owner(ranks: GetRanks, clip_by: str) -> None:
     """Equal to rounding: the norm adds up the parameters in another order."""
-    setting = {"three": False, "micro_batches": 2, "ddg": {}, "optimizer": "sgd", "clip": 0.05}
+    setting = {"three": False, "micro_batches": 2, "ddg": {"clip": clip_by}, "optimizer": "sgd", "clip": 0.05}
     got = ranks(3).run(train_engine, setting, 3, {"gradient_clipping": 0.05})
     losses, _, copies = train_oracle(setting, 3)
-    unclipped = train_oracle({**setting, "clip": 0.0}, 3)[2]
-    assert not torch.allclose(copies[-1], unclipped[-1], rtol=1e-3), "the clip was not at work"
+    other = {"stage": "global", "global": "stage"}[clip_by]
+    for wrong in ({"clip": 0.0}, {"ddg": {"clip": other}}):
+        assert not torch.allclose(copies[-1], train_oracle({**setting, **wrong}, 3)[2][-1], rtol=1e-3)
     torch.testing.assert_close(got[0].losses, losses)
     for result in (got[0], got[2]):
         torch.testing.assert_close(result.copies, copies, rtol=1e-6, atol=1e-7)
