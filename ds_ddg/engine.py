@@ -58,6 +58,12 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
         self._feed = Feed(self.is_first_stage(), self.is_last_stage(), self._peers_of_stage(), staging)
         pipelines = self.grid.topology().get_axis_comm_lists("pipe")
         self._links = WatchedLinks(pipelines, self.global_rank, self.plan, staging)
+        stay_until_the_others_leave(self._links)
+        self._set_out()
+
+    @together
+    def _set_out(self) -> None:
+        """The rest of the construction: here the other stages hear if it fails."""
         self._start_reports()
         self._start_recording()
         if self.fp16_enabled():
@@ -68,7 +74,6 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
         self._ddg_from = self.ddg.sync_steps if self.ddg.enabled else None
         if self._ddg_from == 0:
             self.schedule = "ddg"
-        stay_until_the_others_leave(self._links)
 
     # -- life of a call ---------------------------------------------------------------------------------------------
 

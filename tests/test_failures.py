@@ -682,7 +682,7 @@ config = {
     "train_micro_batch_size_per_gpu": 2,
     "gradient_accumulation_steps": 2,
     "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
-    "ddg": {ddg: 1},
+    "ddg": {"trace": __file__} if ddg == "trace" else {ddg: 1},
 }
 engine, *_ = ds_ddg.initialize(model=net, config=config, model_parameters=net.parameters())
 data = iter([(torch.ones(2, 4), torch.zeros(2, 4))] * 100)
@@ -765,3 +765,12 @@ def test_script_with_a_bad_key(script: Path) -> None:
     for rank in range(2):
         assert f"[rank{rank}]: ValueError: \"ddg\": unknown key 'slak'" in output, output
     assert "trained" not in output
+
+
+def test_script_whose_engine_cannot_be_finished(script: Path) -> None:
+    """Its channels are open already: torch once ended such a process with an assertion of its own, and a dump."""
+    status, output, _ = launch(script, "just end", ddg="trace")
+    assert status == 1, output
+    for rank in range(2):
+        assert re.search(rf'\[rank{rank}\]: ValueError: "ddg": {{"trace": .*}} cannot be written', output), output
+    assert "terminate called" not in output
