@@ -27,7 +27,8 @@ from torch.nn import Module
 
 from ds_ddg.data import Feed
 from ds_ddg.links import Links, as_tuple
-from ds_ddg.local import Circumstances, fold_buffers_back, never_detached
+from ds_ddg.local import Circumstances, PastBuffers, never_detached, with_past_buffers
+from ds_ddg.outputs import refuse_activation, refuse_loss, with_own_memory
 from ds_ddg.schedule import AdvanceClocks, UpdateWeights
 from ds_ddg.update import Updater
 
@@ -81,6 +82,7 @@ class Executor(Updater):
     pipe_buffers: dict[str, list[Any]]
 
     _activation_spec: Any = None
+    _past_buffers: PastBuffers
 
     def __setattr__(self, name: str, value: Any) -> None:
         """An engine is a Module, which examines each value for parameters; DeepSpeed sets 40 plain ones a call."""
@@ -112,7 +114,7 @@ class Executor(Updater):
         self.__dict__.pop("_INSTRUCTION_MAP", None)
         if self.schedule == "ddg":
             self._INSTRUCTION_MAP = self._ddg_instruction_map()
-        elif self._ties.held:
+        elif self._ties.tied:
             tied = {instructions.ReduceTiedGrads: Executor._exec_reduce_tied_grads}
             self._INSTRUCTION_MAP = {**type(self)._INSTRUCTION_MAP, **tied}
 
@@ -120,6 +122,11 @@ class Executor(Updater):
     def _recomputes(self) -> bool:
         """Whether the graph is built only when the gradient is here; pointless where it comes in the same tick."""
         return self.ddg.activations == "recompute" and not self.is_last_stage()
+
+    @property
+    def _checkpoints(self) -> bool:
+        """Whether parts of a forward run again within the backward."""
+        return bool(self.module.activation_checkpoint_interval > 0)
 
     def _exec_recv_activations(self, buffer_id: int) -> None:
         self.pipe_buffers["inputs"][buffer_id] = self._links.recv_activations()
@@ -129,47 +136,54 @@ class Executor(Updater):
             super()._exec_forward_pass(buffer_id)
             return
         self.versions.remember(buffer_id)
+        if self._recomputes or self._checkpoints:
+            self.pipe_buffers["past"][buffer_id] = self._past_buffers.now(self.module)
         if not self._recomputes:
             self._forward(buffer_id)
             return
         self.pipe_buffers["rng"][buffer_id] = Circumstances(self.device), self.module.micro_offset
         # Autograd is on, though nothing is kept: the kernels must be those of the second time (attention has several),
         # and which outputs require a gradient must be known now.
-        with saved_tensors_hooks(_drop, _drop):
-            self._forward(buffer_id)
+        try:
+            with saved_tensors_hooks(_drop, _drop):
+                self._forward(buffer_id)
+        except (RuntimeError, TypeError) as error:
+            if "saved tensor" not in str(error):
+                raise
+            raise RuntimeError(
+                f"a layer of stage {self.stage_id} computes gradients in its own forward, of which "
+                '"activations": "recompute" keeps nothing; use "activations": "keep"'
+            ) from error
         self.pipe_buffers["outputs"][buffer_id] = _without_graph(self.pipe_buffers["outputs"][buffer_id])
 
     def _forward(self, buffer_id: int) -> None:
         with never_detached(self.module) if self._reentrant_activation_checkpointing() else nullcontext():
-            super()._exec_forward_pass(buffer_id)
+            try:
+                super()._exec_forward_pass(buffer_id)
+            except (AttributeError, TypeError) as error:  # of DeepSpeed: what is no tensor is a list of them to it
+                refuse_loss(self.loss, self.module.loss_fn is None, error)
+                raise
+        if self.is_last_stage():
+            refuse_loss(self.loss, self.module.loss_fn is None)
 
     def _exec_send_activations(self, buffer_id: int) -> None:
         outputs = self.pipe_buffers["outputs"][buffer_id]
         self._check_activation(outputs)
-        self._links.send_activations(self._with_own_memory(outputs))
+        self._links.send_activations(with_own_memory(outputs, self.module))
         if self._recomputes or not torch.is_grad_enabled():
             self.pipe_buffers["outputs"][buffer_id] = None
-
-    def _with_own_memory(self, outputs: Any) -> Any:
-        """Copies of outputs that are a weight or a buffer: those change while a message is still on its way."""
-        # Results of an operation have memory of their own, unless they are views.
-        if not any(t.is_leaf or t._base is not None for t in as_tuple(outputs)):
-            return outputs
-        state = {t.untyped_storage().data_ptr() for t in (*self.module.parameters(), *self.module.buffers())} - {0}
-        own = [t.clone() if t.untyped_storage().data_ptr() in state else t for t in as_tuple(outputs)]
-        return tuple(own) if isinstance(outputs, tuple) else own[0]
 
     def _exec_recv_grads(self, buffer_id: int) -> None:
         self.pipe_buffers["grads"][buffer_id] = self._links.recv_grads()
 
     def _exec_backward_pass(self, buffer_id: int) -> None:
-        checkpoints = self.module.activation_checkpoint_interval > 0
+        past = self.pipe_buffers["past"][buffer_id]
         with self.versions.using(buffer_id):
             if self._recomputes:
                 self._recompute(buffer_id)
             if self.is_last_stage():
                 self.loss = self._scaled(self.loss)
-            with fold_buffers_back(self.module) if checkpoints else nullcontext():
+            with with_past_buffers(self.module, past) if self._checkpoints else nullcontext():
                 if self.is_last_stage() or self._join_outputs(buffer_id):
                     super()._exec_backward_pass(buffer_id)
         if not self._trains:
@@ -180,7 +194,7 @@ class Executor(Updater):
         self.grad_layer = None
         if self.is_last_stage():
             self.loss = self.loss.detach()
-        for column in ("outputs", "labels", "grads", "rng"):
+        for column in ("outputs", "labels", "grads", "rng", "past"):
             self.pipe_buffers[column][buffer_id] = None
         if self.is_first_stage():
             self.pipe_buffers["inputs"][buffer_id] = None
@@ -202,10 +216,10 @@ class Executor(Updater):
         return True
 
     def _recompute(self, buffer_id: int) -> None:
-        """Run the forward again as it ran the first time: same input, same random numbers, no trace in the buffers."""
+        """Run the forward again as the first time: same input, random numbers and buffers, and no trace in these."""
         newest = self.module.micro_offset
         circumstances, self.module.micro_offset = self.pipe_buffers["rng"][buffer_id]
-        with circumstances.again(), fold_buffers_back(self.module):
+        with circumstances.again(), with_past_buffers(self.module, self.pipe_buffers["past"][buffer_id]):
             self._forward(buffer_id)
         self.module.micro_offset = newest
 
@@ -232,11 +246,7 @@ class Executor(Updater):
 
     def _check_activation(self, outputs: Any) -> None:
         """What leaves a stage is a tensor or a tuple of tensors, in training of one shape unless told otherwise."""
-        if not torch.is_tensor(outputs) and not (isinstance(outputs, tuple) and all(map(torch.is_tensor, outputs))):
-            raise TypeError(
-                f"the last layer of stage {self.stage_id} returned {type(outputs).__name__}; "
-                "what goes to the next stage must be a tensor or a tuple of tensors"
-            )
+        refuse_activation(outputs, self.stage_id)
         if self.dynamic_shape or not torch.is_grad_enabled():
             return
         spec = [(t.dtype, tuple(t.shape)) for t in as_tuple(outputs)]

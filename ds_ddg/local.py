@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -21,13 +22,19 @@ from torch import Tensor
 from ds_ddg.alone import alone_if_one
 
 __all__ = [
+    "Buffers",
     "Circumstances",
+    "PastBuffers",
     "StageLocalGrid",
     "clip",
     "clip_stage_gradients",
-    "fold_buffers_back",
     "never_detached",
+    "with_past_buffers",
 ]
+
+
+Buffers = dict[tuple[torch.nn.Module, str], Tensor]
+"""Values of buffers, by where they are."""
 
 
 class StageLocalGrid:
@@ -131,21 +138,51 @@ class Circumstances:
             yield
 
 
+class PastBuffers:
+    """Buffers as they were before each forward; micro-batches that saw the same values share a copy."""
+
+    def __init__(self) -> None:
+        self._newest: dict[tuple[torch.nn.Module, str], tuple[int, ref[Tensor], ref[Tensor]]] = {}
+        """Version of a buffer, the buffer, and its copy, which lives as long as a micro-batch needs it."""
+
+    def now(self, module: torch.nn.Module) -> Buffers:
+        """Copies of what the buffers of `module` are."""
+        return {place: self._copy(place, buffer) for place, buffer in _buffers(module)}
+
+    def _copy(self, place: tuple[torch.nn.Module, str], buffer: Tensor) -> Tensor:
+        if place in self._newest:
+            version, same, newest = self._newest[place]
+            copy = newest()
+            # BatchNorm's kernel writes its statistics without a new version; no training forward reads them.
+            if copy is not None and same() is buffer and version == buffer._version:
+                return copy
+        copy = buffer.detach().clone()
+        self._newest[place] = buffer._version, ref(buffer), ref(copy)
+        return copy
+
+
 @contextmanager
-def fold_buffers_back(module: torch.nn.Module) -> Iterator[None]:
-    """Let a second forward of the same micro-batch leave no trace in the buffers (BatchNorm's running statistics).
+def with_past_buffers(module: torch.nn.Module, past: Buffers) -> Iterator[None]:
+    """A second forward of a micro-batch sees what the first saw, and leaves no trace (BatchNorm's running statistics).
 
     The forward inside the block works on copies: writing the old values back in place would look to autograd like a
     change of what the graph just saved.
     """
-    homes = [(m, name, b) for m in module.modules() for name, b in m._buffers.items() if b is not None]
-    for owner, name, buffer in homes:
-        owner._buffers[name] = buffer.clone()
+    homes = list(_buffers(module))
+    for (owner, name), buffer in homes:
+        owner._buffers[name] = past.get((owner, name), buffer).clone()
     try:
         yield
     finally:
-        for owner, name, buffer in homes:
+        for (owner, name), buffer in homes:
             owner._buffers[name] = buffer
+
+
+def _buffers(module: torch.nn.Module) -> Iterator[tuple[tuple[torch.nn.Module, str], Tensor]]:
+    for owner in module.modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None:
+                yield (owner, name), buffer
 
 
 @contextmanager

@@ -7,6 +7,7 @@ on a stage that has nothing to train.
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,18 +15,21 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.utils import is_optimized_parameter
 
 from ds_ddg.local import clip
 
 __all__ = [
+    "add_no_gradient",
     "anything_to_train",
     "clipping_by",
     "clocks_stopped",
     "fill_groups",
     "idle_optimizer",
     "norm_unscaled",
+    "refuse_closure",
     "with_a_parameter",
 ]
 
@@ -122,6 +126,26 @@ def clocks_stopped(engine: Any) -> Iterator[None]:
             setattr(engine, name, value)
 
 
+def refuse_closure(optimizer: Any) -> None:
+    """Raise ValueError for an optimizer that evaluates the model itself, several times a step."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__} needs a closure that runs the whole model again, which no stage can; use an "
+            "optimizer that steps on the gradients it is given, such as AdamW"
+        )
+
+
+def add_no_gradient(parameter: torch.nn.Parameter, optimizer: Any) -> None:
+    """Give a parameter without a gradient zeros, where `optimizer` keeps them."""
+    parameter.grad = torch.zeros_like(parameter)
+    for i, group in enumerate(optimizer.bf16_groups if isinstance(optimizer, BF16_Optimizer) else ()):
+        for j, own in enumerate(group):
+            if own is parameter:
+                optimizer._update_hp_grad(parameter, i, j, clear_lp_grads=False)
+                parameter.grad = None
+
+
 def anything_to_train(optimizer: Any) -> bool:
     """Whether DeepSpeed's wrappers would find anything in it."""
     return any(is_optimized_parameter(p) for group in optimizer.param_groups for p in group["params"])
@@ -148,6 +172,7 @@ def with_a_parameter(model_parameters: Any) -> Any:
     if any(_trains(item) for item in given):
         return given
     nothing = torch.nn.Parameter(torch.empty(0))
+    nothing.use_muon = False  # type: ignore[attr-defined]  # DeepSpeed's Muon asks it of every parameter
     if given and isinstance(given[0], dict):
         return [{**given[0], "params": [nothing]}, *given[1:]]
     return [nothing]

@@ -31,7 +31,8 @@ from torch.func import functional_call
 __all__ = ["Reference"]
 
 _Values = tuple[Tensor, ...]
-_Weights = dict[str, Tensor]
+_State = dict[str, Tensor]
+"""Parameters or buffers of a stage, by every name that leads there."""
 
 
 @dataclass
@@ -158,34 +159,33 @@ class Reference:
         values = inputs
         for k, stage in enumerate(self.stages):
             leaves = tuple(v.detach().requires_grad_(v.requires_grad) for v in values)
-            weights = {
-                name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in stage.named_parameters()
-            }
-            random = self.rng[k]
-            values = self._forward(k, leaves, weights)
+            seen = {p: p.detach().clone().requires_grad_(p.requires_grad) for p in stage.parameters()}
+            state = {name: seen[p] for name, p in _places(stage, "_parameters")}
+            past = {name: buffer.clone() for name, buffer in _places(stage, "_buffers")}, self.rng[k]
+            values = self._forward(k, leaves, state)
             if k == len(self.stages) - 1:
                 loss = self._loss(values, labels)
                 values, between.errors[k] = (loss / self.micro_batches,), (torch.ones(()),)
-            self.waiting[k].append(functools.partial(self._backward, k, leaves, weights, random, values, between))
+            self.waiting[k].append(functools.partial(self._backward, k, leaves, state, past, values, between))
         return loss.detach()
 
     def _backward(
-        self, k: int, leaves: _Values, weights: _Weights, random: Tensor, values: _Values, between: _Between
+        self, k: int, leaves: _Values, state: _State, past: tuple[_State, Tensor], values: _Values, between: _Between
     ) -> None:
         """One stage's backward at its newest weights, which take the place of those that the forward saw."""
-        parameters = dict(self.stages[k].named_parameters())
-        for name, parameter in parameters.items():
-            weights[name].data.copy_(parameter.data)
+        weights = {parameter: state[name] for name, parameter in _places(self.stages[k], "_parameters")}
+        for parameter, weight in weights.items():
+            weight.data.copy_(parameter.data)
         if self.replay and self.delays[k] > 0:
-            values = self._forward_again(k, leaves, weights, random)
+            values = self._forward_again(k, leaves, state, *past)
         errors = between.errors[k]
         pairs = [(v, e) for v, e in zip(values, errors, strict=True) if v.requires_grad and e is not None]
         if pairs:  # nothing to train up to here, or nothing behind that depends on it
             torch.autograd.backward([v for v, _ in pairs], [e for _, e in pairs])
         if k > 0:
             between.errors[k - 1] = [leaf.grad for leaf in leaves]
-        for name, parameter in parameters.items():
-            gradient = weights[name].grad
+        for parameter, weight in weights.items():
+            gradient = weight.grad
             if parameter in between.ties and gradient is not None:
                 gradient = between.ties[parameter] + gradient
             if parameter in set(self.owned[k]):
@@ -193,25 +193,36 @@ class Reference:
             elif gradient is not None:
                 between.ties[parameter] = gradient
 
-    def _forward(self, k: int, values: _Values, weights: _Weights | None = None) -> _Values:
+    def _forward(self, k: int, values: _Values, state: _State | None = None) -> _Values:
         present = torch.get_rng_state()
         torch.set_rng_state(self.rng[k])
+        values = tuple(value.clone() for value in values)  # a layer may write into what it gets
         value = values if len(values) > 1 else values[0]
-        output = self.stages[k](value) if weights is None else functional_call(self.stages[k], weights, (value,))
+        if state is None:
+            output = self.stages[k](value)
+        else:
+            output = functional_call(self.stages[k], state, (value,), tie_weights=False)
         self.rng[k] = torch.get_rng_state()
         torch.set_rng_state(present)
         return _as_tuple(output)
 
-    def _forward_again(self, k: int, leaves: _Values, weights: _Weights, random: Tensor) -> _Values:
-        """With the random numbers of the first time, and no second trace in the running statistics."""
-        buffers = {name: buffer.clone() for name, buffer in self.stages[k].named_buffers()}
+    def _forward_again(self, k: int, leaves: _Values, state: _State, buffers: _State, random: Tensor) -> _Values:
+        """With the buffers and random numbers of the first time, and no second trace in the running statistics."""
         after, self.rng[k] = self.rng[k], random
-        values = self._forward(k, leaves, {**weights, **buffers})
+        values = self._forward(k, leaves, {**state, **buffers})
         self.rng[k] = after
         return values
 
     def _loss(self, values: _Values, labels: Any) -> Tensor:
         return self.loss_fn(values if len(values) > 1 else values[0], labels)
+
+
+def _places(stage: nn.Module, kind: str) -> Iterator[tuple[str, Any]]:
+    """Every place of a parameter or buffer. Several may hold the same one; a module used twice counts once."""
+    for prefix, module in stage.named_modules():
+        for name, value in getattr(module, kind).items():
+            if value is not None:
+                yield f"{prefix}.{name}".removeprefix("."), value
 
 
 def _as_tuple(value: Any) -> _Values:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from torch.nn import Module
+
 from ds_ddg.config import DDGConfig
 
 __all__ = ["refuse_switch", "refuse_unsupported"]
@@ -69,6 +71,7 @@ def _refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
     if ddg.sync_steps > 0:
         yield from _one_f_one_b_refusals(config, module)
     yield from _checkpointing_refusals(config, module)
+    yield from _sharing_refusals(module)
     if module.num_stages > module._num_layers:
         yield (
             True,
@@ -159,6 +162,22 @@ def _tied_across_stages(module: Any) -> bool:
         if isinstance(spec, TiedLayerSpec):
             stages.setdefault(spec.key, set()).add(module.stage_owner(index))
     return any(len(holders) > 1 for holders in stages.values())
+
+
+def _sharing_refusals(module: Any) -> Iterable[tuple[bool, str, str]]:
+    """Modules given as such, not as specs, that share weights: each stage would train a copy of its own, untied."""
+    holders: dict[int, list[int]] = {}
+    for index, layer in enumerate(module._layer_specs):
+        if isinstance(layer, Module):
+            for parameter in {id(p) for p in layer.parameters()}:
+                holders.setdefault(parameter, []).append(index)
+    torn = {tuple(layers) for layers in holders.values() if len(set(map(module.stage_owner, layers))) > 1}
+    for layers in sorted(torn):
+        yield (
+            True,
+            f"layers {list(layers)} share weights, and are on stages {[module.stage_owner(i) for i in layers]}",
+            "make each of them a TiedLayerSpec with the same key, or give each its own weights (copy.deepcopy)",
+        )
 
 
 def _checkpointing_refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:

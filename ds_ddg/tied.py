@@ -69,6 +69,11 @@ class Ties:
                     self._held.setdefault(owner, []).extend(trained)
 
     @property
+    def tied(self) -> list[torch.nn.Parameter]:
+        """Parameters of this stage that others have as well, owned or held."""
+        return [parameter for _, _, parameters in self._comms for parameter in parameters]
+
+    @property
     def held(self) -> list[torch.nn.Parameter]:
         """Parameters of this stage that belong to another."""
         return [parameter for parameters in self._held.values() for parameter in parameters]

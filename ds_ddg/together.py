@@ -84,20 +84,24 @@ class Together(Executor):
 
     def _understood(self, error: Exception) -> Exception:
         """`error`, or what it means to users."""
-        if not isinstance(error, StageError) and "gloo/transport" in str(error):
-            others = [
-                rank for rank in self.grid.topology().get_axis_list("pipe", self.stage_id) if rank != self.global_rank
-            ]
-            what = (
-                "a data-parallel replica"
-                if self.grid.get_slice_parallel_world_size() == 1
-                else "a replica or tensor slice"
-            )
-            return StageError(
-                f"{what} of stage {self.stage_id} (one of ranks {others}) is lost: rank "
-                f"{self.global_rank} waited for it in call {self._calls} ({str(error).splitlines()[0]})"
-            )
-        return error
+        if isinstance(error, StageError) or "gloo/transport" not in str(error):
+            return error
+        try:
+            self._links.ask()
+        except StageError as said:
+            return said
+        place = self.grid.topology().get_axis_list("pipe", self.stage_id)
+        others = [rank for rank in place if rank != self.global_rank]
+        if self.schedule == "1f1b" and self.num_stages > 1:
+            what = "another rank"  # DeepSpeed's own messages go to the neighbours as well
+        elif self.grid.get_slice_parallel_world_size() == 1:
+            what = f"a data-parallel replica of stage {self.stage_id} (one of ranks {others})"
+        else:
+            what = f"a replica or tensor slice of stage {self.stage_id} (one of ranks {others})"
+        return StageError(
+            f"{what} is lost: rank {self.global_rank} waited for it in call {self._calls} "
+            f"({str(error).splitlines()[0]})"
+        )
 
     def _fail(self, error: Exception) -> None:
         here = f"stage {self.stage_id} (rank {self.global_rank}) failed in call {self._calls}"

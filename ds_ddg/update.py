@@ -20,12 +20,14 @@ from ds_ddg.config import DDGConfig
 from ds_ddg.local import StageLocalGrid, clip_stage_gradients
 from ds_ddg.losses import Update
 from ds_ddg.optimizers import (
+    add_no_gradient,
     anything_to_train,
     clipping_by,
     clocks_stopped,
     fill_groups,
     idle_optimizer,
     norm_unscaled,
+    refuse_closure,
     with_a_parameter,
 )
 from ds_ddg.plan import DDGPlan
@@ -93,6 +95,9 @@ class Updater(_Host):
 
     def _exec_reduce_tied_grads(self) -> None:
         """DeepSpeed's, on its own schedule; its wrappers neither sum up nor clear gradients that are not theirs."""
+        for parameter in self._ties.tied:
+            if parameter.grad is None:  # a stage that does not use it; DeepSpeed would let the others wait for it
+                add_no_gradient(parameter, self.optimizer)
         wrapped: list[Any] = self._ties.held if isinstance(self.optimizer, DeepSpeedOptimizer) else []
         for held in wrapped:
             if self.using_bf16_optimizer and held.grad is not None:
@@ -230,6 +235,7 @@ class Updater(_Host):
     def _check_for_duplicates(self, optimizer: Any) -> None:
         """DeepSpeed's, which sees every optimizer before it is wrapped, whoever made it."""
         if self.ddg.enabled:
+            refuse_closure(optimizer)
             self._ties.remove_from(optimizer)
             self._trains = anything_to_train(optimizer)
             if self.fp16_enabled() or self.bfloat16_enabled() or self.zero_optimization():

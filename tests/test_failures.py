@@ -92,6 +92,8 @@ DEEDS: dict[str, Callable[..., Any]] = {
     "list in tuple": lambda x: (x, [x]),
     "fewer rows": lambda x: x[:-1],
     "other dtype": lambda x: x.double(),
+    "sparse": lambda x: x.to_sparse(),
+    "gradient inside": lambda x: torch.autograd.grad(x.square().sum(), x, create_graph=True)[0],
     "one more tensor": lambda x: (x, x),
     "die": die,
     "die later": die_later,
@@ -252,19 +254,33 @@ REFUSALS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
         "ValueError",
         ["activation checkpointing", "recompute"],
     ),
-    "fewer layers than stages": ({"layers": 1}, "ValueError", ["2 stages for 1 layers"]),
+    "an optimizer that runs the model itself": (
+        {"optimizer": {"type": "LBFGS", "params": {}}},
+        "ValueError",
+        ["LBFGS needs a closure", "AdamW"],
+    ),
+    "weights of two stages": (
+        {"layers": [0, 1, 0, 2]},
+        "ValueError",
+        ["layers [0, 2] share weights", "on stages [0, 1]", "TiedLayerSpec"],
+    ),
+    "fewer layers than stages": ({"layers": [0]}, "ValueError", ["2 stages for 1 layers"]),
     "more stages than ranks": ({"num_stages": 3}, "", []),
 }
 
 
 def initialize_badly(rank: int, world_size: int, what: str) -> tuple[End, bool]:
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
     settings = {"num_stages": 2, **REFUSALS[what][0]}
     if "layers" in settings:
-        settings["layers"] = [Misbehaves() for _ in range(settings["layers"])]
-    end = catch(lambda: build(**settings))
+        modules = [Misbehaves() for _ in range(3)]
+        settings["layers"] = [modules[index] for index in settings["layers"]]
+    with pytest.MonkeyPatch.context() as patch:  # some CPUs have fp16
+        patch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: False)
+        end = catch(lambda: build(**settings))
     return end, deepspeed.PipelineEngine is PipelineEngine
 
 
@@ -277,10 +293,12 @@ REMEDIES = {
         "`sync_steps` or switching to 1F1B in fp16",
         '"enabled": false in a run of its own',
     ),
+    "an optimizer that runs the model itself": ("optimizers that need a closure (LBFGS)", "any other"),
+    "weights of two stages": ("a layer's weights in layers of two stages, without `TiedLayerSpec`", "`TiedLayerSpec`"),
     "ZeRO-1 offload": ("ZeRO's `offload_optimizer`", "ZeRO-1 without it"),
     "ZeRO-2": ("ZeRO stage 2", "stage 0 or 1; no pipeline of DeepSpeed's can run it"),
     "ZeRO-3": ("ZeRO stage 3", "stage 0 or 1; no pipeline of DeepSpeed's can run it"),
-    "fp16 on CPU": ("fp16 on CPU (by DeepSpeed)", "bf16"),
+    "fp16 on CPU": ("fp16 on a CPU without instructions for it (by DeepSpeed)", "bf16"),
     "autocast in fp16": ("`torch_autocast` in float16", "bfloat16"),
     "checkpointing with current and keep": (
         'activation checkpointing with "weights": "current" and "activations": "keep"',
@@ -365,8 +383,9 @@ MODELS: dict[str, tuple[int, str, list[str]]] = {
     "stop": (1, "RuntimeError", ["StopIteration"]),  # not the end of anybody's data
     "list": (1, "TypeError", ["last layer of stage 1", "list", "tuple of tensors"]),
     "dict": (1, "TypeError", ["last layer of stage 1", "dict", "tuple of tensors"]),
-    "None": (1, "TypeError", ["last layer of stage 1", "NoneType", "tuple of tensors"]),
-    "mixed tuple": (1, "TypeError", ["last layer of stage 1", "tuple of tensors"]),
+    "None": (1, "TypeError", ["last layer of stage 1", "returned None", "tuple of tensors"]),
+    "mixed tuple": (1, "TypeError", ["last layer of stage 1", "entry 1 is a int", "tuple of tensors"]),
+    "sparse": (1, "TypeError", ["last layer of stage 1", "torch.sparse_coo", "dense"]),
     "list in tuple": (0, "TypeError", ["last layer of stage 0", "tuple of tensors"]),
     "fewer rows": (1, "ValueError", ["activations of stage 1", "(4, 6)", "(3, 6)"]),
     "other dtype": (0, "ValueError", ["activations of stage 0", "float32", "float64"]),
@@ -391,6 +410,47 @@ def train_bad_loss(rank: int, world_size: int) -> End:
 def test_loss_fn_raises(ranks: GetRanks) -> None:
     ends = ranks(3).run(train_bad_loss, timeout=TIMEOUT)
     assert_told(ends, 2, "ArithmeticError", "no forward for you")
+
+
+LOSSES: dict[str, tuple[Callable[..., Any], list[str]]] = {
+    "a number": (lambda x, y: 1.0, ["loss_fn returned a float", "a tensor of one number"]),
+    "nothing": (lambda x, y: None, ["loss_fn returned None"]),
+    "a dict": (lambda x, y: {"loss": x.mean()}, ["loss_fn returned a dict"]),
+    "a tuple": (lambda x, y: (x.mean(), x), ["loss_fn returned a tuple of 2"]),
+    "no mean": (lambda x, y: (x - y).square(), [f"loss_fn returned a tensor of shape {(SIZE, WIDTH)}", "mean"]),
+}
+
+
+def train_on_no_loss(rank: int, world_size: int, what: str) -> End:
+    return train(build(2, loss_fn=LOSSES[what][0]), batches())
+
+
+@pytest.mark.parametrize("what", LOSSES)
+def test_loss_fn_returns_no_loss(ranks: GetRanks, what: str) -> None:
+    assert_told(ranks(2).run(train_on_no_loss, what, timeout=TIMEOUT), 1, "TypeError", *LOSSES[what][1], call=0)
+
+
+def train_without_a_loss_fn(rank: int, world_size: int) -> End:
+    engine = build(2)
+    engine.module.loss_fn = None
+    return train(engine, batches())
+
+
+def test_last_layer_returns_no_loss(ranks: GetRanks) -> None:
+    ends = ranks(2).run(train_without_a_loss_fn, timeout=TIMEOUT)
+    assert_told(ends, 1, "TypeError", "the last layer, whose output is the loss", f"shape {(SIZE, WIDTH)}", call=0)
+
+
+def recompute_gradients(rank: int, world_size: int, activations: str) -> End:
+    layers = [Misbehaves("gradient inside" if n == 1 else "", start=0) for n in range(6)]
+    return train(build(3, layers, ddg={"activations": activations}), batches())
+
+
+def test_layer_that_computes_gradients_itself(ranks: GetRanks) -> None:
+    for end in ranks(3).run(recompute_gradients, "keep", timeout=TIMEOUT):
+        assert (end.calls, end.kind) == (7, ""), end
+    ends = ranks(3).run(recompute_gradients, "recompute", timeout=TIMEOUT)
+    assert_told(ends, 0, "RuntimeError", "stage 0 computes gradients in its own", '"activations": "keep"', call=0)
 
 
 def train_first_output_bad(rank: int, world_size: int, deed: str) -> End:
@@ -647,6 +707,22 @@ def lose_a_stage_in_evaluation(rank: int, world_size: int, stage: int) -> None:
 def test_killed_rank_in_evaluation(ranks: GetRanks) -> None:
     outcomes = ranks(3).run(lose_a_stage_in_evaluation, 1, timeout=TIMEOUT, grace=SOON, expect_failure=True)
     assert_lost(outcomes, 1)
+
+
+def fail_on_deepspeeds_schedule(rank: int, world_size: int) -> None:
+    engine = misbehaving(world_size, 0, "explode")
+    engine.schedule = "1f1b"
+    for _ in range(8):
+        engine.train_batch(batches())
+
+
+def test_failure_on_deepspeeds_own_schedule_is_told_by_name(ranks: GetRanks) -> None:
+    """There the others learn it when the process ends, and then read why it did."""
+    outcomes = ranks(3).run(fail_on_deepspeeds_schedule, timeout=TIMEOUT, grace=SOON, expect_failure=True)
+    assert outcomes[0].exc_type == "ArithmeticError", outcomes[0]
+    for outcome in outcomes[1:]:
+        assert outcome.exc_type == "StageError", outcome
+        assert f"stage 0 (rank 0) failed in call {BAD_CALL}: ArithmeticError" in outcome.message
 
 
 # -- launched ---------------------------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ class Result:
 
 @contextmanager
 def fp16_allowed() -> Iterator[None]:
-    """DeepSpeed refuses fp16 on CPU, where torch has it: slow, but right. Other tests share these processes."""
+    """DeepSpeed refuses fp16 on most CPUs, where torch has it: slow, but right. Other tests share these processes."""
     from deepspeed.accelerator import get_accelerator
 
     with pytest.MonkeyPatch.context() as patch:

@@ -537,3 +537,41 @@ def test_switches_schedules_with_wrapped_optimizers(ranks: GetRanks, three: bool
             for copy, owned, weight in zip(copies, got[0][1] if copies else [], weights, strict=True):
                 assert torch.equal(copy, owned), f"{name}: a holder's copy is not its owner's"
                 torch.testing.assert_close(copy.float(), weight, rtol=fine, atol=fine / 2)
+
+
+def embed_with_bias(module: Embed, words: Tensor) -> Tensor:
+    return module(words) + module.bias[:WIDTH]
+
+
+@fp16_allowed()
+def use_half(rank: int, world_size: int, name: str, user: int) -> list[Tensor]:
+    """Both attributes are tied, and only stage `user` uses the bias; how it moved, from schedule to schedule."""
+    from deepspeed.pipe import PipelineModule, TiedLayerSpec
+
+    import ds_ddg
+
+    uses = [(embed_with_bias, project), (None, decode)][user]
+    ends = [TiedLayerSpec("embed", Embed, forward_fn=use, tied_weight_attr=["weight", "bias"]) for use in uses]
+    net = PipelineModule(
+        [ends[0], *blocks(), ends[1]], num_stages=world_size, loss_fn=loss_fn, partition_method="uniform"
+    )
+    more = {} if not name or name.startswith("fp16") else FORMATS[name].config
+    config = toy.config(1, {"sync_steps": 3}, **more)
+    engine, *_ = ds_ddg.initialize(
+        model=net, config=config, optimizer=one_group_fast, model_parameters=list(net.parameters())
+    )
+    bias, data, moved = net.tied_modules["embed"].bias, batches(6), []
+    for _ in range(6):
+        engine.train_batch(data)
+        moved.append(bias.detach().clone())
+    return moved
+
+
+@pytest.mark.parametrize("name", ["", *(name for name in FORMATS if not name.startswith("fp16"))])
+@pytest.mark.parametrize("user", [0, 1])
+def test_tied_weight_that_one_stage_does_not_use(ranks: GetRanks, name: str, user: int) -> None:
+    """In DeepSpeed's own engine the stage that uses it waits for ever for the gradient of the other."""
+    one, other = ranks(2).run(use_half, name, user, timeout=60)
+    assert all(map(torch.equal, one, other))
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(one[:3])), "it does not move"
+    assert not torch.equal(one[3], one[-1]), "it does not move under DDG"
