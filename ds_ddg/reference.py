@@ -60,6 +60,9 @@ class Reference:
         clip_by: "stage": the norm of each stage. "global": that of all stages, in the newest call whose norm every
             stage can know: call t - L - 2 in call t, with L = ceil(d_0 / M); until there is one, as "stage".
         schedulers: learning-rate schedulers, stepped once per call.
+
+    Raises:
+        ValueError: an argument is not one of these.
     """
 
     def __init__(
@@ -75,6 +78,16 @@ class Reference:
         clip_by: str = "stage",
         schedulers: Sequence[Any] = (),
     ) -> None:
+        _allow("weights", weights, ("stash", "current"))
+        _allow("activations", activations, ("keep", "recompute"))
+        _allow("clip_by", clip_by, ("stage", "global"))
+        for name, value, least in (("micro_batches", micro_batches, 1), ("slack", slack, 0), ("clip", clip, 0)):
+            if not value >= least:
+                raise ValueError(f"{name} must be {least} or more, got {value!r}")
+        if not stages or len(stages) != len(optimizers):
+            raise ValueError(
+                f"needs an optimizer for each stage, got {len(stages)} stages, {len(optimizers)} optimizers"
+            )
         self.stages, self.loss_fn, self.optimizers, self.schedulers = stages, loss_fn, optimizers, schedulers
         self.micro_batches, self.clip = micro_batches, clip
         self.clip_globally = clip_by == "global"
@@ -215,6 +228,11 @@ class Reference:
 
     def _loss(self, values: _Values, labels: Any) -> Tensor:
         return self.loss_fn(values if len(values) > 1 else values[0], labels)
+
+
+def _allow(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
 
 
 def _places(stage: nn.Module, kind: str) -> Iterator[tuple[str, Any]]:
