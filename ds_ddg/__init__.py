@@ -9,6 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ds_ddg import models as models
+    from ds_ddg import partition as partition
+    from ds_ddg import reference as reference
     from ds_ddg.config import DDGConfig
     from ds_ddg.enable import ddg_engine, initialize, swap
     from ds_ddg.engine import DDGEngine
@@ -23,13 +26,16 @@ _HOME = {
     "initialize": "enable",
     "swap": "enable",
 }
+_MODULES = ("models", "partition", "reference")
 
 
 def __getattr__(name: str) -> Any:
     """Import torch and DeepSpeed only when they are asked for: the plan and the simulator need neither."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'ds_ddg' has no attribute {name!r}")
     from importlib import import_module
 
+    if name in _MODULES:
+        return import_module(f"ds_ddg.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'ds_ddg' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f"ds_ddg.{_HOME[name]}"), name)
     return value

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from itertools import product
 from math import gcd, inf
 from typing import Any
@@ -96,7 +96,7 @@ class Setup:
     @property
     def time_per_call(self) -> float:
         """In the steady state, in the unit of the cost."""
-        return steady(self.plan, self._cost).period()
+        return _period(self.plan, self._cost)
 
     @property
     def time_per_micro_batch(self) -> float:
@@ -115,6 +115,11 @@ class Setup:
     def speedup(self) -> float:
         """Over one device."""
         return self.one_device / self.time_per_call
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the devices' time that is spent on work; the rest is the bubble."""
+        return self.speedup / self.plan.num_stages
 
     @property
     def versions(self) -> list[int]:
@@ -164,7 +169,7 @@ class Setup:
             "slack": plan.slack if isinstance(plan, DDGPlan) else None,
             "time_per_call": round(self.time_per_call, 6),
             "speedup": round(self.speedup, 4),
-            "efficiency": round(self.speedup / plan.num_stages, 4),
+            "efficiency": round(self.efficiency, 4),
             "staleness": plan.staleness(0),
             "versions": self.versions[0],
             "activations": plan.activations(0) / plan.num_chunks,
@@ -177,18 +182,23 @@ class Setup:
         return f'{title(self.plan)}, "weights": "{self.weights}", "activations": "{self.activations}"'
 
 
-@lru_cache(maxsize=256)
 def steady(plan: Plan, cost: Cost = UNIT_COST) -> Timeline:
-    """A replay of `plan` long enough for the steady state to be steady."""
+    """A replay of `plan` long enough for the steady state to be steady: its first stage, whose pace is everybody's."""
     if not isinstance(plan, DDGPlan):
-        return replay(plan, 3, cost)  # each call but the first starts from the empty pipeline that the last has left
-    loop = plan.delay(0) + 1
-    if not (cost.link or cost.transfer or cost.scale):
-        calls = 2 + -(-3 * loop // plan.micro_batches)  # full after a way there and back, and then nobody waits
+        calls = 3  # each call but the first starts from the empty pipeline that the last has left
     else:
-        # Latency is paid on loops of messages, the longest of d_0 + 1 ticks; calls repeat when both come out even.
-        calls = min(6 * (loop // gcd(loop, plan.micro_batches)), -(-24 * loop // plan.micro_batches))
-    return replay(plan, max(3, calls), cost)
+        loop = plan.delay(0) + 1
+        if not (cost.link or cost.transfer or cost.scale):
+            calls = 2 + -(-3 * loop // plan.micro_batches)  # full after a way there and back, and then nobody waits
+        else:
+            # Latency is paid on loops of messages, the longest of d_0 + 1 ticks; calls repeat when both come out even.
+            calls = min(6 * (loop // gcd(loop, plan.micro_batches)), -(-24 * loop // plan.micro_batches))
+    return replay(plan, max(3, calls), cost, stages=[0])
+
+
+@cache
+def _period(plan: Plan, cost: Cost) -> float:
+    return steady(plan, cost).period()
 
 
 def title(plan: Plan) -> str:
@@ -200,7 +210,7 @@ def title(plan: Plan) -> str:
 def setups(num_stages: int, micro_batches: int, slacks: Iterable[int], model: Model) -> list[Setup]:
     """Every schedule that can run with so many micro-batches: synchronous ones, then DDG with each slack.
 
-    ValueError if no stage has any work, so that there is nothing to compare.
+    ValueError if no stage has any work, so that there is nothing to compare, or more than a float can say.
     """
     plans: list[Plan] = [GPipePlan(num_stages, micro_batches), OneFOneBPlan(num_stages, micro_batches)]
     if micro_batches >= 2 * num_stages:
@@ -209,6 +219,8 @@ def setups(num_stages: int, micro_batches: int, slacks: Iterable[int], model: Mo
     found = [Setup(plan, model) for plan in plans]
     if not found[0].one_device > 0:
         raise ValueError("no stage has any work: a forward and a backward take no time; give one of them some")
+    if found[0].one_device == inf:
+        raise ValueError("the work of a call takes longer than a float can say; measure in a larger unit of time")
     return found
 
 

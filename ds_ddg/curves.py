@@ -37,7 +37,7 @@ def save_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, value: str 
     from matplotlib.figure import Figure
 
     path = Path(path)
-    if path.suffix not in (".svg", ".png"):
+    if path.suffix.lower() not in (".svg", ".png"):
         raise ValueError(f"cannot draw to {str(path)!r}: the file name must end in .svg or .png")
     rows = [row for row in rows if row["schedule"] != "one device"]
     values = {name: sorted({row[name] for row in rows}) for name in _AXES}
@@ -66,7 +66,7 @@ def save_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, value: str 
                 labels.append(label)
     figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "ds_ddg"}):
-        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
+        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -89,9 +89,10 @@ def save(timelines: Events | Mapping[str, Events], path: str | Path) -> None:
     """
     path = Path(path)
     titled = timelines if isinstance(timelines, Mapping) else {"": timelines}
-    if path.suffix == ".json":
+    suffix = path.suffix.lower()
+    if suffix == ".json":
         path.write_text(json.dumps(trace(titled)) + "\n", encoding="utf-8")
-    elif path.suffix in (".svg", ".png"):
+    elif suffix in (".svg", ".png"):
         _save_picture({title: _by_stage(timeline) for title, timeline in titled.items()}, path)
     else:
         raise ValueError(f"cannot draw to {str(path)!r}: the file name must end in .svg, .png or .json")
@@ -185,7 +186,7 @@ def _save_picture(panels: Mapping[str, Rows], path: Path) -> None:
     figure.legend(handles=legend, loc="outside upper right", ncols=4, fontsize=8, frameon=False)
     # Text that can be searched, and neither a date nor random names: the same plan gives the same file.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "ds_ddg"}):
-        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
+        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
 
 
 def _draw_row(ax: Axes, stage: int, row: Row, room: float) -> None:

@@ -108,6 +108,11 @@ class Plan:
         forward = Op(FORWARD, op.stage, op.micro_batch, op.chunk)
         return [forward] if behind is None else [forward, behind]
 
+    def receiver(self, op: Op) -> int | None:
+        """The stage that needs what `op` has made, None if no other does: `needs`, read from the other end."""
+        after = None if op.kind == UPDATE else self._along(op, +1 if op.kind == FORWARD else -1)
+        return None if after is None or after.stage == op.stage else after.stage
+
     def _along(self, op: Op, step: int) -> Op | None:
         """The same work `step` places further on the way of a micro-batch through the model; None outside of it."""
         turn = 2 * self.num_stages - 1  # the V is its own mirror image
@@ -166,16 +171,15 @@ class DDGPlan(Plan):
 
     def tick(self, stage: int, n: int, start: int = 0) -> list[Op]:
         """F(n), then B(n - d_k) once the gradient of that micro-batch has had time to come back."""
-        ops = [Op(FORWARD, stage, n)]
-        if n - self.delay(stage) >= start:
-            ops.append(Op(BACKWARD, stage, n - self.delay(stage)))
-        return ops
+        back = n - self.delay(stage)
+        return [Op(FORWARD, stage, n), Op(BACKWARD, stage, back)] if back >= start else [Op(FORWARD, stage, n)]
 
     def call(self, stage: int, call: int, start: int = 0) -> list[Op]:
         """M ticks, then one update with what their backward passes accumulated (none yet: no update)."""
         first = call * self.micro_batches
         ops = [op for n in range(first, first + self.micro_batches) for op in self.tick(stage, n, start)]
-        return ops + [op._replace(kind=UPDATE) for op in ops if op.kind == BACKWARD][-1:]
+        newest = [op for op in ops if op.kind == BACKWARD][-1:]
+        return ops + [op._replace(kind=UPDATE) for op in newest]
 
     def drain(self, stage: int, end: int, start: int = 0) -> list[Op]:
         """The backward passes in flight, an update whenever M have accumulated and one for the rest."""

@@ -11,6 +11,8 @@ from ds_ddg.config import DDGConfig
 
 __all__ = ["refuse_switch", "refuse_unsupported"]
 
+_ANY_PIPELINE = "no pipeline can run it"
+
 
 def refuse_unsupported(config: Any, module: Any, enabled: bool = True) -> None:
     """Raise for what this version cannot run *exactly*, before any message is sent.
@@ -27,7 +29,8 @@ def refuse_unsupported(config: Any, module: Any, enabled: bool = True) -> None:
     refusals = [f"- {what}: {remedy}" for wrong, what, remedy in found if wrong]
     if refusals:
         name = "DDG" if enabled else "DeepSpeed's schedule"
-        other = '\n("ddg": {"enabled": false} runs DeepSpeed\'s own schedule instead.)' if enabled else ""
+        ours = enabled and not all(_ANY_PIPELINE in refusal for refusal in refusals)
+        other = '\n("ddg": {"enabled": false} runs DeepSpeed\'s own schedule instead.)' if ours else ""
         raise ValueError(f"{name} cannot train this set-up:\n" + "\n".join(refusals) + other)
 
 
@@ -41,12 +44,12 @@ def _refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
         'not supported; run on "cuda" or on CPU (environment DS_ACCELERATOR=cpu)',
     )
     stage = int(config.zero_config.stage)
-    yield stage >= 2, f"ZeRO stage {stage}", 'no pipeline can run it; set "zero_optimization": {"stage": 0}'
+    yield stage >= 2, f"ZeRO stage {stage}", _ANY_PIPELINE + '; set "zero_optimization": {"stage": 0}'
     offload = config.zero_config.offload_optimizer
     yield (
         stage == 1 and offload is not None and str(getattr(offload.device, "value", offload.device)) != "none",
         "ZeRO's offload_optimizer",
-        "no pipeline can run it; remove the block",
+        f"{_ANY_PIPELINE}; remove the block",
     )
     ddg = DDGConfig.parse(config._param_dict.get("ddg"))
     on_gpu = device == "cuda"

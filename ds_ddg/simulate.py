@@ -1,12 +1,13 @@
 """Replay of all stages of a plan under a cost model: does it run, how fast, and what does it keep in memory?
 
-`replay` knows a plan only by its operations in order, ``Plan.batches``, and its one dependency rule, ``Plan.needs``.
+`replay` knows a plan only by its operations in order, ``Plan.batches``, and its one dependency rule, ``Plan.needs``,
+which ``Plan.receiver`` is as well, read from the other end.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from typing import NamedTuple
 from .plan import BACKWARD, FORWARD, UPDATE, Op, Plan
 from .timeline import Event, Timeline
 
-__all__ = ["Cost", "Deadlock", "replay"]
+__all__ = ["UNIT_COST", "Cost", "Deadlock", "num_operations", "replay"]
 
 
 class Deadlock(RuntimeError):  # noqa: N818 (a finding, as much as an error)
@@ -62,6 +63,108 @@ class Cost:
 
 
 UNIT_COST = Cost()
+
+MOST_OPERATIONS = 5_000_000
+"""What `replay` takes on: each takes about 5 microseconds and 300 bytes."""
+
+_KINDS = (FORWARD, BACKWARD, UPDATE)
+
+
+def replay(
+    plan: Plan,
+    calls: int,
+    cost: Cost = UNIT_COST,
+    drain: bool = False,
+    blocking: bool = False,
+    receive_first: bool = True,
+    stages: Iterable[int] | None = None,
+) -> Timeline:
+    """Run all stages of `plan` for `calls` calls; the timeline of `stages`, which are all by default.
+
+    With `blocking` a send lasts until its receiver takes the message, as with DeepSpeed's p2p, and the order in a
+    tick matters: `receive_first` receives the gradient for the backward *before* it sends the activation of the
+    forward ahead of it, which is safe for DDG; in the naive order neighbours wait for each other in ``send``.
+
+    Raises:
+        Deadlock: no stage can go on.
+        ValueError: it would take minutes and gigabytes, times add up to more than a float can say, or the cost is of
+            another number of stages.
+    """
+    if cost.scale and len(cost.scale) != plan.num_stages:
+        raise ValueError(f"cost 'scale' must have one number for each of {plan.num_stages} stages, got {cost.scale}")
+    if (operations := num_operations(plan, calls)) > MOST_OPERATIONS:
+        raise ValueError(
+            f"{plan.num_stages} stages x {calls} calls of {plan.micro_batches} micro-batches are {operations:,} "
+            f"operations to replay, more than {MOST_OPERATIONS:,}; use fewer stages, calls or micro-batches, or less "
+            "slack, for which more calls are replayed"
+        )
+    shown = set(range(plan.num_stages) if stages is None else stages)
+    if blocking:
+        events = [event for event in _rendezvous(plan, calls, cost, drain, receive_first) if event.op.stage in shown]
+    else:
+        events = _flow(plan, calls, cost, drain, shown)
+    if not all(event.end < inf for event in events):
+        raise ValueError("times add up to more than a float can say; measure costs in a larger unit of time")
+    return Timeline(tuple(events), plan.num_stages)
+
+
+def num_operations(plan: Plan, calls: int) -> int:
+    """How many a replay of so many calls goes through, at most."""
+    return plan.num_stages * calls * (2 * plan.num_chunks * plan.micro_batches + 1)
+
+
+def _flow(plan: Plan, calls: int, cost: Cost, drain: bool, shown: Container[int]) -> list[Event]:
+    """What `shown` stages do and when, if a send takes no time of its stage; messages queue for their link."""
+    stages = range(plan.num_stages)
+    todo = [deque(plan.batches(stage, calls, drain)) for stage in stages]
+    times = [{kind: cost.of(Op(kind, stage, 0), plan.num_chunks) for kind in _KINDS} for stage in stages]
+    transfer, link = cost.transfer, cost.link
+    clock = [0.0 for _ in stages]
+    free = [[0.0 for _ in stages] for _ in stages]  # since when, by sender and receiver
+    sent: dict[Op, float] = {}  # when the result of an operation has left its stage
+    waits: list[tuple[Op, Op] | None] = [None for _ in stages]  # what each stage does next, and needs for that
+    events: list[Event] = []
+
+    def start(stage: int) -> float | None:
+        """When the next operations of `stage` can start, all that they need being there; None if that is not known."""
+        if (wait := waits[stage]) and wait[1] not in sent:
+            return None
+        ops, begin = todo[stage][0], clock[stage]
+        for op in ops:
+            for need in plan.needs(op):
+                if need in sent:
+                    if need.stage != stage:
+                        begin = max(begin, sent[need] + link)
+                elif need not in ops[: ops.index(op)]:
+                    waits[stage] = op, need
+                    return None
+        return begin
+
+    def run(stage: int, begin: float) -> None:
+        """Take the next operations of `stage`."""
+        ops = todo[stage].popleft()
+        for op in ops:
+            end = begin + times[stage][op.kind]
+            if stage in shown:
+                events.append(Event(op, begin, end))
+            begin = end
+        clock[stage] = begin
+        for op in ops:
+            peer = plan.receiver(op) if transfer else None
+            if peer is None:
+                sent[op] = begin
+            else:
+                sent[op] = free[stage][peer] = max(begin, free[stage][peer]) + transfer
+
+    while any(todo):
+        left = sum(map(len, todo))
+        for stage in stages:
+            while todo[stage] and (begin := start(stage)) is not None:
+                run(stage, begin)
+        if sum(map(len, todo)) == left:
+            names = (wait and f"next {wait[0]}, waits for {wait[1]} of stage {wait[1].stage}" for wait in waits)
+            raise _deadlock(plan, [name if batches else None for name, batches in zip(names, todo, strict=True)])
+    return events
 
 
 class _Step(NamedTuple):
@@ -111,26 +214,10 @@ def _programs(plan: Plan, calls: int, drain: bool, receive_first: bool) -> list[
     return programs
 
 
-def replay(
-    plan: Plan,
-    calls: int,
-    cost: Cost = UNIT_COST,
-    drain: bool = False,
-    blocking: bool = False,
-    receive_first: bool = True,
-) -> Timeline:
-    """Run all stages of `plan` for `calls` calls. Raises `Deadlock` when no stage can go on.
-
-    With `blocking` a send lasts until its receiver takes the message, as with DeepSpeed's p2p, and the order in a
-    tick matters: `receive_first` receives the gradient for the backward *before* it sends the activation of the
-    forward ahead of it, which is safe for DDG; in the naive order neighbours wait for each other in ``send``.
-    """
-    if cost.scale and len(cost.scale) != plan.num_stages:
-        raise ValueError(f"cost 'scale' must have one number for each of {plan.num_stages} stages, got {cost.scale}")
-    todo = _programs(plan, calls, drain, blocking and receive_first)
+def _rendezvous(plan: Plan, calls: int, cost: Cost, drain: bool, receive_first: bool) -> list[Event]:
+    """What happens when, if sender and receiver of a message wait for each other."""
+    todo = _programs(plan, calls, drain, receive_first)
     clock = [0.0] * plan.num_stages
-    link_free: dict[tuple[int, int], float] = {}
-    arrival: dict[tuple[Op, int], float] = {}
     done: dict[Op, Event] = {}
 
     def advance(stage: int) -> bool:
@@ -142,19 +229,12 @@ def replay(
         elif verb == "wait" and op not in done:
             return False
         elif verb == "send":
-            if blocking:
-                return False  # the receiver completes the rendezvous for both
-            link_free[stage, peer] = max(clock[stage], link_free.get((stage, peer), 0.0)) + cost.transfer
-            arrival[op, peer] = link_free[stage, peer] + cost.link
-        elif verb == "receive" and blocking:
+            return False  # the receiver completes the rendezvous for both
+        elif verb == "receive":
             if not todo[peer] or todo[peer][0] != ("send", op, stage, op):
                 return False
             clock[stage] = clock[peer] = max(clock[stage], clock[peer]) + cost.transfer + cost.link
             todo[peer].popleft()
-        elif verb == "receive":
-            if (op, stage) not in arrival:
-                return False
-            clock[stage] = max(clock[stage], arrival[op, stage])
         todo[stage].popleft()
         return True
 
@@ -164,6 +244,10 @@ def replay(
             while steps and advance(stage):
                 pass
         if sum(map(len, todo)) == left:
-            waits = "".join(f"\n  stage {k}: {steps[0] if steps else 'finished'}" for k, steps in enumerate(todo))
-            raise Deadlock(f"plan {plan.name!r}: no stage can go on" + waits)
-    return Timeline(tuple(done.values()), plan.num_stages)
+            raise _deadlock(plan, [str(steps[0]) if steps else None for steps in todo])
+    return list(done.values())
+
+
+def _deadlock(plan: Plan, waits: Sequence[str | None]) -> Deadlock:
+    lines = "".join(f"\n  stage {stage}: {wait or 'finished'}" for stage, wait in enumerate(waits))
+    return Deadlock(f"plan {plan.name!r}: no stage can go on" + lines)

@@ -44,7 +44,10 @@ class Timeline:
     @cached_property
     def rows(self) -> list[list[Event]]:
         """The events of each stage, in order."""
-        return [[event for event in self.events if event.op.stage == stage] for stage in range(self.num_stages)]
+        rows: list[list[Event]] = [[] for _ in range(self.num_stages)]
+        for event in self.events:
+            rows[event.op.stage].append(event)
+        return rows
 
     @property
     def makespan(self) -> float:

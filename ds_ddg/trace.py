@@ -160,13 +160,18 @@ def read(folder: str | Path, replica: int = 0) -> Run:
     if not ranks:
         raise ValueError(f'{folder} has no records; train with "ddg": {{"trace": {json.dumps(str(folder))}}}')
     newest = max(rank.about["run"] for rank in ranks)
-    ranks = [r for r in ranks if r.about["run"] == newest and (r.about["replica"], r.about["slice"]) == (replica, 0)]
-    ranks.sort(key=lambda rank: rank.about["stage"])
-    found = [rank.about["stage"] for rank in ranks]
-    num_stages = ranks[0].about["stages"] if ranks else 0
-    if not ranks or found != list(range(num_stages)):
+    ranks = [rank for rank in ranks if rank.about["run"] == newest and rank.about["slice"] == 0]
+    replicas = sorted({rank.about["replica"] for rank in ranks})
+    if replica not in replicas:
         raise ValueError(
-            f"{folder} has records of stages {found} of replica {replica}, of {num_stages or 'no'} stages; "
+            f"{folder} has no records of replica {replica}; it has those of {', '.join(map(str, replicas))}"
+        )
+    ranks = sorted((r for r in ranks if r.about["replica"] == replica), key=lambda rank: rank.about["stage"])
+    found = [rank.about["stage"] for rank in ranks]
+    num_stages = ranks[0].about["stages"]
+    if found != list(range(num_stages)):
+        raise ValueError(
+            f"{folder} has records of stages {found} of replica {replica}, of {num_stages} stages; "
             "copy the files of all ranks into one folder, or choose another --replica"
         )
     # A rank that was killed may not have seen the last change of plan.

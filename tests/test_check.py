@@ -48,7 +48,7 @@ def test_says_what_was_given_and_what_is_a_default(capsys: pytest.CaptureFixture
 
 
 def test_disabled(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    config = {**RIGHT, "ddg": {"enabled": False}, "zero_optimization": {"stage": 2}}
+    config = {**RIGHT, "ddg": {"enabled": False}, "zero_optimization": {"stage": 1}}
     assert "DeepSpeed's own 1F1B" in check(capsys, tmp_path, config)
 
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ds_ddg.balance import LayerCost, save
 from ds_ddg.cli import main
+from ds_ddg.cli.options import progress
+from ds_ddg.plan import Plan
+from ds_ddg.simulate import Cost, replay
+from ds_ddg.timeline import Timeline
 
 
 def run(capsys: pytest.CaptureFixture[str], arguments: str, status: int = 0) -> str:
@@ -157,6 +163,48 @@ def test_simulate_says_its_unit_of_time_and_lists_a_setting_once(capsys: pytest.
     assert "times in units of which the forward of a stage takes 0.5" in answer
 
 
+def test_simulate_says_its_unit_of_time_without_a_forward(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = run(capsys, "simulate --stages 2 --forward 0 --backward 4")
+    assert "times in units of which the backward of a stage takes 4" in answer
+
+
+def test_simulate_help_has_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["simulate", "--help"])
+    answer = " ".join(capsys.readouterr().out.split())
+    for text in ("per call (default 1)", "slack of ddg (default 0,1)", "latency of a hop (default 0)"):
+        assert text in answer
+
+
+def test_simulate_replays_every_setting_once_and_keeps_only_the_first_stage(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replayed: list[tuple[str, float]] = []
+
+    def counted(plan: Plan, calls: int, cost: Cost, **more: Any) -> Timeline:
+        timeline = replay(plan, calls, cost, **more)
+        assert {event.op.stage for event in timeline} == {0}
+        replayed.append((f"{plan.name} {plan.micro_batches} {plan.delay(0)}", cost.link))
+        return timeline
+
+    monkeypatch.setattr("ds_ddg.advise.replay", counted)
+    run(capsys, "simulate --stages 3 --micro-batches 1,6 --link 0,0.5")
+    assert len(replayed) == len(set(replayed)) == 2 * (4 + 5)
+
+
+def test_progress_is_for_terminals_and_what_takes_long(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert list(progress([1, 2], "counting")) == [1, 2]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    for number in progress(range(3), "counting"):
+        time.sleep(0.6 * (number < 2))
+    assert "counting" in capsys.readouterr().err
+    assert list(progress([1, 2], "counting")) == [1, 2]
+    assert "counting" not in capsys.readouterr().err
+
+
 def test_simulate_draws_curves_of_a_sweep_and_timelines_of_one(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -176,7 +224,7 @@ def test_simulate_draws_curves_of_a_sweep_and_timelines_of_one(
         ("plan --stages 2 --schedule 1f1b --slack 1", "--slack 1 has no meaning for 1f1b"),
         ("plan --stages 2 --calls 0", "--calls must be 1 or more, got 0"),
         ("plan --stages 2 --out plan.gif", "must end in .svg, .png or .json"),
-        ("plan --stages 2 --out /no/such/folder/plan.json", "No such file or directory"),
+        ("plan --stages 2 --out /no/such/folder/plan.json", "there is no folder '/no/such/folder'; make it first"),
         ("simulate --stages 2 --link -1", "cost 'link' must be finite and 0 or more, got -1.0"),
         ("simulate --stages 3 --scale 1,2", "one number for each of 3 stages, got (1.0, 2.0)"),
         ("plan --stages 4 --micro-batches 7 --schedule dualpipev", "at least 8 for 4 stages, got 7"),
@@ -189,7 +237,17 @@ def test_simulate_draws_curves_of_a_sweep_and_timelines_of_one(
         ("simulate --stages 2 --scale 0,0 --link 1", "no stage has any work"),
         ("simulate --stages 3 --overhead -1", "cost 'overhead' must be finite and 0 or more, got -1.0"),
         ("simulate --stages 3 --weight-bytes -1", "weight_bytes must be finite and 0 or more, got [-1.0"),
-        ("simulate --stages 3,4 --out sweep.gif", "must end in .svg or .png"),
+        ("simulate --stages 3,4 --out sweep.gif", "must end in .svg, .png or .json"),
+        ("simulate --stages 3 --out=", "--out '' must end in .svg, .png or .json"),
+        ("plan --stages 3 --out=", "--out '' must end in .svg, .png or .json"),
+        ("trace . --out=", "--out '' must end in .svg, .png or .json"),
+        ("simulate --stages 3 --memory-limit 2G --weight-bytes 1G", "what a stage keeps: add --activation-bytes, or"),
+        ("simulate --stages 3 --memory-limit 2G --activation-bytes 1G", "what a stage keeps: add --weight-bytes, or"),
+        ("simulate --stages 3 --memory-limit 2G", "add --weight-bytes and --activation-bytes, or --profile"),
+        ("simulate --stages 2 --link 1e308", "times add up to more than a float can say"),
+        ("simulate --stages 2 --forward 1e308", "the work of a call takes longer than a float can say"),
+        ("simulate --stages 1000 --micro-batches 10000", "are 60,003,000 operations to replay, more than 5,000,000"),
+        ("plan --stages 2 --calls 10000000", "are 60,000,000 operations to replay, more than 5,000,000"),
     ],
 )
 def test_bad_values_end_with_a_message(capsys: pytest.CaptureFixture[str], arguments: str, message: str) -> None:
@@ -226,3 +284,15 @@ def test_module_runs_without_torch() -> None:
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert "ds_ddg.plan" in imported
     assert not {"torch", "deepspeed", "matplotlib", "numpy"} & imported
+
+
+def test_submodules_are_there_without_an_import_of_torch() -> None:
+    code = """
+import sys, ds_ddg
+assert "torch" not in sys.modules
+print(ds_ddg.partition.PipelineModule.__name__, ds_ddg.reference.__name__, ds_ddg.models.__name__)
+assert not hasattr(ds_ddg, "nothing")
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "PipelineModule ds_ddg.reference ds_ddg.models"

@@ -134,6 +134,16 @@ def test_picture_says_what_the_less_high_boxes_are(tmp_path: Path) -> None:
         assert ("less high: second chunk" in (tmp_path / "plan.svg").read_text(encoding="utf-8")) is said
 
 
+def test_suffixes_may_be_in_capitals(tmp_path: Path) -> None:
+    timeline = replay(DDGPlan(2), 2)
+    for name in ("plan.SVG", "plan.PNG", "plan.JSON"):
+        save(timeline, tmp_path / name)
+    assert (tmp_path / "plan.SVG").read_text().startswith("<?xml")
+    assert "<dc:date>" not in (tmp_path / "plan.SVG").read_text()
+    assert (tmp_path / "plan.PNG").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "plan.JSON").read_text())["traceEvents"]
+
+
 def test_other_suffixes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must end in \.svg, \.png or \.json"):
         save([], tmp_path / "plan.gif")

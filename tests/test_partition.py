@@ -465,6 +465,19 @@ def wrong():
 
 def wide():
     return [nn.Linear(4, 4)], (torch.ones(2, 3), None)
+
+class Own(nn.Module):
+    def forward(self, x):
+        return x.nothing
+
+def own():
+    return [Own()], (torch.ones(2, 3), None)
+
+def takes(width):
+    return without_loss()
+
+def fails():
+    return {}["a"]
 """
 
 
@@ -547,10 +560,63 @@ def test_command_ends_with_a_message(
     assert message in error
 
 
-def test_an_error_of_the_layers_keeps_its_traceback(source: str) -> None:
-    with pytest.raises(RuntimeError, match=r"layer 0 \(Linear\) failed on \(2, 3\)") as caught:
-        main(["partition", f"{source}:wide", "--stages", "1"])
-    assert isinstance(caught.value.__cause__, RuntimeError)
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("wide", r"layer 0 \(Linear\) failed on \(2, 3\) torch.float32: .*cannot be multiplied.*the sample must be"),
+        ("own", r"layer 0 \(Own\) failed on .*no attribute 'nothing'.*layers_of_test.py, line \d+: return x.nothing"),
+        ("takes", r"takes is called without arguments: missing a required argument: 'width'; give each a default"),
+        (
+            "fails",
+            r'layers_of_test.py failed with KeyError: .a. \(.*_test.py, line \d+: return \{\}\["a"\]\)',
+        ),
+    ],
+)
+def test_an_error_of_the_users_function_is_one_message(
+    source: str, capsys: pytest.CaptureFixture[str], function: str, message: str
+) -> None:
+    error = run(capsys, f"{source}:{function}", "--stages", "1", status=2).splitlines()[-1]
+    assert error.startswith("ds-ddg: error: ")
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def layers(:\n", "broken.py failed with SyntaxError: invalid syntax (broken.py, line 1)"),
+        ("x = 1\nimport no_such_module\n", "ModuleNotFoundError: No module named 'no_such_module' ("),
+        ("x = 1\nimport no_such_module\n", "broken.py, line 2: import no_such_module)"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_line_and_before_deepspeed_is_imported(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    (tmp_path / "broken.py").write_text(text)
+    error, imported = imported_by(tmp_path, "broken.py:layers")
+    assert message in error
+    assert not {"torch", "deepspeed"} & imported
+
+
+def test_nothing_is_measured_or_imported_for_files_that_are_not_there(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(SOURCE)
+    for arguments, message in (
+        ("missing.py:layers", "No such file or directory: 'missing.py'"),
+        ("model.py:wide --out no/profile.json", "--out 'no/profile.json': there is no folder 'no'; make it first"),
+    ):
+        error, imported = imported_by(tmp_path, arguments)
+        assert message in error
+        assert not {"torch", "deepspeed"} & imported
+
+
+def imported_by(folder: Path, arguments: str) -> tuple[str, set[str]]:
+    """The error that the command ends with, and every module that it has imported."""
+    command = [sys.executable, "-X", "importtime", "-m", "ds_ddg", "partition", *arguments.split(), "--stages", "1"]
+    environment = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    return lines[-1], {line.split("|")[-1].strip() for line in lines}
 
 
 def test_a_fresh_process_prints_nothing_but_the_answer(source: str) -> None:

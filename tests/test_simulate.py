@@ -267,6 +267,43 @@ def test_costs_are_checked(cost: dict[str, float], message: str) -> None:
         Cost(**cost)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("blocking", [False, True])
+def test_only_the_stages_asked_for_are_in_the_timeline(blocking: bool) -> None:
+    cost = Cost(link=0.3, num_bytes=1, bandwidth=2)
+    whole = replay(DDGPlan(3, 2), 6, cost, drain=True, blocking=blocking)
+    part = replay(DDGPlan(3, 2), 6, cost, drain=True, blocking=blocking, stages=[0, 2])
+    assert part.events == tuple(event for event in whole if event.op.stage != 1)
+    assert part.period() == whole.period()
+
+
+@pytest.mark.parametrize("plan", [DDGPlan(4, 3, slack=1), OneFOneBPlan(3, 4), GPipePlan(3, 4), DualPipeVPlan(4, 9)])
+def test_whoever_receives_a_result_is_who_needs_it(plan: Plan) -> None:
+    ops = [op for stage in range(plan.num_stages) for op in plan.stream(stage, 3, drain=True)]
+    needed = {need: op.stage for op in ops for need in plan.needs(op) if need.stage != op.stage}
+    assert needed
+    assert {op: plan.receiver(op) for op in ops if plan.receiver(op) is not None} == needed
+
+
+def test_messages_of_a_pair_of_operations_queue_for_their_link() -> None:
+    """DualPipeV sends the results of a forward and a backward together, here 2 of time each, to the same stage."""
+    timeline = replay(DualPipeVPlan(2, 4), 1, Cost(num_bytes=2, bandwidth=1))
+    _, sent = (event for event in timeline.rows[1] if str(event.op) in ("1F2'", "1B0"))
+    received = [event.start for event in timeline.rows[0] if str(event.op) in ("0F2'", "0B0")]
+    assert received == [sent.end + 4, sent.end + 4.5]  # a pair as well, which waits for both
+
+
+def test_times_that_no_float_can_hold_are_refused() -> None:
+    with pytest.raises(ValueError, match="times add up to more than a float can say"):
+        replay(DDGPlan(2), 4, Cost(link=1e308))
+    assert replay(DDGPlan(2), 20, Cost(link=1e300)).period() == pytest.approx(1e300)
+
+
+def test_an_absurd_size_is_refused_before_anything_is_computed() -> None:
+    message = "100 stages x 1000 calls of 1000 micro-batches are 200,100,000 operations to replay, more than 5,000,000"
+    with pytest.raises(ValueError, match=message):
+        replay(DDGPlan(100, 1000), 1000)
+
+
 def test_scale_must_fit_the_stages() -> None:
     with pytest.raises(ValueError, match="one number for each of 3 stages, got"):
         replay(DDGPlan(3), 1, Cost(scale=(1, 2)))

@@ -129,7 +129,7 @@ def test_older_files_come_first(folder: Path) -> None:
     ("arguments", "message"),
     [
         (["{}/nowhere"], 'has no records; train with "ddg": {"trace": '),
-        (["{}/trace", "--replica", "1"], "has records of stages [] of replica 1"),
+        (["{}/trace", "--replica", "1"], "has no records of replica 1; it has those of 0"),
         (["{}/trace", "--ticks", "0"], "--ticks must be 1 or more, got 0"),
         (["{}/missing"], "has records of stages [0, 2] of replica 0, of 3 stages; copy the files of all ranks"),
     ],
@@ -142,6 +142,15 @@ def test_what_cannot_be_read_is_named(
     (missing / "stage1-replica0-slice0.jsonl").unlink()
     assert main(["trace", *(text.format(folder.parent) for text in arguments)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_other_replicas_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in list(folder.iterdir()):
+        record = path.read_text().replace('"replica": 0', '"replica": 2')
+        path.with_name(path.name.replace("replica0", "replica2")).write_text(record)
+    assert main(["trace", str(folder), "--replica", "2"]) == 0
+    assert main(["trace", str(folder), "--replica", "1"]) == 2
+    assert "has no records of replica 1; it has those of 0, 2" in capsys.readouterr().err
 
 
 def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

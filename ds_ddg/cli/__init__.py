@@ -9,7 +9,7 @@
     python -m ds_ddg trace runs/trace                                          what each stage of a run really did
 
 Each command is a module of its own here. None imports torch, so the answer comes at once, but `partition`, which
-measures layers, and `check`, which asks DeepSpeed itself.
+measures layers, and `check`, which asks DeepSpeed itself; these only when the files given are there.
 """
 
 from __future__ import annotations

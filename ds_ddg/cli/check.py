@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,19 +34,29 @@ def _run(options: argparse.Namespace) -> str:
     for name in ("stages", "replicas"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} must be 1 or more, got {getattr(options, name)}")
+    Path(options.config).stat()  # it takes seconds to import DeepSpeed, only to say that there is no such file
     # What DeepSpeed prints when it is imported must not get between the lines of the answer.
     with redirect_stdout(sys.stderr):
         from ds_ddg.config import DDGConfig
 
-        values = _values(options.config)
+        from .rules import automatic, checked, read
+
+        values = read(options.config)
         settings = DDGConfig.parse(values.get("ddg"))
-        micro_batches, clipping = _checked(values, settings, options.stages, options.replicas)
+        micro_batches, clipping = checked(values, settings, options.stages, options.replicas)
     slack = settings.slack if isinstance(settings.slack, int) else 0
     plan = DDGPlan(options.stages, micro_batches, slack)
     effects = _effects(settings, plan, clipping)
     stages = [_stage(settings, plan, stage) for stage in range(plan.num_stages)] if settings.enabled else []
+    notes = [
+        *_notes(values),
+        *(
+            f'{key} is "auto": the recipes put the number of calls there, in your own script it must be a number'
+            for key in automatic(values.get("scheduler", {}).get("params", {}), "scheduler.params.")
+        ),
+    ]
     if options.json:
-        effective = {"settings": settings.model_dump(), "effects": effects, "per_stage": stages}
+        effective = {"settings": settings.model_dump(), "effects": effects, "per_stage": stages, "notes": notes}
         return json.dumps({"valid": True, "stages": options.stages, "micro_batches": micro_batches, **effective})
     given = values.get("ddg") or {}
     rows = [
@@ -56,6 +67,7 @@ def _run(options: argparse.Namespace) -> str:
         [
             f"{options.config} is right for K = {options.stages} stages, M = {micro_batches} micro-batches a call, "
             f"{options.replicas} replica(s)",
+            *notes,
             "",
             *rows,
             *(["", table(stages)] if stages else []),
@@ -66,49 +78,12 @@ def _run(options: argparse.Namespace) -> str:
     )
 
 
-def _values(path: str) -> dict[str, Any]:
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a block of settings, {{...}}, got {type(values).__name__}")
-    return values
-
-
-def _checked(values: dict[str, Any], settings: DDGConfig, num_stages: int, replicas: int) -> tuple[int, float]:
-    """DeepSpeed's own checks, then the engine's, on a pipeline of `num_stages` plain layers; M, and the clipping.
-
-    Raises:
-        ValueError: with the message that a run would end with.
-    """
-    from types import SimpleNamespace
-
-    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
-    from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
-
-    from ds_ddg.refusals import refuse_unsupported
-
-    class Config(DeepSpeedConfig):
-        def _configure_train_batch_size(self) -> None:
-            self.world_size = replicas  # outside of a run DeepSpeed takes it to be 1
-            super()._configure_train_batch_size()
-
-    try:
-        config = Config(values)
-    except (AssertionError, DeepSpeedConfigError) as error:
-        raise ValueError(f"DeepSpeed refuses the config: {error}") from error
-    pipeline = SimpleNamespace(
-        num_stages=num_stages,
-        _num_layers=num_stages,
-        _layer_specs=[],
-        parts=list(range(num_stages + 1)),
-        activation_checkpoint_interval=0,
-        topology=lambda: PipeDataParallelTopology(num_pp=num_stages, num_dp=replicas),
-    )
-    if settings.enabled:
-        refuse_unsupported(config, pipeline)
-    return int(config.gradient_accumulation_steps), float(config.gradient_clipping)
+def _notes(values: Mapping[str, Any]) -> Iterator[str]:
+    """What is not in the config, and may have been meant to be."""
+    if values.get("ddg") is None:
+        yield 'there is no "ddg" block, so all settings of ddg are defaults'
+    if "optimizer" not in values:
+        yield "there is no optimizer, so one must be passed to ds_ddg.initialize"
 
 
 def _stage(settings: DDGConfig, plan: DDGPlan, stage: int) -> dict[str, Any]:
@@ -127,6 +102,8 @@ def _effects(settings: DDGConfig, plan: DDGPlan, clipping: float) -> dict[str, s
     """What each setting does here, in a sentence."""
     if not settings.enabled:
         return {"enabled": "DeepSpeed's own 1F1B; the other settings do nothing"}
+    if plan.num_stages == 1:
+        return _effects_on_one_stage(settings, clipping)
     delay, staleness, held = plan.delay(0), plan.staleness(0), plan.activations(0)
     enabled = (
         f"stage k uses gradients (K-1-k)(1 + slack) micro-batches old: {delay} on stage 0, so up to {staleness} "
@@ -162,8 +139,26 @@ def _effects(settings: DDGConfig, plan: DDGPlan, clipping: float) -> dict[str, s
         "sync_steps": f"the first {settings.sync_steps} call(s) run DeepSpeed's 1F1B, with nothing stale"
         if settings.sync_steps
         else "DDG from the first call on",
-        "trace": "records what each rank does, for ds-ddg trace" if settings.trace else "nothing is recorded",
+        "trace": _trace(settings),
     }
+
+
+def _effects_on_one_stage(settings: DDGConfig, clipping: float) -> dict[str, str]:
+    nothing = "does nothing on one stage"
+    return {
+        "enabled": "one stage is plain training: nothing is delayed, and no gradient is stale",
+        **dict.fromkeys(("weights", "activations", "slack"), nothing),
+        "clip": f"gradients are clipped to {clipping:g} by their norm"
+        if clipping > 0
+        else 'does nothing: "gradient_clipping" is 0',
+        "loss": "train_batch returns the loss of its own call",
+        "sync_steps": nothing,
+        "trace": _trace(settings),
+    }
+
+
+def _trace(settings: DDGConfig) -> str:
+    return "records what each rank does, for ds-ddg trace" if settings.trace else "nothing is recorded"
 
 
 def _slack(settings: DDGConfig) -> str:

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import Any
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
-__all__ = ["add_output", "list_of", "num_bytes"]
+__all__ = ["add_output", "check_output", "list_of", "num_bytes", "progress"]
 
 _UNITS = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+_PICTURES = (".svg", ".png", ".json")
+
+_Item = TypeVar("_Item")
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
     """``--json`` and ``--out``."""
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
     parser.add_argument("--out", metavar="FILE", help="also write a picture (.svg, .png) or a Perfetto trace (.json)")
+
+
+def check_output(path: str | None, suffixes: Sequence[str] = _PICTURES) -> None:
+    """ValueError if ``--out`` cannot be written, before anything is computed for it."""
+    if path is None:
+        return
+    if Path(path).suffix.lower() not in suffixes:
+        *others, last = suffixes
+        allowed = f"{', '.join(others)} or {last}" if others else last
+        raise ValueError(f"--out {path!r} must end in {allowed}")
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"--out {path!r}: there is no folder {str(Path(path).parent)!r}; make it first")
 
 
 def list_of(number: Callable[[str], Any]) -> Callable[[str], list[Any]]:
@@ -36,3 +54,12 @@ def num_bytes(text: str) -> float:
         return float(text[:-1]) * unit if unit else float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes such as 25M or 1.5G") from None
+
+
+def progress(items: Sequence[_Item], what: str) -> Iterable[_Item]:
+    """`items`, with a bar on a terminal's stderr from the second second on."""
+    if not sys.stderr.isatty():
+        return items
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    return tqdm(items, what, leave=False, delay=1)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
-from ds_ddg.advise import steady, title
+from ds_ddg.advise import Model, Setup, title
 from ds_ddg.balance import table
 from ds_ddg.draw import clock, save, text
 from ds_ddg.plan import DDGPlan, Plan
-from ds_ddg.simulate import replay
+from ds_ddg.simulate import UNIT_COST, num_operations, replay
 from ds_ddg.synchronous import DualPipeVPlan, GPipePlan, OneFOneBPlan
 
-from .options import add_output
+from .options import add_output, check_output
 
 __all__ = ["HELP", "add_arguments", "shown"]
 
 HELP = "show one schedule: what each stage does, keeps and waits for"
+_MANY = 100_000
+"""Operations for which one has to wait."""
 _SYNCHRONOUS = {plan.name: plan for plan in (OneFOneBPlan, GPipePlan, DualPipeVPlan)}
 
 
@@ -25,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_run)
     parser.add_argument("--stages", type=int, required=True, metavar="K", help="pipeline stages")
     parser.add_argument("--micro-batches", type=int, default=1, metavar="M", help="micro-batches per call (default 1)")
-    parser.add_argument("--slack", type=int, default=0, metavar="S", help="more micro-batches in flight per hop (ddg)")
+    parser.add_argument(
+        "--slack", type=int, default=0, metavar="S", help="more micro-batches in flight per hop, of ddg (default 0)"
+    )
     parser.add_argument(
         "--schedule",
         choices=["ddg", *_SYNCHRONOUS],
@@ -43,10 +48,13 @@ def shown(plan: Plan) -> int:
 
 
 def _run(options: argparse.Namespace) -> str:
+    check_output(options.out)
     plan = _chosen(options)
     calls = shown(plan) if options.calls is None else options.calls
     if calls < 1:
         raise ValueError(f"--calls must be 1 or more, got {calls}")
+    if (operations := num_operations(plan, calls)) > _MANY and sys.stderr.isatty():
+        print(f"replaying {operations:,} operations, and more for the steady state ...", file=sys.stderr)
     timeline = replay(plan, calls, drain=True)
     if options.out:
         save({title(plan): timeline}, options.out)
@@ -60,7 +68,7 @@ def _run(options: argparse.Namespace) -> str:
         }
         for stage in range(plan.num_stages)
     ]
-    bubble = steady(plan).bubble
+    bubble = 1 - Setup(plan, Model(UNIT_COST)).efficiency
     if options.json:
         streams = [[str(op) for op in plan.stream(stage, calls, drain=True)] for stage in range(plan.num_stages)]
         record = {"schedule": plan.name, "stages": plan.num_stages, "micro_batches": plan.micro_batches}

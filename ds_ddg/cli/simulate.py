@@ -16,7 +16,7 @@ from ds_ddg.draw import save
 from ds_ddg.plan import DDGPlan
 from ds_ddg.simulate import Cost, replay
 
-from .options import add_output, list_of, num_bytes
+from .options import add_output, check_output, list_of, num_bytes, progress
 from .plan import shown
 
 __all__ = ["HELP", "add_arguments"]
@@ -41,11 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_run)
     lists = "; a list such as 1,4,16 gives a row each"
     parser.add_argument("--stages", type=list_of(int), required=True, metavar="K", help="pipeline stages" + lists)
-    parser.add_argument(
-        "--micro-batches", type=list_of(int), default=[1], metavar="M", help="micro-batches per call" + lists
-    )
-    parser.add_argument("--slack", type=list_of(int), default=[0, 1], metavar="S", help="slack of ddg" + lists)
-    parser.add_argument("--link", type=list_of(float), default=[0.0], metavar="T", help="latency of a hop" + lists)
+    for name, number, default, letter, text in (
+        ("--micro-batches", int, "1", "M", "micro-batches per call"),
+        ("--slack", int, "0,1", "S", "slack of ddg"),
+        ("--link", float, "0", "T", "latency of a hop"),
+    ):
+        about = f"{text} (default {default}){lists}"
+        parser.add_argument(name, type=list_of(number), default=default, metavar=letter, help=about)
     parser.add_argument(
         "--bandwidth",
         type=num_bytes,
@@ -73,7 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> str:
     if options.memory_limit is not None and not options.memory_limit > 0:
         raise ValueError(f"--memory-limit must be above 0, got {options.memory_limit:g}")
+    check_output(options.out)
     layers = _profile(options)
+    _check_memory(options)
     if options.bandwidth < inf and layers is None and not options.bytes:
         raise ValueError(
             f"--bandwidth {options.bandwidth:g} has no effect on empty messages; add --bytes or --profile"
@@ -84,6 +88,7 @@ def _run(options: argparse.Namespace) -> str:
     cells = []
     for num_stages, m, link in product(stages, micro_batches, links):
         cells.append(setups(num_stages, m, slacks, _model(options, layers, num_stages, link)))
+    _replay(cells, options)
     rows = [row for cell in cells for row in [*(setup.record() for setup in cell), _one_device(cell[-1])]]
     if options.out:
         _save(cells, rows, options)
@@ -102,6 +107,22 @@ def _profile(options: argparse.Namespace) -> list[LayerCost] | None:
     if both := [name for name in given if name != "--update"]:
         raise ValueError(f"{', '.join(both)} and --profile {options.profile} both say what a stage costs; use one")
     return load(options.profile)
+
+
+def _check_memory(options: argparse.Namespace) -> None:
+    names = ("weight_bytes", "activation_bytes")
+    missing = [f"--{name.replace('_', '-')}" for name in names if not getattr(options, name)]
+    if options.memory_limit is not None and options.profile is None and missing:
+        raise ValueError(f"--memory-limit needs to know what a stage keeps: add {' and '.join(missing)}, or --profile")
+
+
+def _replay(cells: Sequence[Sequence[Setup]], options: argparse.Namespace) -> None:
+    """Find out all that takes time, with a bar; whoever asks a setup for it again has it at once."""
+    found = [setup for cell in cells for setup in cell]
+    if options.memory_limit is not None:
+        found = [choice for setup in found for choice in candidates(setup)]
+    for setup in progress(found, "replaying"):
+        _ = setup.time_per_call
 
 
 def _model(options: argparse.Namespace, layers: list[LayerCost] | None, num_stages: int, link: float) -> Model:
@@ -140,9 +161,8 @@ def _cells(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _notes(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> list[str]:
-    forward = _COSTS["forward"][1] if options.forward is None else options.forward
     notes = [
-        f"times in {'ms' if options.profile else f'units of which the forward of a stage takes {forward:g}'}",
+        f"times in {'ms' if options.profile else _unit(options)}",
         "speedup: over one device; efficiency: share of the devices' time spent on work; activations: on stage 0",
     ]
     if "memory" in rows[0]:
@@ -153,15 +173,17 @@ def _notes(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> list[
     return notes
 
 
+def _unit(options: argparse.Namespace) -> str:
+    """Of time, by the first that takes any."""
+    times = {name: _COSTS[name][1] if (got := getattr(options, name)) is None else got for name in _COSTS}
+    name = "forward" if times["forward"] else "backward"
+    return f"units of which the {name} of a stage takes {times[name]:g}"
+
+
 def _advice(cells: Sequence[Sequence[Setup]], limit: float) -> list[tuple[str, Setup | None]]:
     """For each number of stages and latency: the setup to take, in words and as such."""
     groups: dict[tuple[int, float], list[Setup]] = {}
     for cell in cells:
-        if cell[0].memory is None:
-            raise ValueError(
-                "--memory-limit needs to know what a stage keeps: add --weight-bytes and --activation-bytes, "
-                "or --profile"
-            )
         key = cell[0].plan.num_stages, cell[0].model.cost.link
         groups.setdefault(key, []).extend(choice for setup in cell for choice in candidates(setup))
     advice: list[tuple[str, Setup | None]] = []
@@ -184,7 +206,7 @@ def _named(setup: Setup) -> dict[str, Any]:
 
 def _save(cells: Sequence[Sequence[Setup]], rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
     """Curves over the longest list; the timelines themselves for a single setting or a trace."""
-    if len(cells) > 1 and not options.out.endswith(".json"):
+    if len(cells) > 1 and not options.out.lower().endswith(".json"):
         save_curves(rows, options.out)
         return
     pictures = {}

@@ -12,7 +12,7 @@ from ds_ddg.draw import clock, save
 from ds_ddg.plan import BACKWARD, FORWARD, UPDATE
 from ds_ddg.trace import REASONS, Run, Share, read
 
-from .options import add_output
+from .options import add_output, check_output
 
 __all__ = ["HELP", "add_arguments"]
 
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> str:
     if options.ticks < 1:
         raise ValueError(f"--ticks must be 1 or more, got {options.ticks}")
+    check_output(options.out)
     run = read(options.run_dir, options.replica)
     measured, planned = run.last(options.ticks)
     if options.out:
