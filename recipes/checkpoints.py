@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed import comm as dist
@@ -14,6 +17,7 @@ from tqdm import tqdm
 import ds_ddg
 from recipes.common import gather, on_every_rank, seed_from
 from recipes.progress import Progress
+from recipes.settings import differences, recorded
 
 KEPT_CHECKPOINTS = 2
 """The newest, and the one before in case a crash or a full disk has spoilt the newest."""
@@ -36,19 +40,26 @@ class Checkpoints:
         engine: made by ``ds_ddg.initialize``.
         progress: saved and restored with the engine.
         every: calls between two saves, unless --checkpoint-every says otherwise.
+        **settings: what else makes this run another one than the next, besides the settings of `progress`: the
+            DeepSpeed `config`, arguments of the recipe. A checkpoint of a run with others is refused.
     """
 
-    def __init__(self, args: argparse.Namespace, engine: ds_ddg.DDGEngine, progress: Progress, every: int) -> None:
+    def __init__(
+        self, args: argparse.Namespace, engine: ds_ddg.DDGEngine, progress: Progress, every: int, **settings: Any
+    ) -> None:
         self._directory: Path | None = args.checkpoint_dir
         self._every = args.checkpoint_every or every
         self._resume = args.resume
         self._seed = args.seed
+        self._trains = not getattr(args, "eval_only", False)
+        # How it was trained does not matter to a run that only evaluates.
+        self._settings = recorded({**progress.settings, **settings} if self._trains else progress.settings)
         self._engine, self._progress = engine, progress
 
     def restore(self) -> None:
         """Once, before the first call: load the newest checkpoint with --resume, if there is one.
 
-        SystemExit on every rank if there are checkpoints that --resume did not ask for, or of another run.
+        SystemExit on every rank if there are checkpoints that --resume did not ask for, of another run or damaged.
         """
         if self._directory is not None:
             with on_every_rank():
@@ -58,9 +69,12 @@ class Checkpoints:
                 raise SystemExit(f"{self._directory} is not the same folder on all machines: by rank it has {tags}")
             if tag is not None:
                 self._load(self._directory, tag)
-            elif dist.get_rank() == 0:
+            if self._trains and dist.get_rank() == 0:
+                # Also those of a run that goes on: earlier versions kept less, and it may be longer than planned.
                 self._directory.mkdir(parents=True, exist_ok=True)
-                (self._directory / SETTINGS).write_text(json.dumps(self._progress.settings, indent=2) + "\n")
+                written = self._directory / f"{SETTINGS}.new"
+                written.write_text(json.dumps(self._settings, indent=2) + "\n")
+                written.replace(self._directory / SETTINGS)
         self._reseed()
 
     def save_if_due(self) -> None:
@@ -70,9 +84,7 @@ class Checkpoints:
             return
         self._engine.save_checkpoint(str(self._directory), client_state={"progress": self._progress.state_dict()})
         if dist.get_rank() == 0:
-            calls_of = {path: path.name.removeprefix(TAG) for path in self._directory.glob(f"{TAG}*")}
-            saved = sorted((int(calls), path) for path, calls in calls_of.items() if calls.isdecimal())
-            for _, old in saved[:-KEPT_CHECKPOINTS]:
+            for old in _saved(self._directory)[:-KEPT_CHECKPOINTS]:
                 shutil.rmtree(old)
         self._reseed()
 
@@ -87,24 +99,78 @@ class Checkpoints:
                 f"{directory} holds checkpoints of an earlier run ({tag}): add --resume to go on from there, or name "
                 "another --checkpoint-dir"
             )
-        if not (directory / tag).is_dir():
-            raise FileNotFoundError(f"{latest} names {tag}, but {directory / tag} is not there; name another in it")
-        then = json.loads((directory / SETTINGS).read_text())
-        now = json.loads(json.dumps(self._progress.settings))
-        keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
-        other = [f"{key} {then.get(key)!r}, now {now.get(key)!r}" for key in keys]
-        if keys:
+        if not tag or not (directory / tag).is_dir():
+            raise FileNotFoundError(f"{latest} names {tag!r}, which is not there; {_others(directory, tag)}")
+        try:
+            then = json.loads((directory / SETTINGS).read_text())
+        except (OSError, ValueError) as error:
             raise ValueError(
-                f"the checkpoints in {directory} are of a run with {'; '.join(other)}: use the same, or start anew in "
-                "another --checkpoint-dir"
+                f"{directory / SETTINGS}, which says what run the checkpoints are of, cannot be read: {error}; start "
+                "anew in another --checkpoint-dir"
+            ) from None
+        if not self._trains:
+            then = {key: value for key, value in then.items() if key in self._settings}
+        other = differences(then, self._settings)
+        if other:
+            why = ' (they set the "auto" of the scheduler, so the learning rate of every call)'
+            listed = "; ".join(words + why * (path == "epochs") for path, words in other.items())
+            raise ValueError(
+                f"the checkpoints in {directory} are of a run with {listed}: use the same, or start anew in another "
+                "--checkpoint-dir"
             )
         return tag
 
     def _load(self, directory: Path, tag: str) -> None:
+        # A rank that fails inside load_checkpoint leaves the others waiting for it there.
+        with on_every_rank():
+            damage = [damaged for path in self._files(directory, tag) if (damaged := _damage(path))]
+            if damage:
+                raise ValueError(f"cannot load {directory / tag}: {', '.join(damage[:4])}; {_others(directory, tag)}")
         _, client_state = self._engine.load_checkpoint(str(directory), tag)
+        calls, planned = client_state["progress"]["calls"], self._progress.total_calls
+        if self._trains and calls > planned:
+            raise SystemExit(f"{directory / tag} is past the end of this run, call {planned}: raise --epochs")
         self._progress.load_state_dict(client_state["progress"])
         if dist.get_rank() == 0:
-            tqdm.write(f"going on from {directory / tag}, after {self._progress.calls} calls")
+            tqdm.write(f"going on from {directory / tag}, after {calls} calls")
+
+    def _files(self, directory: Path, tag: str) -> Iterator[Path]:
+        """Those that this rank reads, named as DeepSpeed does it."""
+        engine = self._engine
+        yield Path(engine._get_ckpt_name(str(directory), tag))
+        if engine.zero_optimization():
+            yield Path(engine._get_zero_ckpt_name(str(directory), tag))
+        for index, layer in enumerate(engine.module.forward_funcs):
+            if hasattr(layer, "load_state_dict"):
+                yield Path(engine.module.ckpt_layer_path(str(directory / tag), index))
 
     def _reseed(self) -> None:
         torch.manual_seed(seed_from(self._seed, self._progress.calls, dist.get_rank()))
+
+
+def _saved(directory: Path) -> list[Path]:
+    """The checkpoints in it, oldest first."""
+    calls_of = {path: path.name.removeprefix(TAG) for path in directory.glob(f"{TAG}*")}
+    found = [path for path, calls in calls_of.items() if calls.isdecimal()]
+    return sorted(found, key=lambda path: int(calls_of[path]))
+
+
+def _others(directory: Path, tag: str) -> str:
+    """What to do if that of `tag` cannot be had."""
+    others = [path.name for path in _saved(directory) if path.name != tag]
+    if not others:
+        return "there is no other, start anew in another --checkpoint-dir"
+    return f"there is also {others[-1]}: to go on from it, write its name into {directory / 'latest'}"
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a file of tensors, if anything does not look right without reading all of it."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    with path.open("rb") as file:
+        start = file.read(2)
+    # PyTorch's files are ZIP archives, whose contents are listed at the end; its old ones, an option of DeepSpeed's,
+    # are pickles.
+    if zipfile.is_zipfile(path) or start[:1] == b"\x80":
+        return None
+    return f"{path.name} is damaged ({path.stat().st_size} bytes, cut off or never written)"

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ds_ddg
+from ds_ddg.config import DDGConfig
 
 T = TypeVar("T")
 
@@ -32,12 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of every recipe, DeepSpeed's own (--deepspeed_config, --local_rank) among them."""
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     parser.add_argument("--schedule", choices=["ddg", "1f1b"], help="1f1b is DeepSpeed's own (default: as configured)")
-    parser.add_argument("--stages", type=int, help="pipeline stages (default: one per process)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, data order and augmentation")
+    parser.add_argument("--stages", type=at_least(1), help="pipeline stages (default: one per process)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of weights, data order and augmentation")
     parser.add_argument("--output-dir", type=Path, help="for metrics, losses and curves.png (default: below runs/)")
     parser.add_argument("--checkpoint-dir", type=Path, help="save checkpoints here, on a disk that all machines share")
     parser.add_argument(
-        "--checkpoint-every", type=int, metavar="CALLS", help="train_batch() calls between two of them"
+        "--checkpoint-every", type=at_least(1), metavar="CALLS", help="train_batch() calls between two of them"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the newest in --checkpoint-dir, if any")
     deepspeed.add_config_arguments(parser)
@@ -48,11 +49,31 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args = parser.parse_args()
     if args.checkpoint_dir is None and (args.resume or args.checkpoint_every is not None):
         parser.error("--resume and --checkpoint-every need --checkpoint-dir")
-    for name in ("stages", "checkpoint_every"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     return args
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """A type for ``add_argument``: a whole number, `low` or more."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, got {value}")
+        return value
+
+    number.__name__ = "int"  # what argparse says that it expected
+    return number
+
+
+def below_one(text: str) -> float:
+    """A type for ``add_argument``: a share, from 0 to less than 1."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be 0 or more and less than 1, got {text}")
+    return value
+
+
+below_one.__name__ = "float"  # as above
 
 
 def local_processes() -> int:
@@ -132,10 +153,21 @@ def read_config(path: str | None, schedule: str | None) -> dict[str, Any]:
         raise SystemExit(f"--deepspeed_config: cannot read {path!r} as JSON: {error}") from None
     if not isinstance(config, dict):
         raise SystemExit(f"--deepspeed_config: {path!r} must hold a JSON object, got {type(config).__name__}")
+    if config.get("ddg") is None:  # a null, too
+        config["ddg"] = {}
     # Anything but a dict is an error that ds_ddg explains.
-    if schedule is not None and isinstance(config.setdefault("ddg", {}), dict):
+    if schedule is not None and isinstance(config["ddg"], dict):
         config["ddg"]["enabled"] = schedule == "ddg"
+    try:
+        DDGConfig.parse(config["ddg"])
+    except ValueError as error:
+        raise SystemExit(f"--deepspeed_config {path}: {error}") from None
     return config
+
+
+def schedule_of(config: dict[str, Any]) -> str:
+    """What `read_config` has come to."""
+    return "ddg" if DDGConfig.parse(config["ddg"]).enabled else "1f1b"
 
 
 def dtype_of(config: DeepSpeedConfig) -> torch.dtype:
@@ -145,10 +177,16 @@ def dtype_of(config: DeepSpeedConfig) -> torch.dtype:
     return torch.float16 if config.float16_config.enabled else torch.float32
 
 
-def fill_scheduler(config: dict[str, Any], calls: int) -> None:
-    """Replace "auto" among the scheduler's parameters by the number of ``train_batch()`` calls in the whole run."""
+def fill_scheduler(config: dict[str, Any], calls: int) -> bool:
+    """Replace "auto" among the scheduler's parameters by the number of ``train_batch()`` calls in the whole run.
+
+    Returns:
+        Whether there was one, so that the learning rate depends on the length of the run.
+    """
     params = config.get("scheduler", {}).get("params", {})
-    params.update({key: calls for key, value in params.items() if value == "auto"})
+    filled = {key: calls for key, value in params.items() if value == "auto"}
+    params.update(filled)
+    return bool(filled)
 
 
 def seed_from(*numbers: int) -> int:

@@ -6,6 +6,7 @@ import csv
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,12 @@ class Progress:
         self._losses: dict[int, float] = {}
         self._known: dict[int, float] = {}
         self._unread: list[tuple[int, Tensor]] = []
-        self._bar = tqdm(
-            total=calls * engine.train_batch_size(),
+
+    @cached_property
+    def _bar(self) -> tqdm[Any]:
+        """Not shown before it is needed: a message that ends the run before the training would stand behind it."""
+        return tqdm(
+            total=self.total_calls * self._engine.train_batch_size(),
             unit=" samples",
             unit_scale=True,
             mininterval=1.0,
@@ -67,6 +72,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         """Measure the training inside a ``with`` block."""
+        _ = self._bar  # before the first call, which may take long
         self._start = time.perf_counter()
         return self
 

@@ -50,6 +50,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 PRETRAIN = "--text {work}/text --vocabulary 120 --layers 2 --hidden 16 --length 16 --epochs 2"
+RESUME = PRETRAIN + " --checkpoint-dir {work}/checkpoints --resume"
 FINETUNE = "--train {work}/train.tsv --dev {work}/dev.tsv --model {work}/pretrained/model --length 12 --epochs 2"
 
 
@@ -192,8 +193,28 @@ def test_f1_of_two_labels_is_that_of_the_second() -> None:
         ("finetune", f"{FINETUNE} --length 17", "model's 16 tokens, got 17"),
         ("finetune", f"{FINETUNE} --model {{work}}/cut", "lack parts of the encoder: bert.encoder.layer.1"),
         ("pretrain", f"{PRETRAIN} --model {{work}}/cut", "lacks 16 tensors"),
+        (
+            "pretrain",
+            f"{PRETRAIN} --output-dir /proc/nope",
+            "the model in --output-dir: cannot write to '/proc/nope/model' ",
+        ),
+        (
+            "finetune",
+            f"{FINETUNE} --output-dir /proc/nope",
+            "the model in --output-dir: cannot write to '/proc/nope/model' ",
+        ),
+        ("finetune", f"{FINETUNE} --checkpoint-dir /proc/nope", "--checkpoint-dir: cannot write to '/proc/nope' "),
+        ("pretrain", f"{PRETRAIN} --stages 3", "--stages 3 needs a multiple of 3 processes"),
+        ("finetune", f"{FINETUNE} --stages 3", "--stages 3 needs a multiple of 3 processes"),
+        ("pretrain", f"{RESUME} --dropout 0.1", r"a run with hidden_dropout_prob 0.0, now 0.1; attention_probs_drop"),
+        ("pretrain", f"{RESUME} --epochs 3", r'a run with epochs 2, now 3 \(they set the "auto" of the scheduler'),
+        ("pretrain", f"{RESUME} --text {{work}}/other.txt", r"text_checksum \d+, now \d+: use the same"),
     ],
-    ids=["no text", "too long", "heads", "no table", "no model", "too long for the model", "part of it", "part"],
+    ids=[
+        *("no text", "too long", "heads", "no table", "no model", "too long for the model", "part of it", "part"),
+        *("output", "output of fine-tuning", "checkpoints", "stages", "stages of fine-tuning"),
+        *("another dropout", "another length", "another text"),
+    ],
 )
 def test_every_rank_says_what_is_wrong_before_training(
     ranks: GetRanks, pretrained: Path, work: Path, name: str, arguments: str, expected: str
@@ -205,6 +226,8 @@ def test_every_rank_says_what_is_wrong_before_training(
 
     from ds_ddg.models import read_state_dict
 
+    other = work / "other.txt"
+    other.write_text((work / "text" / "all.txt").read_text().replace("red dog", "red cow"))
     cut = work / "cut"
     if not cut.exists():
         shutil.copytree(pretrained / "model", cut, ignore=shutil.ignore_patterns("model*.safetensors*"))

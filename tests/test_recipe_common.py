@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -55,8 +56,15 @@ class FakeEngine:
     """As much of an engine as `Progress` and `Checkpoints` use."""
 
     num_stages = 4
+    _layer = torch.nn.Linear(2, 2)
 
-    def __init__(self) -> None:
+    def __init__(self, zero: bool = False) -> None:
+        self.zero_optimization = lambda: zero
+        # A layer without weights has no file.
+        self.module = SimpleNamespace(
+            forward_funcs=[self._layer, torch.relu, self._layer],
+            ckpt_layer_path=lambda directory, index: f"{directory}/layer_{index + 5:02d}-model_states.pt",
+        )
         self.ddg = SimpleNamespace(enabled=True)
         self.monitor = FakeMonitor()
         self.global_samples = 0
@@ -70,12 +78,24 @@ class FakeEngine:
 
     def save_checkpoint(self, directory: str, client_state: dict[str, Any]) -> None:
         calls = client_state["progress"]["calls"]
-        (Path(directory) / f"global_step{calls}").mkdir()
+        tag = f"global_step{calls}"
+        for path in map(Path, [self._get_ckpt_name(directory, tag), *self._layer_files(directory, tag)]):
+            path.parent.mkdir(exist_ok=True)
+            torch.save(client_state, path)
         (Path(directory) / "latest").write_text(f"global_step{calls}")
         self.saved.append(client_state)
 
     def load_checkpoint(self, directory: str, tag: str) -> tuple[str, Any]:
         return directory, next(s for s in self.saved if tag == f"global_step{s['progress']['calls']}")
+
+    def _get_ckpt_name(self, directory: str, tag: str) -> str:
+        return f"{directory}/{tag}/mp_rank_01_model_states.pt"
+
+    def _get_zero_ckpt_name(self, directory: str, tag: str) -> str:
+        return f"{directory}/{tag}/zero_pp_rank_0_mp_rank_01_optim_states.pt"
+
+    def _layer_files(self, directory: str, tag: str) -> list[str]:
+        return [self.module.ckpt_layer_path(f"{directory}/{tag}", index) for index in (0, 2)]
 
 
 @pytest.fixture
@@ -157,15 +177,33 @@ def test_the_schedule_of_the_command_line_wins(tmp_path: Path) -> None:
     assert common.read_config(str(path), None)["ddg"] == {"enabled": True, "slack": 1}
     path.write_text("{}")
     assert common.read_config(str(path), "ddg") == {"ddg": {"enabled": True}}
-    assert common.read_config(str(path), None) == {}
+    assert common.read_config(str(path), None) == {"ddg": {}}
+    path.write_text('{"ddg": null}')
+    assert common.read_config(str(path), "1f1b") == {"ddg": {"enabled": False}}
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [({"slac": 1}, r"unknown key 'slac' \(value 1\); known keys: "), (5, r"must be a block of settings .*, got 5")],
+)
+def test_a_wrong_ddg_block_is_named_with_its_file(tmp_path: Path, block: Any, message: str) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps({"ddg": block}))
+    with pytest.raises(SystemExit, match=rf'--deepspeed_config .*ds.json: "ddg":? {message}'):
+        common.read_config(str(tmp_path / "ds.json"), "ddg")
+
+
+def test_the_schedule_is_known_before_there_is_an_engine() -> None:
+    assert [common.schedule_of({"ddg": block}) for block in ({}, {"enabled": False})] == ["ddg", "1f1b"]
 
 
 def test_auto_in_the_scheduler_is_the_length_of_the_run() -> None:
     config = {"scheduler": {"params": {"total_num_steps": "auto", "warmup_num_steps": 4}}, "train_batch_size": "auto"}
-    common.fill_scheduler(config, 70)
+    assert common.fill_scheduler(config, 70)
     assert config["scheduler"] == {"params": {"total_num_steps": 70, "warmup_num_steps": 4}}
     assert config["train_batch_size"] == "auto"
-    common.fill_scheduler({}, 70)
+    assert not common.fill_scheduler(config, 80)
+    assert config["scheduler"] == {"params": {"total_num_steps": 70, "warmup_num_steps": 4}}
+    assert not common.fill_scheduler({}, 70)
 
 
 def test_every_config_is_one_that_ds_ddg_takes() -> None:
@@ -314,6 +352,137 @@ def test_without_a_folder_nothing_is_saved(alone: None, tmp_path: Path) -> None:
     assert not engine.saved
 
 
+CONFIG = {
+    "optimizer": {"type": "SGD", "params": {"lr": 0.05}},
+    "scheduler": {"params": {"total_num_steps": 6}},
+    "steps_per_print": 10,
+    "ddg": {"enabled": True, "trace": "here"},
+}
+
+
+def saved_run(folder: Path, calls: int = 6, **settings: Any) -> FakeEngine:
+    """A run that has saved after each two calls."""
+    engine = FakeEngine()
+    progress = Progress(engine, calls, 2, model="net")  # type: ignore[arg-type]
+    checkpoints = Checkpoints(arguments(folder), engine, progress, every=2, **settings)  # type: ignore[arg-type]
+    checkpoints.restore()
+    for _ in range(calls):
+        make_calls(progress, 1)
+        checkpoints.save_if_due()
+    return engine
+
+
+def resume(folder: Path, engine: FakeEngine, calls: int = 6, eval_only: bool = False, **settings: Any) -> Progress:
+    progress = Progress(engine, calls, 2, model="net")  # type: ignore[arg-type]
+    args = arguments(folder, resume=True, eval_only=eval_only)
+    Checkpoints(args, engine, progress, every=2, **settings).restore()  # type: ignore[arg-type]
+    return progress
+
+
+def test_other_settings_are_refused_by_name(alone: None, tmp_path: Path) -> None:
+    engine = saved_run(tmp_path, epochs=3, image_size=None, config=CONFIG)
+    other = {
+        **CONFIG,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        "steps_per_print": 3,
+        "csv_monitor": {"enabled": True},
+        "ddg": {"weights": "current", "loss": "exact"},
+    }
+    with pytest.raises(SystemExit) as stopped:
+        resume(tmp_path, engine, epochs=3, image_size=64, config=other)
+    assert str(stopped.value) == (
+        f"rank 0: the checkpoints in {tmp_path} are of a run with image_size None, now 64; "
+        "config.optimizer.params.lr 0.05, now 0.1; config.ddg.weights 'stash', now 'current'; "
+        "config.gradient_clipping not set, now 1.0; config.bf16.enabled not set, now True: use the same, or start "
+        "anew in another --checkpoint-dir"
+    )
+
+
+def test_what_only_reports_may_change(alone: None, tmp_path: Path) -> None:
+    engine = saved_run(tmp_path, epochs=3, config=CONFIG)
+    other = {
+        **CONFIG,
+        "steps_per_print": 3,
+        "wall_clock_breakdown": True,
+        "tensorboard": {"enabled": True},
+        "ddg": {"slack": 0, "loss": "exact"},  # the rest is what it was, the defaults
+    }
+    assert resume(tmp_path, engine, epochs=3, config=other).calls == 6
+
+
+def test_more_epochs_unless_the_scheduler_depends_on_them(alone: None, tmp_path: Path) -> None:
+    engine = saved_run(tmp_path / "fixed", epochs=None, config=CONFIG)
+    assert resume(tmp_path / "fixed", engine, calls=8, epochs=None, config=CONFIG).calls == 6
+    with pytest.raises(SystemExit, match=r"global_step6 is past the end of this run, call 4: raise --epochs"):
+        resume(tmp_path / "fixed", engine, calls=4, epochs=None, config=CONFIG)
+
+    engine = saved_run(tmp_path / "auto", epochs=3, config=CONFIG)
+    longer = {**CONFIG, "scheduler": {"params": {"total_num_steps": 8}}}
+    reason = (
+        r'epochs 3, now 4 \(they set the "auto" of the scheduler, so the learning rate of every call\); '
+        r"config.scheduler.params.total_num_steps 6, now 8: use the same"
+    )
+    with pytest.raises(SystemExit, match=reason):
+        resume(tmp_path / "auto", engine, calls=8, epochs=4, config=longer)
+    # Nothing is trained, so how it was does not matter.
+    assert resume(tmp_path / "auto", engine, calls=8, eval_only=True, epochs=4, config=longer).calls == 6
+
+
+def test_checkpoints_of_an_earlier_version(alone: None, tmp_path: Path) -> None:
+    engine = saved_run(tmp_path, epochs=3, config=CONFIG)
+    settings = tmp_path / "settings.json"
+    kept = json.loads(settings.read_text())
+    earlier = {key: value for key, value in kept.items() if key not in ("epochs", "config")}
+    settings.write_text(json.dumps({**earlier, "model": "other"}))
+    with pytest.raises(SystemExit, match=r"of a run with model 'other', now 'net': use"):
+        resume(tmp_path, engine, epochs=3, config=CONFIG)
+    settings.write_text(json.dumps(earlier))
+    assert resume(tmp_path, engine, epochs=3, config=CONFIG).calls == 6
+    assert json.loads(settings.read_text()) == kept, "from here on all of them count"
+    settings.write_text("{")
+    with pytest.raises(SystemExit, match=r"settings.json, which says what run .* cannot be read: Expecting"):
+        resume(tmp_path, engine, epochs=3, config=CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda file: file.unlink(), r"is missing"),
+        (lambda file: file.write_bytes(b""), r"is damaged \(0 bytes, cut off or never written\)"),
+        (lambda file: file.write_bytes(file.read_bytes()[:500]), r"is damaged \(500 bytes, cut off"),
+        (lambda file: file.write_bytes(bytes(2000)), r"is damaged \(2000 bytes, cut off"),
+    ],
+    ids=["missing", "empty", "cut off", "never written"],
+)
+@pytest.mark.parametrize("name", ["layer_07-model_states.pt", "mp_rank_01_model_states.pt"])
+def test_a_damaged_checkpoint_is_not_loaded(
+    alone: None, tmp_path: Path, spoil: Callable[[Path], Any], said: str, name: str
+) -> None:
+    engine = saved_run(tmp_path)
+    spoil(tmp_path / "global_step6" / name)
+    there = rf"there is also global_step4: to go on from it, write its name into {tmp_path}/latest"
+    with pytest.raises(SystemExit, match=rf"^rank 0: cannot load {tmp_path}/global_step6: {name} {said}.*; {there}$"):
+        resume(tmp_path, engine)
+    (tmp_path / "latest").write_text("global_step4")
+    assert resume(tmp_path, engine).calls == 4
+    (tmp_path / "latest").write_text("")
+    with pytest.raises(SystemExit, match=r"latest names '', which is not there; there is also global_step6: to go on"):
+        resume(tmp_path, engine)
+
+
+def test_files_of_a_checkpoint_that_depend_on_the_config(alone: None, tmp_path: Path) -> None:
+    engine = saved_run(tmp_path)
+    file = tmp_path / "global_step6" / "mp_rank_01_model_states.pt"
+    torch.save({}, file, _use_new_zipfile_serialization=False)  # "checkpoint": {"checkpoint_serialization": false}
+    assert resume(tmp_path, engine).calls == 6
+    zero = FakeEngine(zero=True)
+    zero.saved = engine.saved
+    with pytest.raises(SystemExit, match=r"global_step6: zero_pp_rank_0_mp_rank_01_optim_states.pt is missing; there"):
+        resume(tmp_path, zero)
+
+
 def fail_on_rank_1(rank: int, error: Exception) -> None:
     with common.on_every_rank():
         if rank == 1:
@@ -361,12 +530,33 @@ def run_example(rank: int, world_size: int, code: str) -> str:
     return printed.getvalue()
 
 
-def test_the_example_in_the_documentation_learns(ranks: GetRanks) -> None:
+def documented_example() -> str:
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(), re.S)
-    for printed in ranks(2).run(run_example, code):
+    return code
+
+
+def test_the_example_in_the_documentation_learns(ranks: GetRanks) -> None:
+    for printed in ranks(2).run(run_example, documented_example()):
         step, loss = re.search(r"loss of step (\d+): ([\d.]+)$", printed.strip()).groups()  # type: ignore[union-attr]
         assert step == "98", "one call ago"
         assert float(loss) < 0.5
+
+
+def test_the_example_in_the_documentation_can_be_measured(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(documented_example())
+    (command,) = set(re.findall(r"`ds-ddg (partition mine.py.*?)`", (ROOT / "docs" / "recipes.md").read_text()))
+    run = subprocess.run(
+        [sys.executable, "-m", "ds_ddg", *command.split()],
+        cwd=tmp_path,
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    first, last = run.stdout.splitlines()[1:3]
+    assert re.match(r" +0 +0 Linear \.\. \d Block ", first)
+    assert re.match(r" +1 +\d Block \.\. 7 Linear \+ cross_entropy ", last)
 
 
 # -- the benchmark ----------------------------------------------------------------------------------------------------

@@ -195,6 +195,7 @@ def refusals(rank: int, world_size: int, folder: str) -> list[str]:
     empty = here / f"nothing{rank}"  # not the same folder on both ranks
     empty.mkdir(exist_ok=True)
     checkpoints = here / "refused"
+    out = ["--output-dir", str(here / "refused_out")]
     checkpoints.mkdir(exist_ok=True)
     (checkpoints / "global_step3").mkdir(exist_ok=True)
     (checkpoints / "latest").write_text("global_step3")
@@ -207,11 +208,14 @@ def refusals(rank: int, world_size: int, folder: str) -> list[str]:
         ["--load", str(empty)],
         ["--checkpoint-dir", str(checkpoints)],
         ["--checkpoint-dir", str(checkpoints), "--resume"],
+        ["--output-dir", "/proc/nope"],
+        ["--save", "/proc/nope"],
+        ["--stages", "3"],
     ]
     said = []
     for case in cases:
         with pytest.raises(SystemExit) as stopped:
-            run(here, *case, *(["--model", "cifar_resnet8"] if "--model" not in case else []))
+            run(here, *out, *case, *(["--model", "cifar_resnet8"] if "--model" not in case else []))
         said.append(str(stopped.value))
     return said
 
@@ -225,17 +229,92 @@ def test_what_is_wrong_on_one_rank_stops_all(ranks: GetRanks, files: Path) -> No
         r"rank 0, 1: torchvision has no ResNet 'resnet19', it has .*resnet18.*; for images of 32x32 there is",
         r"rank 0, 1: .*/nothing0 has neither model.safetensors nor",
         r"rank 0, 1: .*/refused holds checkpoints of an earlier run \(global_step3\): add --resume",
-        r"rank 0, 1: the checkpoints in .*/refused are of a run with model 'cifar_resnet20', now 'cifar_resnet8'; ",
+        r"rank 0, 1: the checkpoints in .*/refused are of a run with model 'cifar_resnet20', now 'cifar_resnet8': use",
+        r"rank 0: --output-dir: cannot write to '/proc/nope' \(No such file or directory\); name a folder",
+        r"rank 0, 1: --save: cannot write to '/proc/nope' ",
+        r"--stages 3 needs a multiple of 3 processes, .*, got 2; start as many .*, or use --stages 1 or 2",
     ]
     for text, pattern in zip(said[0], patterns, strict=True):
         assert re.match(pattern, text), text
+
+
+def interfered_with(rank: int, world_size: int, folder: str, zero: bool) -> list[str]:
+    """What is said when a run is to go on with another learning rate, or from files that were spoilt."""
+    import torch.distributed as dist
+
+    here = Path(folder) / f"interfered{zero}"
+    here.mkdir(exist_ok=True)
+    bf16_zero1 = {
+        "bf16": {"enabled": True},
+        "data_types": {"buffer_dtype": "bf16"},
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+    }
+    config = {**CONFIG, **(bf16_zero1 if zero else {})}
+    checkpoints = here / "checkpoints"
+    usual = ["--dataset", "imagefolder", "--data-dir", folder, "--image-size", "32", "--workers", "0", "--epochs", "1"]
+    usual += ["--model", "cifar_resnet8", "--output-dir", str(here), "--checkpoint-dir", str(checkpoints)]
+
+    def configured(lr: float) -> None:
+        changed = {**config, "optimizer": {"type": "SGD", "params": {"lr": lr, "momentum": 0.9}}}
+        dist.barrier()
+        if rank == 0:
+            (here / "ds.json").write_text(json.dumps(changed))
+        dist.barrier()
+
+    def refused() -> str:
+        with pytest.raises(SystemExit) as stopped:
+            run(here, *usual, "--resume")
+        return str(stopped.value)
+
+    configured(0.02)
+    run(here, *usual, "--checkpoint-every", "1")
+    configured(0.03)
+    said = [refused()]
+    configured(0.02)
+    for file in sorted((checkpoints / "global_step3").iterdir()):
+        content = file.read_bytes()
+        dist.barrier()
+        if rank == 0:
+            file.write_bytes(content[: len(content) // 2])
+        dist.barrier()
+        said.append(refused())
+        dist.barrier()
+        if rank == 0:
+            file.write_bytes(content)
+        dist.barrier()
+    run(here, *usual, "--resume")
+    return [text.replace(str(checkpoints), "DIR") for text in said]
+
+
+@pytest.mark.parametrize("zero", [False, True], ids=["fp32", "bf16 with ZeRO-1"])
+def test_a_run_goes_on_as_it_was_or_not_at_all(ranks: GetRanks, files: Path, zero: bool) -> None:
+    """Each single file of a real checkpoint, cut off: both ranks stop before either has loaded anything."""
+    first, second = ranks(2).run(interfered_with, str(files), zero)
+    assert first == second
+    assert first[0].startswith(
+        "rank 0, 1: the checkpoints in DIR are of a run with config.optimizer.params.lr 0.02, now 0.03: use the same"
+    )
+    damaged = []
+    for text in first[1:]:
+        found = re.fullmatch(
+            r"rank [01](?:, 1)?: cannot load DIR/global_step3: (\S+\.pt) is damaged \(\d+ bytes, cut off or never "
+            r"written\); there is also global_step2: to go on from it, write its name into DIR/latest",
+            text,
+        )
+        assert found, text
+        damaged.append(found[1])
+    expected = [f"layer_0{n}-model_states.pt" for n in range(5)] + [f"mp_rank_0{n}_model_states.pt" for n in range(2)]
+    if zero:
+        expected = sorted(expected + [f"bf16_zero_pp_rank_0_mp_rank_0{n}_optim_states.pt" for n in range(2)])
+    assert damaged == expected
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--resume"], "--resume and --checkpoint-every need --checkpoint-dir"),
-        (["--stages", "0"], "--stages must be at least 1, got 0"),
+        (["--stages", "0"], "argument --stages: must be at least 1, got 0"),
         (["--eval-only"], "--eval-only needs weights"),
         (["--dataset", "mnist"], "invalid choice: 'mnist'"),
     ],

@@ -21,11 +21,10 @@ import argparse
 import sys
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
-from deepspeed import comm as dist
 from deepspeed.pipe import PipelineModule
-from deepspeed.runtime.config import DeepSpeedConfig
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
@@ -36,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from any fo
 import ds_ddg
 from ds_ddg.models import classification_loss, load_pretrained, sequence_classification
 from ds_ddg.models.transformer import Head
-from recipes import common
+from recipes import checks, common
 from recipes.bert import glue, model
 from recipes.bert.batches import IGNORED, Batch, MakeBatch, TrainBatches, held_out_batches
 from recipes.checkpoints import Checkpoints
@@ -48,8 +47,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory of the pretrained model")
     parser.add_argument("--train", type=Path, help=".tsv or .csv (default: docstrings of the standard library)")
     parser.add_argument("--dev", type=Path, help="the same, to measure")
-    parser.add_argument("--length", type=int, default=64, help="tokens of an example; longer ones are cut")
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument(
+        "--length", type=common.at_least(4), default=64, help="tokens of an example; longer ones are cut"
+    )
+    parser.add_argument("--epochs", type=common.at_least(1), default=6)
     common.add_arguments(parser)
     args = common.parse(parser)
     if (args.train is None) != (args.dev is None):
@@ -119,6 +120,11 @@ def main() -> None:
     config = common.read_config(args.deepspeed_config, args.schedule)
 
     common.init_distributed()
+    stages = checks.stages(args.stages)
+    task = "stdlib-packages" if args.train is None else args.train.resolve().parent.name
+    output_dir = args.output_dir or Path("runs") / f"bert-{task}-{common.schedule_of(config)}"
+    shared = {"--checkpoint-dir": args.checkpoint_dir, "the model in --output-dir": output_dir / "model"}
+    checks.folders(config, shared, {"--output-dir": output_dir})
     train, dev, names = model.from_first_rank(lambda: prepare(args))
     with common.on_every_rank():
         tokenizer = model.load_tokenizer(args.model, args.length)
@@ -126,32 +132,42 @@ def main() -> None:
         bert = model.load_config(args.model, num_labels=len(names), id2label=dict(enumerate(names)), label2id=numbers)
         encoder = Encoder(tokenizer, names, args.length)
         specs = sequence_classification(bert, inputs=encoder.inputs)
-    net = model.pipeline(specs, classification_loss, args.stages or dist.get_world_size(), args.seed)
+    net = model.pipeline(specs, classification_loss, stages, args.seed)
     with common.on_every_rank():
         load_encoder(net, args.model)
 
     def encoded(examples: glue.Examples) -> MakeBatch:
         return lambda rows, _: encoder(examples, rows)
 
-    batch = DeepSpeedConfig(config, net.mpu())
+    batch = checks.deepspeed_config(config, net)
     size, micro_batches = batch.train_micro_batch_size_per_gpu, batch.gradient_accumulation_steps
     shard = (net.mpu().get_data_parallel_rank(), net.mpu().get_data_parallel_world_size())
     with common.on_every_rank():
         train_batches = TrainBatches(len(train), encoded(train), size, micro_batches, args.seed, *shard)
     held_out = held_out_batches(len(dev), encoded(dev), size, *shard)
     calls = args.epochs * len(train_batches)
-    common.fill_scheduler(config, calls)
+    planned = common.fill_scheduler(config, calls)
 
     engine, _, _, _ = ds_ddg.initialize(model=net, model_parameters=model.parameter_groups(net), config=config)
     settings: dict[str, Any] = {
-        "task": "stdlib-packages" if args.train is None else args.train.resolve().parent.name,
+        "task": task,
         "examples": len(train),
         "classes": len(names),
         "length": args.length,
         "seed": args.seed,
     }
     progress = Progress(engine, calls, len(train_batches), **settings)
-    checkpoints = Checkpoints(args, engine, progress, every=len(train_batches))
+    checkpoints = Checkpoints(
+        args,
+        engine,
+        progress,
+        every=len(train_batches),
+        replicas=shard[1],
+        text_checksum=crc32(repr((train.texts, train.labels)).encode()),
+        **model.not_in_weights(bert),
+        epochs=args.epochs if planned else None,
+        config=config,
+    )
     checkpoints.restore()
 
     def evaluate() -> dict[str, float]:
@@ -159,9 +175,8 @@ def main() -> None:
         return scores(counts, len(names))
 
     fit(engine, train_batches.from_call(progress.calls), progress, evaluate, checkpoints.save_if_due)
-    output_dir = args.output_dir or Path("runs") / f"bert-{settings['task']}-{progress.settings['schedule']}"
     model.save(net, tokenizer, output_dir / "model")
-    progress.finish(output_dir, f"BERT on {settings['task']}", draw=["accuracy", "f1"], epochs=args.epochs)
+    progress.finish(output_dir, f"BERT on {task}", draw=["accuracy", "f1"], epochs=args.epochs)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,12 @@ def parameter_groups(net: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
+def not_in_weights(config: Any) -> dict[str, Any]:
+    """What decides about the training of a model besides its size, by name; None for what its kind does not have."""
+    names = ("model_type", "num_attention_heads", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob")
+    return {name: getattr(config, name, None) for name in names}
+
+
 def save(net: PipelineModule, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Write model and tokenizer as plain transformers reads them; on all ranks, after a drain."""
     save_pretrained(net, directory)

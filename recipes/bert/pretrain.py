@@ -4,7 +4,7 @@ On the docstrings of the Python standard library, nothing to download; about thr
 
     deepspeed --quiet --num_gpus 2 recipes/bert/pretrain.py --deepspeed_config configs/bert_pretrain.json
 
-Its last line, where the speed is the machine's:
+Its last line, where speed and rounding are the machine's:
 
     {"schedule": "ddg", "stages": 2, "micro_batches": 4, "batch_size": 16, "sequences": 8127, "length": 64,
      "layers": 4, "hidden": 128, "vocabulary": 1024, "seed": 0, "epochs": 2, "perplexity": 205.48507068621444,
@@ -30,10 +30,9 @@ import argparse
 import math
 import sys
 from pathlib import Path
+from zlib import crc32
 
 import torch
-from deepspeed import comm as dist
-from deepspeed.runtime.config import DeepSpeedConfig
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, PreTrainedTokenizerBase
@@ -42,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from any fo
 
 import ds_ddg
 from ds_ddg.models import load_pretrained, masked_lm, masked_lm_loss
-from recipes import common
+from recipes import checks, common
 from recipes.bert import corpus, model, text
 from recipes.bert.batches import IGNORED, MakeBatch, TrainBatches, held_out_batches
 from recipes.checkpoints import Checkpoints
@@ -60,18 +59,15 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--held-out", type=Path, nargs="+", help="the same, to measure (default: a tenth of the text)")
     parser.add_argument("--model", type=Path, help="Hugging Face directory to go on from (default: a new BERT)")
-    parser.add_argument("--vocabulary", type=int, default=1024, help="of a new BERT, at most")
-    parser.add_argument("--layers", type=int, default=4, help="of a new BERT")
-    parser.add_argument("--hidden", type=int, default=128, help="width of a new BERT")
-    parser.add_argument("--heads", type=int, default=2, help="of a new BERT")
-    parser.add_argument("--dropout", type=float, default=0.0, help="of a new BERT")
-    parser.add_argument("--length", type=int, default=64, help="tokens in a sequence")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--vocabulary", type=common.at_least(1), default=1024, help="of a new BERT, at most")
+    parser.add_argument("--layers", type=common.at_least(1), default=4, help="of a new BERT")
+    parser.add_argument("--hidden", type=common.at_least(1), default=128, help="width of a new BERT")
+    parser.add_argument("--heads", type=common.at_least(1), default=2, help="of a new BERT")
+    parser.add_argument("--dropout", type=common.below_one, default=0.0, help="of a new BERT")
+    parser.add_argument("--length", type=common.at_least(4), default=64, help="tokens in a sequence")
+    parser.add_argument("--epochs", type=common.at_least(1), default=2)
     common.add_arguments(parser)
-    args = common.parse(parser)
-    if args.length < 4:
-        parser.error(f"--length must be at least 4 tokens, got {args.length}")
-    return args
+    return common.parse(parser)
 
 
 def prepare(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, Tensor, Tensor]:
@@ -114,12 +110,16 @@ def main() -> None:
     config = common.read_config(args.deepspeed_config, args.schedule)
 
     common.init_distributed()
+    stages = checks.stages(args.stages)
+    output_dir = args.output_dir or Path("runs") / f"bert-pretrain-{common.schedule_of(config)}"
+    shared = {"--checkpoint-dir": args.checkpoint_dir, "the model in --output-dir": output_dir / "model"}
+    checks.folders(config, shared, {"--output-dir": output_dir})
     tokenizer, train_text, held_out_text = model.from_first_rank(lambda: prepare(args))
     with common.on_every_rank():
         masking = text.Masking.of(tokenizer)
         bert = model.load_config(args.model) if args.model else new_config(args, tokenizer)
         specs = masked_lm(bert, inputs=("input_ids",))
-    net = model.pipeline(specs, masked_lm_loss, args.stages or dist.get_world_size(), args.seed)
+    net = model.pipeline(specs, masked_lm_loss, stages, args.seed)
     if args.model:
         with common.on_every_rank():
             load_pretrained(net, args.model)
@@ -127,14 +127,14 @@ def main() -> None:
     def masked(split: Tensor) -> MakeBatch:
         return lambda rows, generator: masking(split[rows], generator)
 
-    batch = DeepSpeedConfig(config, net.mpu())
+    batch = checks.deepspeed_config(config, net)
     size, micro_batches = batch.train_micro_batch_size_per_gpu, batch.gradient_accumulation_steps
     shard = (net.mpu().get_data_parallel_rank(), net.mpu().get_data_parallel_world_size())
     with common.on_every_rank():
         train_batches = TrainBatches(len(train_text), masked(train_text), size, micro_batches, args.seed, *shard)
     held_out = held_out_batches(len(held_out_text), masked(held_out_text), size, *shard)
     calls = args.epochs * len(train_batches)
-    common.fill_scheduler(config, calls)
+    planned = common.fill_scheduler(config, calls)
 
     engine, _, _, _ = ds_ddg.initialize(model=net, model_parameters=model.parameter_groups(net), config=config)
     progress = Progress(
@@ -148,7 +148,17 @@ def main() -> None:
         vocabulary=len(tokenizer),
         seed=args.seed,
     )
-    checkpoints = Checkpoints(args, engine, progress, every=len(train_batches))
+    checkpoints = Checkpoints(
+        args,
+        engine,
+        progress,
+        every=len(train_batches),
+        replicas=shard[1],
+        text_checksum=crc32(train_text.numpy().tobytes()),
+        **model.not_in_weights(bert),
+        epochs=args.epochs if planned else None,
+        config=config,
+    )
     checkpoints.restore()
 
     def evaluate() -> dict[str, float]:
@@ -156,7 +166,6 @@ def main() -> None:
         return {"perplexity": math.exp(losses / tokens)}
 
     fit(engine, train_batches.from_call(progress.calls), progress, evaluate, checkpoints.save_if_due)
-    output_dir = args.output_dir or Path("runs") / f"bert-pretrain-{progress.settings['schedule']}"
     model.save(net, tokenizer, output_dir / "model")
     progress.finish(output_dir, "BERT, masked language model", draw=["perplexity"], epochs=args.epochs)
 

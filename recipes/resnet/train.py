@@ -4,11 +4,11 @@ On images that come with scikit-learn, nothing to download; a minute on two core
 
     deepspeed --quiet --num_gpus 2 recipes/resnet/train.py --deepspeed_config configs/resnet20_digits.json
 
-Its last line, where the speed is the machine's:
+Its last line, where speed and rounding, and so where the training goes, are the machine's:
 
     {"schedule": "ddg", "stages": 2, "micro_batches": 2, "batch_size": 32, "model": "cifar_resnet20",
-     "dataset": "digits", "seed": 0, "epochs": 10, "test_loss": 0.018592341316656935,
-     "test_accuracy": 0.9916666666666667, "test_top5_accuracy": 1.0, "train_loss": 0.03056,
+     "dataset": "digits", "seed": 0, "epochs": 10, "test_loss": 0.01320906899507261,
+     "test_accuracy": 0.9972222222222222, "test_top5_accuracy": 1.0, "train_loss": 0.02476,
      "samples_per_second": ..., "seconds": ...}
 
 The paper's recipe (Huo et al., ICML 2018, section 5.2), days on CPU, for a folder DIR with cifar-10-batches-py/ in it:
@@ -34,16 +34,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from deepspeed import comm as dist
 from deepspeed.pipe import PipelineModule
-from deepspeed.runtime.config import DeepSpeedConfig
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from any folder, installed or not
 
 import ds_ddg
-from recipes import common
+from recipes import checks, common
 from recipes.checkpoints import Checkpoints
 from recipes.progress import Progress, fit
 from recipes.resnet import data, model
@@ -56,9 +54,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--data-dir", type=Path, help="cifar-10-batches-py/, cifar-100-python/ or train/ and val/ in it"
     )
-    parser.add_argument("--image-size", type=int, help="of imagefolder and random (default: 224)")
-    parser.add_argument("--workers", type=int, default=4, help="processes that read images from disk (imagefolder)")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--image-size", type=common.at_least(1), help="of imagefolder and random (default: 224)")
+    parser.add_argument(
+        "--workers", type=common.at_least(0), default=4, help="processes that read images from disk (imagefolder)"
+    )
+    parser.add_argument("--epochs", type=common.at_least(1), default=10)
     parser.add_argument("--load", type=Path, metavar="PATH", help="start from these weights (a file or a folder)")
     parser.add_argument("--save", type=Path, metavar="DIR", help="write the trained weights here")
     parser.add_argument("--eval-only", action="store_true", help="evaluate the weights of --load or --resume")
@@ -88,12 +88,16 @@ def main() -> None:
     config = common.read_config(args.deepspeed_config, args.schedule)
     common.init_distributed()
 
+    stages = checks.stages(args.stages)
+    output_dir = args.output_dir or Path("runs") / f"{args.model}-{args.dataset}-{common.schedule_of(config)}"
+    checkpoint_dir = None if args.eval_only else args.checkpoint_dir
+    checks.folders(config, {"--checkpoint-dir": checkpoint_dir, "--save": args.save}, {"--output-dir": output_dir})
     with common.on_every_rank():
         train_split, test_split = data.load(args.dataset, args.data_dir, args.image_size)
         specs = model.layer_specs(args.model, train_split.num_classes)
     net = PipelineModule(
         specs,
-        num_stages=args.stages or dist.get_world_size(),
+        num_stages=stages,
         loss_fn=cross_entropy,
         partition_method=model.PARTITION,
         # Layer i starts from seed base_seed + i: the initial weights must not depend on the number of stages.
@@ -102,7 +106,7 @@ def main() -> None:
         base_seed=1000 * args.seed,
     )
     grid = net.mpu()
-    batch = DeepSpeedConfig(config, grid)
+    batch = checks.deepspeed_config(config, net)
     share = data.Share(
         batch.train_micro_batch_size_per_gpu,
         rank=grid.get_data_parallel_rank(),
@@ -117,11 +121,20 @@ def main() -> None:
         if args.load:
             model.load_weights(net, args.model, args.load)
     calls = args.epochs * len(train_batches)
-    common.fill_scheduler(config, calls)
+    planned = common.fill_scheduler(config, calls)
 
     engine, _, _, _ = ds_ddg.initialize(model=net, model_parameters=net.parameters(), config=config)
     progress = Progress(engine, calls, len(train_batches), model=args.model, dataset=args.dataset, seed=args.seed)
-    checkpoints = Checkpoints(args, engine, progress, every=len(train_batches))
+    checkpoints = Checkpoints(
+        args,
+        engine,
+        progress,
+        every=len(train_batches),
+        replicas=share.size,
+        image_size=args.image_size,
+        epochs=args.epochs if planned else None,
+        config=config,
+    )
     checkpoints.restore()
     if args.eval_only:
         if not (args.load or progress.calls):
@@ -133,7 +146,7 @@ def main() -> None:
     if args.save:
         model.save_weights(net, args.model, args.save)
     progress.finish(
-        args.output_dir or Path("runs") / f"{args.model}-{args.dataset}-{progress.settings['schedule']}",
+        output_dir,
         title=f"{args.model} on {args.dataset}",
         draw=["test_accuracy", "test_top5_accuracy"],
         epochs=args.epochs,
