@@ -231,7 +231,8 @@ def test_refuses_by_name_with_what_to_do_instead(
     assert len(lines) == 1
     assert name in lines[0]
     assert remedy in lines[0]
-    assert '"enabled": false' in str(caught.value), "the way back to DeepSpeed's own schedule"
+    way_back = '"enabled": false' in str(caught.value)
+    assert way_back == ("no pipeline can run it" not in lines[0]), "DeepSpeed's own schedule, where it can"
 
 
 def test_names_all_refusals_at_once() -> None:
