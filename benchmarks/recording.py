@@ -1,6 +1,6 @@
 """What ``"ddg": {"trace": DIR}`` costs a whole training: the same ResNet-20 with and without, in turns.
 
-    python benchmarks/recording.py                      # about 4 minutes; needs two idle cores
+    python benchmarks/recording.py                      # about 11 minutes; needs two idle cores
     python benchmarks/recording.py --pairs 20
 
 Two engines live in the same two processes, one thread each, with network, split, batch and M of the digits recipe; one
@@ -8,8 +8,10 @@ of them records. They take turns of some calls each, every other pair in the opp
 so that neither works while the other is timed, and writes its records to the disk within its time.
 
 Each pair gives one difference in time (of the slower stage) and one in processor time (of both). Of all pairs counts
-the median, with its 95% confidence interval; also said is how many pairs would bring that to +-1%. Prints a markdown
-table, then one JSON line.
+the median, with its 95% confidence interval; also said is how many pairs would bring that to +-1%. The times of real
+layers differ by several percent from turn to turn, so the same is measured with layers of next to nothing: what a
+micro-batch costs there in microseconds is what it costs anywhere, as records do not depend on the size of layers.
+Prints markdown tables, then one JSON line.
 """
 
 from __future__ import annotations
@@ -37,8 +39,10 @@ LIMIT = 0.01
 MODES = ("without", "with")
 
 
-def rank_main(rank: int, num_stages: int, pairs: int, calls: int, folder: str, store: str, results: Any) -> None:
-    """One stage: for each mode seconds and processor seconds of every turn."""
+def rank_main(
+    rank: int, num_stages: int, pairs: int, calls: int, small: bool, folder: str, store: str, results: Any
+) -> None:
+    """One stage, of a ResNet-20 or (`small`) two linear layers: for each mode both times of every turn, in seconds."""
     import torch
     from deepspeed.pipe import PipelineModule
 
@@ -47,14 +51,15 @@ def rank_main(rank: int, num_stages: int, pairs: int, calls: int, folder: str, s
 
     join(rank, num_stages, store)
     torch.manual_seed(0)
-    batch = torch.randn(MICRO_BATCH, 3, 32, 32), torch.randint(10, (MICRO_BATCH,))
+    shape = (4,) if small else (3, 32, 32)
+    batch = torch.randn(MICRO_BATCH, *shape), torch.randint(4, (MICRO_BATCH,))
     engines = {}
     for mode in MODES:
         net = PipelineModule(
-            cifar_resnet(20),
+            [torch.nn.Linear(4, 4) for _ in range(2 * num_stages)] if small else cifar_resnet(20),
             num_stages=num_stages,
             loss_fn=torch.nn.functional.cross_entropy,
-            partition_method="type:Stem|Block",
+            partition_method="uniform" if small else "type:Stem|Block",
         )
         config = {
             "train_micro_batch_size_per_gpu": MICRO_BATCH,
@@ -93,6 +98,13 @@ def differences(stages: Sequence[dict[str, Any]], what: int, over: Any) -> list[
     return [recorded / plain - 1 for recorded, plain in zip(turns["with"], turns["without"], strict=True)]
 
 
+def microseconds(stages: Sequence[dict[str, Any]], calls: int) -> list[float]:
+    """Of each pair, what recording a micro-batch costs a stage in processor time."""
+    spent = [[sum(turn[1] for turn in same) for same in zip(*(s[m] for s in stages), strict=True)] for m in MODES]
+    count = len(stages) * calls * MICRO_BATCHES
+    return [1e6 * (recorded - plain) / count for plain, recorded in zip(*spent, strict=True)]
+
+
 def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
     """Of the median, whatever the distribution: from order statistics; without ends where there are too few."""
     ordered, n = sorted(values), len(values)
@@ -126,8 +138,9 @@ def main() -> None:
     os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     os.environ.setdefault("LOG_LEVEL", "ERROR")
     with tempfile.TemporaryDirectory() as folder:
-        stages = run_ranks(rank_main, STAGES, options.pairs, options.calls, folder)
-        num_bytes = sum(path.stat().st_size for path in Path(folder).iterdir())
+        small = run_ranks(rank_main, STAGES, options.pairs, 10 * options.calls, True, f"{folder}/small")
+        stages = run_ranks(rank_main, STAGES, options.pairs, options.calls, False, f"{folder}/resnet")
+        num_bytes = sum(path.stat().st_size for path in Path(folder, "resnet").iterdir())
     rows = {"time": differences(stages, 0, max), "processor time": differences(stages, 1, sum)}
     plain = median(max(turn[0] for turn in same) for same in zip(*(s["without"] for s in stages), strict=True))
     print(f"{1e3 * plain / options.calls:.1f} ms a call without; {num_bytes} bytes of records of both stages")
@@ -138,7 +151,20 @@ def main() -> None:
             f"| {name} | {median(values):+.2%} | {low:+.2%} to {high:+.2%} | {min(values):+.1%}, {max(values):+.1%} "
             f"| {verdict(low, high)} | {len(values)} | {pairs_needed(values)} |"
         )
-    print(json.dumps({"benchmark": "recording", "calls": options.calls, "differences": rows, **machine()}))
+    costs = microseconds(small, 10 * options.calls)
+    tick = 1e6 * plain / options.calls / MICRO_BATCHES
+    low, high = interval(costs)
+    print(
+        "\n| of a micro-batch, on a stage | median | 95% interval | of one of the ResNet | limit |\n"
+        + "|---" * 5
+        + "|"
+    )
+    print(
+        f"| processor time | {median(costs):.1f} us | {low:.1f} to {high:.1f} us | {median(costs) / tick:.3%} "
+        f"({low / tick:.3%} to {high / tick:.3%}) | {verdict(low / tick, high / tick)} |"
+    )
+    found = {"differences": rows, "microseconds": costs}
+    print(json.dumps({"benchmark": "recording", "calls": options.calls, **found, **machine()}))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,14 @@ def test_differences_are_of_the_slower_stage_or_of_all() -> None:
     assert recording.differences(stages, 1, sum) == pytest.approx([0.0, 0.1])
 
 
+def test_microseconds_are_of_one_micro_batch_on_one_stage() -> None:
+    stages = [
+        {"without": [(9.0, 1.0), (9.0, 1.0)], "with": [(9.0, 1.004), (9.0, 1.0)]},
+        {"without": [(9.0, 1.0), (9.0, 1.0)], "with": [(9.0, 1.0), (9.0, 1.008)]},
+    ]
+    assert recording.microseconds(stages, calls=100) == pytest.approx([10.0, 20.0])
+
+
 def test_the_interval_holds_the_median_19_times_of_20() -> None:
     generator = random.Random(0)
     for n, expected in ((6, 0), (40, 13)):  # binomial tables: ranks 1 and 6, ranks 14 and 27
