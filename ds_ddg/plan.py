@@ -67,6 +67,11 @@ class Plan:
         self.num_stages = num_stages
         self.micro_batches = micro_batches
 
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value}" for name, value in vars(self).items())
+        delays = ", ".join(str(self.delay(stage)) for stage in range(self.num_stages))
+        return f"{type(self).__name__}({settings}; delays {delays})"
+
     def call(self, stage: int, call: int, start: int = 0) -> list[Op]:
         """Operations of `stage` in `train_batch()` call number `call`, in order.
 
