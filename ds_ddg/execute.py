@@ -158,10 +158,12 @@ class Executor(Updater):
 
     def _forward(self, buffer_id: int) -> None:
         with never_detached(self.module) if self._reentrant_activation_checkpointing() else nullcontext():
+            before = self.loss
             try:
                 super()._exec_forward_pass(buffer_id)
-            except (AttributeError, TypeError) as error:  # of DeepSpeed: what is no tensor is a list of them to it
-                refuse_loss(self.loss, self.module.loss_fn is None, error)
+            except (AttributeError, TypeError) as error:
+                if self.loss is not before:  # to DeepSpeed, what is no tensor is a list of them
+                    refuse_loss(self.loss, self.module.loss_fn is None, error)
                 raise
         if self.is_last_stage():
             refuse_loss(self.loss, self.module.loss_fn is None)
@@ -177,7 +179,7 @@ class Executor(Updater):
         self.pipe_buffers["grads"][buffer_id] = self._links.recv_grads()
 
     def _exec_backward_pass(self, buffer_id: int) -> None:
-        past = self.pipe_buffers["past"][buffer_id]
+        past = self.pipe_buffers["past"][buffer_id] or {}
         with self.versions.using(buffer_id):
             if self._recomputes:
                 self._recompute(buffer_id)

@@ -33,8 +33,11 @@ __all__ = [
 ]
 
 
-Buffers = dict[tuple[torch.nn.Module, str], Tensor]
+Buffers = dict[tuple[torch.nn.Module, str], Tensor | None]
 """Values of buffers, by where they are."""
+
+_SMALL = 2**16
+"""Elements of a buffer that it costs nothing to speak of to copy for every micro-batch in flight."""
 
 
 class StageLocalGrid:
@@ -139,21 +142,23 @@ class Circumstances:
 
 
 class PastBuffers:
-    """Buffers as they were before each forward; micro-batches that saw the same values share a copy."""
+    """Buffers as they were before each forward; of large ones, micro-batches that saw the same values share a copy."""
 
     def __init__(self) -> None:
         self._newest: dict[tuple[torch.nn.Module, str], tuple[int, ref[Tensor], ref[Tensor]]] = {}
-        """Version of a buffer, the buffer, and its copy, which lives as long as a micro-batch needs it."""
+        """Version of a large buffer, the buffer, and its copy, which lives as long as a micro-batch needs it."""
 
     def now(self, module: torch.nn.Module) -> Buffers:
-        """Copies of what the buffers of `module` are."""
-        return {place: self._copy(place, buffer) for place, buffer in _buffers(module)}
+        """Copies of what the buffers of `module` are, None where there is none yet."""
+        return {place: buffer if buffer is None else self._copy(place, buffer) for place, buffer in _buffers(module)}
 
     def _copy(self, place: tuple[torch.nn.Module, str], buffer: Tensor) -> Tensor:
+        # Not every write leaves a new version: neither that of BatchNorm's kernel nor one through ``.data``.
+        if buffer.numel() <= _SMALL:
+            return buffer.detach().clone()
         if place in self._newest:
             version, same, newest = self._newest[place]
             copy = newest()
-            # BatchNorm's kernel writes its statistics without a new version; no training forward reads them.
             if copy is not None and same() is buffer and version == buffer._version:
                 return copy
         copy = buffer.detach().clone()
@@ -169,8 +174,12 @@ def with_past_buffers(module: torch.nn.Module, past: Buffers) -> Iterator[None]:
     change of what the graph just saved.
     """
     homes = list(_buffers(module))
+    copies: dict[int, Tensor] = {}  # two modules may share a buffer
     for (owner, name), buffer in homes:
-        owner._buffers[name] = past.get((owner, name), buffer).clone()
+        value = past.get((owner, name), buffer)
+        if value is not None and buffer is not None:
+            value = copies.setdefault(id(buffer), value.clone())
+        owner._buffers[name] = value if value is None or buffer is not None else value.clone()
     try:
         yield
     finally:
@@ -178,11 +187,10 @@ def with_past_buffers(module: torch.nn.Module, past: Buffers) -> Iterator[None]:
             owner._buffers[name] = buffer
 
 
-def _buffers(module: torch.nn.Module) -> Iterator[tuple[tuple[torch.nn.Module, str], Tensor]]:
+def _buffers(module: torch.nn.Module) -> Iterator[tuple[tuple[torch.nn.Module, str], Tensor | None]]:
     for owner in module.modules():
         for name, buffer in owner._buffers.items():
-            if buffer is not None:
-                yield (owner, name), buffer
+            yield (owner, name), buffer
 
 
 @contextmanager

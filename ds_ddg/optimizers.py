@@ -28,6 +28,7 @@ __all__ = [
     "clocks_stopped",
     "fill_groups",
     "idle_optimizer",
+    "needs_closure",
     "norm_unscaled",
     "refuse_closure",
     "with_a_parameter",
@@ -126,10 +127,18 @@ def clocks_stopped(engine: Any) -> Iterator[None]:
             setattr(engine, name, value)
 
 
+def needs_closure(step: Any) -> bool:
+    """Whether the method cannot be called without one; of C++ functions nobody knows."""
+    try:
+        closure = inspect.signature(step).parameters.get("closure")
+    except ValueError:
+        return False
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
 def refuse_closure(optimizer: Any) -> None:
     """Raise ValueError for an optimizer that evaluates the model itself, several times a step."""
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
+    if needs_closure(optimizer.step):
         raise ValueError(
             f"{type(optimizer).__name__} needs a closure that runs the whole model again, which no stage can; use an "
             "optimizer that steps on the gradients it is given, such as AdamW"

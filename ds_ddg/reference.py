@@ -82,7 +82,8 @@ class Reference:
         _allow("activations", activations, ("keep", "recompute"))
         _allow("clip_by", clip_by, ("stage", "global"))
         for name, value, least in (("micro_batches", micro_batches, 1), ("slack", slack, 0), ("clip", clip, 0)):
-            if not value >= least:
+            kinds = (int, float) if name == "clip" else int
+            if not isinstance(value, kinds) or not value >= least:
                 raise ValueError(f"{name} must be {least} or more, got {value!r}")
         if not stages or len(stages) != len(optimizers):
             raise ValueError(
@@ -174,7 +175,8 @@ class Reference:
             leaves = tuple(v.detach().requires_grad_(v.requires_grad) for v in values)
             seen = {p: p.detach().clone().requires_grad_(p.requires_grad) for p in stage.parameters()}
             state = {name: seen[p] for name, p in _places(stage, "_parameters")}
-            past = {name: buffer.clone() for name, buffer in _places(stage, "_buffers")}, self.rng[k]
+            copies = {buffer: buffer.clone() for buffer in stage.buffers()}
+            past = {name: copies[buffer] for name, buffer in _places(stage, "_buffers")}, self.rng[k]
             values = self._forward(k, leaves, state)
             if k == len(self.stages) - 1:
                 loss = self._loss(values, labels)

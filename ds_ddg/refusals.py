@@ -168,11 +168,11 @@ def _tied_across_stages(module: Any) -> bool:
 
 
 def _sharing_refusals(module: Any) -> Iterable[tuple[bool, str, str]]:
-    """Modules given as such, not as specs, that share weights: each stage would train a copy of its own, untied."""
+    """Modules given as such, not as specs, that share what is trained: each stage would train a copy of its own."""
     holders: dict[int, list[int]] = {}
     for index, layer in enumerate(module._layer_specs):
         if isinstance(layer, Module):
-            for parameter in {id(p) for p in layer.parameters()}:
+            for parameter in {id(p) for p in layer.parameters() if p.requires_grad}:
                 holders.setdefault(parameter, []).append(index)
     torn = {tuple(layers) for layers in holders.values() if len(set(map(module.stage_owner, layers))) > 1}
     for layers in sorted(torn):

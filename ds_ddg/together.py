@@ -86,10 +86,12 @@ class Together(Executor):
         """`error`, or what it means to users."""
         if isinstance(error, StageError) or "gloo/transport" not in str(error):
             return error
-        try:
-            self._links.ask()
-        except StageError as said:
-            return said
+        if self.schedule == "1f1b":
+            # Nobody has read it there; with nothing to read the channels are of no use afterwards (gloo).
+            try:
+                self._links.ask()
+            except StageError as said:
+                return said
         place = self.grid.topology().get_axis_list("pipe", self.stage_id)
         others = [rank for rank in place if rank != self.global_rank]
         if self.schedule == "1f1b" and self.num_stages > 1:

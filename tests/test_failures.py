@@ -99,6 +99,7 @@ DEEDS: dict[str, Callable[..., Any]] = {
     "die later": die_later,
     "nap": nap,
     "to infinity": to_infinity,
+    "mistake": lambda x: mistake(x),
 }
 
 
@@ -327,6 +328,16 @@ def test_refuses_on_every_rank(ranks: GetRanks, what: str) -> None:
         assert restored, "DeepSpeed stays patched"
 
 
+def share_what_is_frozen(rank: int, world_size: int) -> int:
+    shared = Misbehaves().requires_grad_(False)
+    engine = build(2, [shared, Misbehaves(), shared, Misbehaves()])
+    return train(engine, batches(), calls=3).calls
+
+
+def test_frozen_weights_may_be_shared(ranks: GetRanks) -> None:
+    assert ranks(2).run(share_what_is_frozen, timeout=TIMEOUT) == [2, 2]
+
+
 def initialize_other_model(rank: int, world_size: int) -> list[End]:
     models = [nn.Linear(2, 2), None]
     return [catch(lambda model=model: ds_ddg.initialize(model=model, config=config())) for model in models]
@@ -441,6 +452,22 @@ def train_without_a_loss_fn(rank: int, world_size: int) -> End:
 def test_last_layer_returns_no_loss(ranks: GetRanks) -> None:
     ends = ranks(2).run(train_without_a_loss_fn, timeout=TIMEOUT)
     assert_told(ends, 1, "TypeError", "the last layer, whose output is the loss", f"shape {(SIZE, WIDTH)}", call=0)
+
+
+def mistake(x: Tensor) -> Tensor:
+    raise TypeError("my own mistake")
+
+
+def fail_after_evaluation(rank: int, world_size: int) -> End:
+    engine = misbehaving(2, 1, "mistake")
+    engine.eval_batch(batches(), compute_loss=False, bcast_loss=False, return_logits=True)  # counts as forwards
+    return train(engine, batches())
+
+
+def test_an_error_of_a_layer_is_not_taken_for_one_of_the_loss(ranks: GetRanks) -> None:
+    """Evaluation has left logits where the loss was."""
+    ends = ranks(2).run(fail_after_evaluation, timeout=TIMEOUT)
+    assert_told(ends, 1, "TypeError", "my own mistake", call=BAD_CALL - 1)
 
 
 def recompute_gradients(rank: int, world_size: int, activations: str) -> End:

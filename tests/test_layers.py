@@ -84,6 +84,34 @@ class Counts(nn.Module):
         return torch.tanh(self.linear(x)) / self.seen.clone()
 
 
+class Average(nn.Module):
+    """Subtracts a running mean, which it updates without a new version; `late`: and makes when it first runs."""
+
+    def __init__(self, late: bool = False) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("mean", None if late else torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = x.detach().mean(0)
+        if self.mean is None:
+            self.mean = seen.clone()
+        out = torch.tanh(self.linear(x - self.mean.clone()))
+        if self.training:
+            self.mean.data.mul_(0.9).add_(seen, alpha=0.1)
+        return out
+
+
+def sharing_a_buffer(stages: int) -> list[nn.Module]:
+    """Two counters of each stage count in one place."""
+    net: list[nn.Module] = []
+    for _ in range(stages):
+        one, other = Counts(), Counts()
+        other.seen = one.seen
+        net += [one, other]
+    return [*net[:-1], nn.Sequential(net[-1], head())]
+
+
 def twice(stages: int) -> list[nn.Module]:
     """One module, and one parameter, in two layers of each stage."""
     net: list[nn.Module] = []
@@ -120,6 +148,8 @@ KINDS: dict[str, tuple[Callable[[int], list[nn.Module]], Callable[[], Iterator[A
     "spectral normalisation": (partial(alike, partial(normed, parametrizations.spectral_norm), head), vectors),
     "spectral normalisation by hooks": (partial(alike, partial(normed, spectral_norm), head), vectors),
     "a buffer that its own forward changes": (partial(alike, Counts, head), vectors),
+    "a buffer written through .data": (partial(alike, Average, head), vectors),
+    "a buffer of two modules": (sharing_a_buffer, vectors),
     "recurrent layers": (partial(alike, Recurrent, Mean), sequences),
     "attention with dropout": (partial(alike, Attention, Mean), sequences),
     "a module, and a weight, used twice on a stage": (twice, vectors),
@@ -139,6 +169,17 @@ def test_kind_of_layer(ranks: GetRanks, kind: str, mode: dict[str, Any]) -> None
         versus(ranks, setup)
 
 
+def late(stages: int) -> list[nn.Module]:
+    torch.manual_seed(7)
+    return alike(partial(Average, late=True), head, stages)
+
+
+@pytest.mark.parametrize("activations", ["keep", "recompute"])
+def test_buffer_that_appears_in_a_forward(ranks: GetRanks, activations: str) -> None:
+    setup = Setup(partial(late, 3), vectors, stages=3, optimizer=adamw, ddg={"activations": activations})
+    versus(ranks, setup)
+
+
 @pytest.mark.parametrize("kind", ["spectral normalisation", "a buffer that its own forward changes"])
 @pytest.mark.parametrize("activations", ["keep", "recompute"])
 def test_checkpointed_layer_sees_the_buffers_of_its_first_run(ranks: GetRanks, kind: str, activations: str) -> None:
@@ -147,18 +188,30 @@ def test_checkpointed_layer_sees_the_buffers_of_its_first_run(ranks: GetRanks, k
     versus(ranks, Setup(partial(made, kind, 3), vectors, stages=3, optimizer=adamw, **more))
 
 
-def test_past_buffers_are_copied_once() -> None:
+def set_interval(engine: Any, call: int) -> None:
+    if call == 5:
+        engine.module.set_checkpoint_interval(1)
+
+
+def test_checkpointing_switched_on_with_micro_batches_in_flight(ranks: GetRanks) -> None:
+    versus(ranks, Setup(partial(made, "weight normalisation", 3), vectors, stages=3, before=set_interval))
+
+
+def test_large_past_buffers_are_copied_once() -> None:
     from ds_ddg.local import PastBuffers, with_past_buffers
 
     net, past = nn.Sequential(Counts(), nn.BatchNorm1d(WIDTH), toy.Residual(WIDTH)), PastBuffers()
+    net[2].register_buffer("table", torch.zeros(300, 300))
     first, second = past.now(net), past.now(net)
-    assert len(first) == 4
-    assert all(first[place] is second[place] for place in first), "nothing has changed, but there are two copies"
+    assert len(first) == 6
+    assert first[net[0], "never"] is None
+    same = {name for module, name in first if first[module, name] is second[module, name]}
+    assert same == {"table", "never"}, "one that has not changed has two copies, or a small one has not"
+    net[2].table += 1
     net(torch.randn(4, WIDTH))
-    third = past.now(net)
-    for place in ((net[0], "seen"), (net[1], "num_batches_tracked")):
-        assert first[place] is not third[place]
+    assert past.now(net)[net[2], "table"] is not first[net[2], "table"]
     with with_past_buffers(net, first):
+        assert net[2].table.sum() == 0
         assert net[0].seen == 0
         net(torch.randn(4, WIDTH))
         assert net[0].seen == 1

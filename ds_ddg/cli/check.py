@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,13 +48,7 @@ def _run(options: argparse.Namespace) -> str:
     plan = DDGPlan(options.stages, micro_batches, slack)
     effects = _effects(settings, plan, clipping)
     stages = [_stage(settings, plan, stage) for stage in range(plan.num_stages)] if settings.enabled else []
-    notes = [
-        *_notes(values),
-        *(
-            f'{key} is "auto": the recipes put the number of calls there, in your own script it must be a number'
-            for key in automatic(values.get("scheduler", {}).get("params", {}), "scheduler.params.")
-        ),
-    ]
+    notes = [*_notes(values), *_automatic(automatic(values))]
     if options.json:
         effective = {"settings": settings.model_dump(), "effects": effects, "per_stage": stages, "notes": notes}
         return json.dumps({"valid": True, "stages": options.stages, "micro_batches": micro_batches, **effective})
@@ -84,6 +78,15 @@ def _notes(values: Mapping[str, Any]) -> Iterator[str]:
         yield 'there is no "ddg" block, so all settings of ddg are defaults'
     if "optimizer" not in values:
         yield "there is no optimizer, so one must be passed to ds_ddg.initialize"
+
+
+def _automatic(keys: Iterable[str]) -> Iterator[str]:
+    """What becomes of each "auto" that is left; "slack" has one of its own."""
+    for key in keys:
+        if key.startswith("scheduler."):
+            yield f'{key} is "auto": the recipes put the number of calls there, in your own script it must be a number'
+        elif key.startswith(("zero_optimization.", "fp16.", "bf16.")):
+            yield f'{key} is "auto", which DeepSpeed takes for its default'
 
 
 def _stage(settings: DDGConfig, plan: DDGPlan, stage: int) -> dict[str, Any]:

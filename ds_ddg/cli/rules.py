@@ -20,17 +20,15 @@ from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
 from ds_ddg.config import DDGConfig
+from ds_ddg.optimizers import needs_closure
 from ds_ddg.refusals import refuse_unsupported
 
 __all__ = ["automatic", "checked", "read"]
 
 _BLOCKS = ("optimizer", "scheduler", "fp16", "bf16", "zero_optimization", "torch_autocast", "pipeline",
            "activation_checkpointing")  # fmt: skip
+_DDG = sorted("ddg")
 _COUNTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-_OWN_AUTO = ("ddg.slack", "data_types.keep_in_fp32_modules")
-"""Where "auto" is a value like others."""
-_FILLED_IN = "scheduler.params."
-"""Where the recipes fill in the number of calls."""
 
 
 def read(path: str) -> dict[str, Any]:
@@ -49,12 +47,12 @@ def read(path: str) -> dict[str, Any]:
         raise ValueError(f"{path}: {error}; leave one of each") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a block of settings, {{...}}, got {type(values).__name__}")
-    if left := [key for key in automatic(values) if key not in _OWN_AUTO and not key.startswith(_FILLED_IN)]:
+    if left := [key for key in automatic(values) if "." not in key or key.startswith("optimizer.")]:
         raise ValueError(
             f'{path}: {", ".join(left)}: "auto" is for programs that fill it in, such as transformers; DeepSpeed '
             "itself needs a number here, or what else the key takes"
         )
-    if "ddg" not in values and (meant := [key for key in values if get_close_matches(key.lower(), ["ddg"])]):
+    if "ddg" not in values and (meant := [key for key in values if sorted(key.lower().removeprefix("ds_")) == _DDG]):
         raise ValueError(f'{path}: unknown key {meant[0]!r}, which DeepSpeed would ignore; did you mean "ddg"?')
     return values
 
@@ -104,7 +102,7 @@ def _parsed(values: dict[str, Any], replicas: int) -> Any:
             super()._configure_train_batch_size()
 
     for problem in _wrong_types(values):
-        raise ValueError(f"DeepSpeed refuses the config: {problem}")
+        raise ValueError(problem)
     try:
         return Config(values)
     except (AssertionError, DeepSpeedConfigError) as error:
@@ -122,14 +120,17 @@ def _wrong_types(values: Mapping[str, Any]) -> Iterator[str]:
     if type(clipping) not in (int, float) or not clipping >= 0:
         yield f'"gradient_clipping" must be a number, 0 (none) or more, got {clipping!r}'
     for key in _BLOCKS:
-        if key in values and not isinstance(values[key], Mapping):
+        # A boolean turns on or off what has a block of its own in newer versions.
+        allowed = (Mapping, bool) if key == "zero_optimization" else Mapping
+        if values.get(key) is not None and not isinstance(values[key], allowed):
             yield f'"{key}" must be a block of settings, {{...}}, got {values[key]!r}'
     for key in ("optimizer", "scheduler"):
-        block = values.get(key, {})
-        if not isinstance(block.get("type"), str):
-            if key in values:
-                yield f'"{key}" must say its "type", such as {{"type": "Adam"}}, got {block!r}'
-        elif not isinstance(block.get("params", {}), Mapping):
+        block = values.get(key) or {}
+        if block and "type" not in block:
+            yield f'"{key}" must say its "type", such as {{"type": "Adam"}}, or DeepSpeed ignores it; got {block!r}'
+        elif not isinstance(block.get("type"), str | None):
+            yield f'"{key}": "type" must be a name, such as "Adam", got {block["type"]!r}'
+        elif not isinstance(block.get("params", {}), Mapping | None):
             yield f'"{key}": "params" must be a block of settings, {{...}}, got {block["params"]!r}'
 
 
@@ -144,6 +145,8 @@ def _check_optimizer(config: Any) -> None:
     if kind is None:
         return
     _check_parameters("optimizer", kind, parameters)
+    if needs_closure(kind.step):
+        raise ValueError(f'"optimizer": {kind.__name__} runs the model itself, which no stage can; use another')
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
     stage = int(config.zero_config.stage)
