@@ -674,13 +674,16 @@ def test_bad_micro_batch_on_one_replica(ranks: GetRanks, what: str, culprit: int
 
 
 def lose_a_replica(rank: int, world_size: int, deed: str, culprit: int) -> None:
-    engine = misbehaving(2, culprit // 2, deed if rank == culprit else "")
+    in_reduction = deed == "die in a reduction"
+    engine = misbehaving(2, culprit // 2, deed if rank == culprit and not in_reduction else "")
     data = batches()
-    for _ in range(8):
+    for call in range(8):
+        if in_reduction and rank == culprit and call == BAD_CALL:
+            engine.allreduce_gradients = die_later  # when the others wait for each other already
         engine.train_batch(data)
 
 
-@pytest.mark.parametrize(("deed", "culprit"), [("explode", 1), ("die", 2)])
+@pytest.mark.parametrize(("deed", "culprit"), [("explode", 1), ("die", 2), ("die in a reduction", 1)])
 def test_one_replica_fails_or_is_lost(ranks: GetRanks, deed: str, culprit: int) -> None:
     """Replicas wait for each other in DeepSpeed's all-reduce, which ends when the process of the failed one does."""
     outcomes = ranks(4).run(lose_a_replica, deed, culprit, timeout=TIMEOUT, grace=SOON, expect_failure=True)
@@ -692,6 +695,8 @@ def test_one_replica_fails_or_is_lost(ranks: GetRanks, deed: str, culprit: int) 
         assert re.search(r"stage \d .*ranks? .*(lost|failed)", outcome.message), report
     for other in (culprit ^ 1, (culprit + 2) % 4):  # its replica, and the other stage of its pipeline
         assert re.search(rf"ranks? \[?{culprit}\b", outcomes[other].message), report
+    fourth = outcomes[culprit ^ 3].message  # it only knows others that failed in turn, and they say why
+    assert "this stage waited for" not in fourth, report
 
 
 # -- lost -------------------------------------------------------------------------------------------------------------
