@@ -30,6 +30,7 @@ def check(capsys: pytest.CaptureFixture[str], folder: Path, config: Any, argumen
         ),
         ({"optimizer": {"type": "sgd"}}, "\"optimizer\": DeepSpeed knows no \"type\" 'sgd'; did you mean 'SGD'?"),
         ({"optimizer": {"type": "Mine"}}, "knows no \"type\" 'Mine'; it knows ASGD, Adadelta"),
+        ({"optimizer": {"type": "LBFGS"}}, "LBFGS runs the model itself"),
         ({"optimizer": {"type": "Optimizer"}}, "knows no \"type\" 'Optimizer'"),
         (
             {"optimizer": {"type": "SGD", "params": {"learning_rate": 1}}},
@@ -99,10 +100,19 @@ def test_a_block_that_is_spelled_wrong(capsys: pytest.CaptureFixture[str], tmp_p
         {"ddg": {"slack": "auto"}},
         {"train_batch_size": None, "keys_of_others": {"a": 1}},
         {"zero_optimization": {"stage": 1}, "ddg": {"enabled": False}},
+        {"bf16": {"enabled": "auto"}, "wandb": {"project": "auto"}},
+        {"bf16": None, "zero_optimization": False, "optimizer": {"type": "Adam", "params": None}},
+        {"scheduler": {}},
+        {"ddg": None, "ddp": {"a": 1}},
     ],
 )
 def test_what_a_run_takes_is_right(capsys: pytest.CaptureFixture[str], tmp_path: Path, change: dict[str, Any]) -> None:
     assert "is right for" in check(capsys, tmp_path, {**RIGHT, **change})
+
+
+def test_says_what_becomes_of_auto(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    said = check(capsys, tmp_path, {**RIGHT, "zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}})
+    assert 'zero_optimization.reduce_bucket_size is "auto", which DeepSpeed takes for its default' in said
 
 
 def test_comments_are_read_as_deepspeed_reads_them(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
