@@ -45,6 +45,8 @@ T = TypeVar("T")
 TIMEOUT = 120.0
 GRACE = 10.0
 LINGER = 1.0
+CALLS = 25
+"""Of the same processes. Each engine leaves the threads of its groups in them, which wake a hundred times a second."""
 LOG_TAIL = 6000
 
 # What the ranks import sooner or later, the last two not before DeepSpeed builds its first engine and optimizer.
@@ -156,6 +158,8 @@ class Ranks:
         self._workers: list[_Worker] = []
         self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._num_calls = 0
+        self._first_call = 0
+        """Of the present processes."""
 
     def __enter__(self) -> Ranks:
         return self
@@ -204,6 +208,8 @@ class Ranks:
         """
         __tracebackhide__ = True
         job = pickle.dumps((fn, args))
+        if self._num_calls - self._first_call >= CALLS:
+            self.close()
         try:
             self._start()
             outcomes, first = self._call(job, timeout, grace)
@@ -232,6 +238,7 @@ class Ranks:
         if self._workers:
             return
         self._directory = tempfile.TemporaryDirectory(prefix="ds_ddg_ranks_")
+        self._first_call = self._num_calls
         context = _fork_server()
         for rank in range(self.world_size):
             self._workers.append(_Worker(context, rank, self.world_size, Path(self._directory.name)))
