@@ -155,8 +155,8 @@ class Connections:
         for outbox in self._outboxes():
             outbox.post_error(text)
 
-    def ask(self) -> None:
-        """Raise StageError if another stage has said that it failed, and nobody has read it yet."""
+    def raise_last_words(self) -> None:
+        """StageError if another stage has said why it failed, and nobody has read it yet."""
         for peer in self._peers.values():
             for said in peer.last_words:
                 said()

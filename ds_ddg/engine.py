@@ -25,7 +25,6 @@ from ds_ddg.checkpoints import Checkpoints
 from ds_ddg.config import DDGConfig
 from ds_ddg.connections import own_group
 from ds_ddg.data import Feed
-from ds_ddg.local import PastBuffers
 from ds_ddg.message import Kind
 from ds_ddg.record import Recorded
 from ds_ddg.refusals import refuse_switch, refuse_unsupported
@@ -55,7 +54,6 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
         self._parked = True
         self._new_versions()
         self.pipe_buffers.update(grads=[], rng=[], past=[])
-        self._past_buffers = PastBuffers()
         staging = staging_for(self.device)
         self._feed = Feed(self.is_first_stage(), self.is_last_stage(), self._peers_of_stage(), staging)
         pipelines = self.grid.topology().get_axis_comm_lists("pipe")

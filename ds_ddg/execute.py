@@ -22,12 +22,11 @@ from typing import Any
 import torch
 from deepspeed.runtime.pipe import schedule as instructions
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import Module
 
+from ds_ddg.again import Circumstances, PastBuffers, keeping_nothing, never_detached, with_past_buffers
 from ds_ddg.data import Feed
 from ds_ddg.links import Links, as_tuple
-from ds_ddg.local import Circumstances, PastBuffers, never_detached, with_past_buffers
 from ds_ddg.outputs import refuse_activation, refuse_loss, with_own_memory
 from ds_ddg.schedule import AdvanceClocks, UpdateWeights
 from ds_ddg.update import Updater
@@ -57,10 +56,6 @@ def _registered(kind: type) -> bool:
     return issubclass(kind, Module) or (issubclass(kind, Tensor) and kind is not Tensor)
 
 
-def _drop(_: Any) -> Any:
-    """For a graph that runs no backward: save nothing."""
-
-
 def _without_graph(outputs: Any) -> Any:
     """Tensors that still say whether they require a gradient."""
     if isinstance(outputs, tuple):
@@ -82,7 +77,6 @@ class Executor(Updater):
     pipe_buffers: dict[str, list[Any]]
 
     _activation_spec: Any = None
-    _past_buffers: PastBuffers
 
     def __setattr__(self, name: str, value: Any) -> None:
         """An engine is a Module, which examines each value for parameters; DeepSpeed sets 40 plain ones a call."""
@@ -123,6 +117,10 @@ class Executor(Updater):
         """Whether the graph is built only when the gradient is here; pointless where it comes in the same tick."""
         return self.ddg.activations == "recompute" and not self.is_last_stage()
 
+    @functools.cached_property
+    def _past_buffers(self) -> PastBuffers:
+        return PastBuffers()
+
     @property
     def _checkpoints(self) -> bool:
         """Whether parts of a forward run again within the backward."""
@@ -142,18 +140,8 @@ class Executor(Updater):
             self._forward(buffer_id)
             return
         self.pipe_buffers["rng"][buffer_id] = Circumstances(self.device), self.module.micro_offset
-        # Autograd is on, though nothing is kept: the kernels must be those of the second time (attention has several),
-        # and which outputs require a gradient must be known now.
-        try:
-            with saved_tensors_hooks(_drop, _drop):
-                self._forward(buffer_id)
-        except (RuntimeError, TypeError) as error:
-            if "saved tensor" not in str(error):
-                raise
-            raise RuntimeError(
-                f"a layer of stage {self.stage_id} computes gradients in its own forward, of which "
-                '"activations": "recompute" keeps nothing; use "activations": "keep"'
-            ) from error
+        with keeping_nothing(self.stage_id):
+            self._forward(buffer_id)
         self.pipe_buffers["outputs"][buffer_id] = _without_graph(self.pipe_buffers["outputs"][buffer_id])
 
     def _forward(self, buffer_id: int) -> None:

@@ -89,7 +89,7 @@ class Together(Executor):
         if self.schedule == "1f1b":
             # Nobody has read it there; with nothing to read the channels are of no use afterwards (gloo).
             try:
-                self._links.ask()
+                self._links.raise_last_words()
             except StageError as said:
                 return said
         place = self.grid.topology().get_axis_list("pipe", self.stage_id)

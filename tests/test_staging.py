@@ -29,9 +29,9 @@ import test_channel as channel
 import test_tied as tied
 import toy
 from distributed import Ranks
+from ds_ddg.again import Circumstances
 from ds_ddg.data import Feed
 from ds_ddg.inbox import Inbox
-from ds_ddg.local import Circumstances
 from ds_ddg.message import Header, Kind, spec_of
 from ds_ddg.outbox import Outbox
 from ds_ddg.refusals import refuse_unsupported
