@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,11 +11,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import deepspeed
+import hjson  # type: ignore[import-untyped]
 import numpy as np
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 from torch import Tensor
 from tqdm import tqdm
 
@@ -148,7 +149,8 @@ def read_config(path: str | None, schedule: str | None) -> dict[str, Any]:
     if path is None:
         raise SystemExit("--deepspeed_config is required; the recipe's own are in configs/")
     try:
-        config = json.loads(Path(path).read_text())
+        # As DeepSpeed reads it: with comments, and nothing said twice.
+        config = hjson.loads(Path(path).read_text(), object_pairs_hook=dict_raise_error_on_duplicate_keys)
     except (OSError, ValueError) as error:
         raise SystemExit(f"--deepspeed_config: cannot read {path!r} as JSON: {error}") from None
     if not isinstance(config, dict):

@@ -159,6 +159,7 @@ def test_a_launchers_arguments_are_understood(monkeypatch: pytest.MonkeyPatch) -
         (None, "cannot read '.*ds.json' as JSON: .*No such file"),
         ("{", "cannot read '.*ds.json' as JSON: "),
         ("[1]", "'.*ds.json' must hold a JSON object, got list"),
+        ('{"a": 1, "a": 2}', r"cannot read '.*ds.json' as JSON: Duplicate keys in DeepSpeed config: \['a'\]"),
     ],
 )
 def test_a_config_that_cannot_be_read(tmp_path: Path, content: str | None, message: str) -> None:
@@ -178,7 +179,7 @@ def test_the_schedule_of_the_command_line_wins(tmp_path: Path) -> None:
     path.write_text("{}")
     assert common.read_config(str(path), "ddg") == {"ddg": {"enabled": True}}
     assert common.read_config(str(path), None) == {"ddg": {}}
-    path.write_text('{"ddg": null}')
+    path.write_text('{  # comments, as DeepSpeed takes them\n  "ddg": null\n}')
     assert common.read_config(str(path), "1f1b") == {"ddg": {"enabled": False}}
 
 
