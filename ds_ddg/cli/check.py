@@ -48,7 +48,7 @@ def _run(options: argparse.Namespace) -> str:
     plan = DDGPlan(options.stages, micro_batches, slack)
     effects = _effects(settings, plan, clipping)
     stages = [_stage(settings, plan, stage) for stage in range(plan.num_stages)] if settings.enabled else []
-    notes = [*_notes(values), *_automatic(automatic(values))]
+    notes = [*_notes(values), *_becomes(automatic(values))]
     if options.json:
         effective = {"settings": settings.model_dump(), "effects": effects, "per_stage": stages, "notes": notes}
         return json.dumps({"valid": True, "stages": options.stages, "micro_batches": micro_batches, **effective})
@@ -80,7 +80,7 @@ def _notes(values: Mapping[str, Any]) -> Iterator[str]:
         yield "there is no optimizer, so one must be passed to ds_ddg.initialize"
 
 
-def _automatic(keys: Iterable[str]) -> Iterator[str]:
+def _becomes(keys: Iterable[str]) -> Iterator[str]:
     """What becomes of each "auto" that is left; "slack" has one of its own."""
     for key in keys:
         if key.startswith("scheduler."):
