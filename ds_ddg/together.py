@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import multiprocessing.util
+import os
 import sys
 import weakref
 from collections.abc import Callable
@@ -54,6 +56,10 @@ def together(method: _Method) -> _Method:
 
     return run  # type: ignore[return-value]
 
+
+# A forked child (a DataLoader's worker) has the connections of its parent. Were it to free an engine that the parent has
+# dropped, gloo would take back receives that are pending there, over the parent's own sockets.
+os.register_at_fork(after_in_child=gc.freeze)
 
 _open: list[Links] = []
 """Of every engine of this process, as what they have sent must live on if an engine is dropped before the end."""

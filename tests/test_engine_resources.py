@@ -396,3 +396,31 @@ def test_engines_of_the_past_keep_no_threads(ranks: GetRanks) -> None:
     ranks(2).run(count_threads)
     counts = [ranks(2).run(count_threads)[0] for _ in range(4)]
     assert max(counts) == min(counts), counts
+
+
+# -- forked children --------------------------------------------------------------------------------------------------
+
+
+def fork_beside_a_dropped_engine(rank: int, world_size: int) -> tuple[list[int], int]:
+    """How children end that free what this process has dropped, and the calls of an engine that is trained after."""
+    ends = []
+    for _ in range(3):
+        engine = tiny_engine(world_size, 1, {})
+        data = tiny_batches(20)
+        for _ in range(4):
+            engine.train_batch(data)  # and no drain: messages are on their way
+        del engine
+        child = os.fork()
+        if child == 0:
+            gc.collect()
+            os._exit(0)
+        ends.append(os.waitpid(child, 0)[1])
+    engine = tiny_engine(world_size, 1, {})
+    for _ in range(4):
+        engine.train_batch(data)
+    return ends, engine.global_steps
+
+
+def test_a_forked_child_leaves_the_connections_of_its_parent_alone(ranks: GetRanks) -> None:
+    """A DataLoader's worker is one. It has the same sockets, over which gloo would take back pending receives."""
+    assert ranks(2).run(fork_beside_a_dropped_engine, timeout=60) == [([0, 0, 0], 4)] * 2
