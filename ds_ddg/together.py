@@ -57,8 +57,8 @@ def together(method: _Method) -> _Method:
     return run  # type: ignore[return-value]
 
 
-# A forked child (a DataLoader's worker) has the connections of its parent. Were it to free an engine that the parent has
-# dropped, gloo would take back receives that are pending there, over the parent's own sockets.
+# A forked child (a DataLoader's worker) has the connections of its parent. Were it to free an engine that the parent
+# has dropped, gloo would take back receives that are pending there, over the parent's own sockets.
 os.register_at_fork(after_in_child=gc.freeze)
 
 _open: list[Links] = []
