@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 
 from ds_ddg.report import Reporter
@@ -38,7 +39,8 @@ class Checkpoints(Reporter):
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         """DeepSpeed's, after a drain: gradients in flight belong to the weights that are given up."""
         self.drain()
-        with self._as_deepspeeds(saving=False):
+        # DeepSpeed broadcasts tied weights; gloo writes those of a GPU in place, which autograd would forbid.
+        with self._as_deepspeeds(saving=False), torch.no_grad():
             path, client_state = super().load_checkpoint(*args, **kwargs)
         if path is not None:
             mine = {"loss": None, "tied": {}, "update": (), **(client_state.pop(_CHECKPOINT_KEY, None) or {})}

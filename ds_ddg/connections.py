@@ -155,6 +155,11 @@ class Connections:
         for outbox in self._outboxes():
             outbox.post_error(text)
 
+    def keep_if_lost(self, *things: Any) -> None:
+        """See ``Staging.keep_if_lost``."""
+        if self._staging is not None:
+            self._staging.keep_if_lost(*things)
+
     def raise_last_words(self) -> None:
         """StageError if another stage has said why it failed, and nobody has read it yet."""
         for peer in self._peers.values():

@@ -180,6 +180,8 @@ class Outbox:
             if copied is not None:
                 copied.synchronize()
         except RuntimeError as error:
+            if self.staging is not None:
+                self.staging.keep_if_lost(self, tagged, copied)
             text = (
                 f"rank {dist.get_rank()}: a message to {self.wire.peer.name} could not be copied to the host: {error}"
             )

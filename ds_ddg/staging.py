@@ -24,6 +24,7 @@ when the copies that use it are done, so no pool of our own is needed.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -97,6 +98,17 @@ class Staging:
     def later(self, work: Callable[[], _T]) -> Future[_T]:
         """Run `work` on the sender's thread, after what it was given before."""
         return self._sender.submit(work)
+
+    def keep_if_lost(self, *things: Any) -> None:
+        """If the device has failed for good, never free `things`.
+
+        To free memory that several streams have used, torch asks the device. If that has failed, the process ends
+        there and then, before anybody can say why.
+        """
+        try:
+            self._to_host.query()
+        except RuntimeError:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(things))
 
     def _host_copy(self, tensor: Tensor) -> Tensor:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pin)

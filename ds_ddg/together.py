@@ -116,4 +116,5 @@ class Together(Executor):
         self._failure = str(error) if isinstance(error, StageError) else f"{here}: {type(error).__name__}: {error}"
         # Logged at once: a launcher that has seen another rank die ends this one within a second.
         logger.error(f"rank {self.global_rank}: {self._failure}")
+        self._links.keep_if_lost(self, error)
         self._links.tell_failure(self._failure)

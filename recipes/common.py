@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import default_pg_timeout
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 from torch import Tensor
@@ -98,7 +99,11 @@ def init_distributed() -> None:
     What it would compile, shared-memory collectives for inference, no training run uses.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(share_gpus())
+    backend = share_gpus()
+    if backend is not None:
+        # DeepSpeed would bind the process group to a GPU, and with a bound one torch takes every group for NCCL's.
+        torch.distributed.init_process_group(backend, timeout=default_pg_timeout)
+    deepspeed.init_distributed(backend)
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
 
 

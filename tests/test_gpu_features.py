@@ -90,7 +90,7 @@ def test_replicas(name: str) -> None:
 
 
 def train_kinds(rank: int, world_size: int, setup: Setup) -> Made:
-    """The layer that makes tensors of its own makes them on the device."""
+    """Without dropout; the layer that makes tensors of its own makes them on the device."""
     enter = test_wire_data.Enter.forward
 
     def there(self: Any, values: Any) -> Any:
@@ -117,7 +117,7 @@ def test_every_kind_of_tensor(ddg: dict[str, Any]) -> None:
 def test_shapes_change_with_micro_batches_in_flight() -> None:
     data = partial(test_wire_data.sequences, (20, 33, 50), each=3)
     setup = Setup(test_wire_data.any_length, data, stages=3, micro_batches=1, before=test_wire_data.say_so)
-    there, here = (launch(run_engine, 3, setup, device=where) for where in (DEVICE, "cpu"))
+    there, here = (launch(train_kinds, 3, setup, device=where) for where in (DEVICE, "cpu"))
     assert_close(there, here)
 
 

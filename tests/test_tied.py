@@ -116,7 +116,8 @@ def train_engine(
     make = toy.OPTIMIZERS.get(setting["optimizer"], setting["optimizer"])
     if name:
         make, more = made_for(name, make), {**FORMATS[name].config, **more}
-    net = PipelineModule(specs(setting["three"]), num_stages=stages, loss_fn=loss_fn, partition_method="uniform")
+    with torch.no_grad():  # for stages that share a GPU, see README
+        net = PipelineModule(specs(setting["three"]), num_stages=stages, loss_fn=loss_fn, partition_method="uniform")
     torch.manual_seed(11)
     engine, *_ = ds_ddg.initialize(
         model=net,

@@ -59,16 +59,18 @@ def load_tokenizer(directory: Path, length: int) -> PreTrainedTokenizerBase:
 
 def pipeline(specs: list[LayerSpec], loss_fn: Callable[..., Any], stages: int, seed: int) -> PipelineModule:
     """The same number of transformer layers on each stage, and weights that do not depend on the number of stages."""
-    return PipelineModule(
-        specs,
-        num_stages=stages,
-        loss_fn=loss_fn,
-        partition_method="type:TransformerLayer",
-        # Layer i starts from seed base_seed + i.
-        seed_layers=True,
-        seed_fn=torch.manual_seed,
-        base_seed=1000 * seed,
-    )
+    # It broadcasts the tied weights, and over gloo a GPU's are written in place, which autograd would forbid.
+    with torch.no_grad():
+        return PipelineModule(
+            specs,
+            num_stages=stages,
+            loss_fn=loss_fn,
+            partition_method="type:TransformerLayer",
+            # Layer i starts from seed base_seed + i.
+            seed_layers=True,
+            seed_fn=torch.manual_seed,
+            base_seed=1000 * seed,
+        )
 
 
 def parameter_groups(net: nn.Module) -> list[dict[str, Any]]:
