@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 from processes import join, run_ranks
 from report import machine, table
 from sleeping import TICK, sleeping_layer
+from tqdm import tqdm
 
 HEADS, ROWS, LENGTH = 8, 8, 128
 OUT = Path(__file__).parents[1] / "docs" / "benchmarks" / "gpu.json"
@@ -204,25 +205,28 @@ def main() -> None:
         [Cell(k, m, size) for size in (None, *options.megabytes) for m in options.micro_batches]
         for k in options.stages
     ]
+    told = {key: getattr(options, key) for key in ("own_device", "layers", "width", "calls")}
+    about = {"command": shlex.join(["python", *sys.argv]), **told, **machine()}
     turns: list[list[dict[str, float]]] = []
-    for _ in range(options.turns):
+    for _ in tqdm(range(options.turns), unit="turn"):
         turn = []
         for cells in (alone, *plan):
             by_rank = run_ranks(rank_main, cells[0].stages, options, cells)
-            device = by_rank[0][0]
+            about["device"] = by_rank[0][0]
             turn += [
                 {name: max(found[i][name] for _, found in by_rank) for name in by_rank[0][1][i]}
                 for i in range(len(cells))
             ]
         turns.append(turn)
-    told = {key: getattr(options, key) for key in ("own_device", "layers", "width", "calls")}
-    about = {"command": shlex.join(["python", *sys.argv]), "device": device, **told, **machine()}
-    result = {"about": about, "rows": list(rows_of(list(itertools.chain(alone, *plan)), turns))}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    text = page(result)
-    options.out.with_suffix(".md").write_text("# On GPUs\n\n" + text, encoding="utf-8")
-    print(text)
+        result = {"about": about, "rows": list(rows_of(list(itertools.chain(alone, *plan)), turns))}
+        save(result, options.out)
+    print(page(result))
+
+
+def save(result: dict[str, Any], out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    out.with_suffix(".md").write_text("# On GPUs\n\n" + page(result), encoding="utf-8")
 
 
 if __name__ == "__main__":

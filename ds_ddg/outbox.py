@@ -174,14 +174,15 @@ class Outbox:
 
     def _depart(self, tagged: _Tagged, copied: Any) -> _Works:
         """On the sender's thread: wait for the copy, then send. Failures are for the main thread to raise."""
+        assert self.staging is not None
         if self._failure is not None:
+            self.staging.keep_if_lost(tagged)
             return []
         try:
             if copied is not None:
                 copied.synchronize()
         except RuntimeError as error:
-            if self.staging is not None:
-                self.staging.keep_if_lost(self, tagged, copied)
+            self.staging.keep_if_lost(self, tagged)
             text = (
                 f"rank {dist.get_rank()}: a message to {self.wire.peer.name} could not be copied to the host: {error}"
             )

@@ -2,8 +2,8 @@
 
 Messages go over gloo, which knows host memory alone, so several stages can share one GPU and links without NCCL work;
 NCCL carries no messages of ours, only the collectives of DeepSpeed within a stage, where it is what was initialized.
-**No GPU has run this yet**: the tests of this module put a stand-in in the place of streams and events, those in
-tests/test_gpu*.py are to be run first where there is a device.
+Seen on one GPU that all stages share (tests/test_gpu*.py); the other tests put a stand-in in the place of streams and
+events.
 
 Neither direction makes the main thread wait for the device, which would cost it the lead over the device that hides
 the time of Python::
@@ -33,7 +33,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe import p2p
-from deepspeed.utils import logger
 from torch import Tensor
 
 from ds_ddg.message import Spec, empty
@@ -117,14 +116,7 @@ class Staging:
 
 def staging_for(device: torch.device) -> Staging | None:
     """What a stage on `device` needs; None on the CPU, whose memory the messages can use."""
-    if device.type == "cpu":
-        return None
-    if dist.get_rank() == 0:
-        logger.warning(
-            f"ds_ddg: the stages run on {device.type!r}, where the project has not been tested yet; run "
-            "`pytest tests/test_gpu*.py` on this machine first, and compare a short run with one on CPU"
-        )
-    return Staging(device)
+    return None if device.type == "cpu" else Staging(device)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -62,6 +63,8 @@ class Device:
         """Why copies fail."""
         self.started: list[tuple[Tensor, Tensor]] = []
         """Copies: to, from; not yet claimed by an event."""
+        self.freed_too_late = 0
+        """Copies in host memory that were freed when it had a defect; torch would end the process."""
         self.log: list[str] = []
         self._names = iter(("down", "up"))
         self._current = ["compute"]
@@ -81,6 +84,9 @@ class Device:
 
     def current_stream(self, device: torch.device) -> Stream:
         return Stream(self, self._current[-1])
+
+    def freed(self) -> None:
+        self.freed_too_late += bool(self.defect)
 
     def note(self, what: str) -> None:
         if len(self.log) < 100:
@@ -127,8 +133,10 @@ class StandIn(Staging):
 
     def _host_copy(self, tensor: Tensor) -> Tensor:
         self.stand_in.note("copy to the host")
-        host = torch.empty(tensor.shape, dtype=tensor.dtype)
-        host.reshape(-1).view(torch.uint8).fill_(0x55)
+        memory = np.full(tensor.numel() * tensor.element_size(), 0x55, np.uint8)
+        weakref.finalize(memory, self.stand_in.freed)
+        host = torch.empty(0, dtype=tensor.dtype)
+        host.set_(torch.from_numpy(memory).untyped_storage(), 0, tensor.shape)  # type: ignore[call-overload]
         self.stand_in.started.append((host, tensor.clone()))
         return host
 
@@ -372,6 +380,34 @@ def test_message_that_cannot_be_copied_leaves_as_an_error(ranks: GetRanks) -> No
     text = "rank 0: a message to stage 1 (rank 1) could not be copied to the host: out of magic"
     assert told == [text] * 3
     assert heard == [text]
+
+
+def lose_the_device(rank: int, world_size: int) -> int:
+    """Copies freed between the loss of the device and the end, of several messages whose copies are under way."""
+    with device() as made:
+        outbox, inbox = link(rank, made)
+        if rank == 0:
+            made.may_copy.clear()
+            for n in range(4):
+                outbox.post(Kind.DATA, [torch.full((9,), float(n))])
+            made.defect = "out of magic"
+            made.may_copy.set()
+            assert outbox.staging is not None
+            outbox.staging.later(lambda: None).result()
+            with pytest.raises(StageError):
+                outbox.post(Kind.BEGIN)
+            outbox.post_error("stage 0 (rank 0) failed")
+        else:
+            with pytest.raises(StageError):
+                inbox.take(Kind.DATA)
+        dist.barrier()
+        del outbox, inbox
+        gc.collect()
+        return made.freed_too_late
+
+
+def test_messages_of_a_lost_device_are_never_freed(ranks: GetRanks) -> None:
+    assert ranks(2).run(lose_the_device, timeout=TIMEOUT) == [0, 0]
 
 
 def fail_before_the_copy(rank: int, world_size: int) -> None:
