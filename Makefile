@@ -30,7 +30,7 @@ $(STAMP): setup.py pyproject.toml
 	@touch $@
 
 # The launcher as a module: its script starts with the path of .venv, which breaks when the project is moved or the
-# path has a space. On CPU whether there are GPUs or not: nobody has run it on GPUs yet.
+# path has a space. On CPU whether there are GPUs or not, as README's figures are.
 demo: export DS_ACCELERATOR := cpu
 demo: export OMP_NUM_THREADS := 1
 demo: setup

@@ -95,6 +95,7 @@ def build(cell: Cell, options: argparse.Namespace, name: str) -> tuple[Any, Iter
         "steps_per_print": 10**9,
         "bf16": {"enabled": dtype is torch.bfloat16},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": True}},
+        "ddg": {"slack": options.slack},
     }
     initialize = ds_ddg.initialize if name == "ddg" else deepspeed.initialize
     engine, *_ = initialize(model=net, config=config, model_parameters=list(net.parameters()))
@@ -171,7 +172,7 @@ def page(result: dict[str, Any]) -> str:
     where = "each stage has one" if about["own_device"] else "all stages share one"
     return (
         f"Written by `{about['command']}` on {about['device']} ({where}), {about['cores']} cores, torch "
-        f"{about['torch']}, DeepSpeed {about['deepspeed']}.\n\n"
+        f"{about['torch']}, DeepSpeed {about['deepspeed']}; turns: {len(result['rows'][0]['turns'])}.\n\n"
         f"{about['layers']} transformer blocks of width {about['width']} in bf16, micro-batches of {ROWS} x {LENGTH}:"
         f"\n\n{table(transformer, tables[0])}\n\n"
         f"Sleeping stages, by megabytes of a message:\n\n{table(sleeping, tables[1])}\n"
@@ -187,6 +188,7 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=8, help="transformer blocks, shared out over the stages")
     parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--slack", type=int, default=0, help='of DDG, as in "ddg": {"slack": ...}')
     parser.add_argument("--calls", type=int, default=20, help="timed calls of a turn")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
@@ -206,7 +208,7 @@ def main() -> None:
         for k in options.stages
     ]
     told = {key: getattr(options, key) for key in ("own_device", "layers", "width", "calls")}
-    about = {"command": shlex.join(["python", *sys.argv]), **told, **machine()}
+    about: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), **told, **machine()}
     turns: list[list[dict[str, float]]] = []
     for _ in tqdm(range(options.turns), unit="turn"):
         turn = []
