@@ -843,7 +843,7 @@ def launch(script: Path, how: str, ddg: str = "slack") -> tuple[int, str, float]
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=240)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # the launcher and, as it never leaves its session, every rank
         output, _ = process.communicate()

@@ -246,7 +246,7 @@ def test_under_a_launcher_the_last_line_is_the_metrics(work: Path, pretrained: P
     command += [f"{ROOT}/recipes/bert/pretrain.py", "--deepspeed_config", f"{work}/ds.json", *arguments.split()]
     command += ["--model", f"{pretrained}/model", "--output-dir", str(directory)]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=200)
+    run = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=280)
     assert run.returncode == 0, run.stderr
     last = json.loads(run.stdout.strip().splitlines()[-1])
     assert last == metrics(directory)

@@ -552,7 +552,7 @@ def test_the_example_in_the_documentation_can_be_measured(tmp_path: Path) -> Non
         env={**os.environ, "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert run.returncode == 0, run.stderr
     first, last = run.stdout.splitlines()[1:3]
