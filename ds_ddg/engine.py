@@ -22,6 +22,7 @@ import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ds_ddg.checkpoints import Checkpoints
+from ds_ddg.clock import clock_for
 from ds_ddg.config import DDGConfig
 from ds_ddg.connections import own_group
 from ds_ddg.data import Feed
@@ -57,7 +58,7 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
         staging = staging_for(self.device)
         self._feed = Feed(self.is_first_stage(), self.is_last_stage(), self._peers_of_stage(), staging)
         pipelines = self.grid.topology().get_axis_comm_lists("pipe")
-        self._links = WatchedLinks(pipelines, self.global_rank, self.plan, staging)
+        self._links = WatchedLinks(pipelines, self.global_rank, self.plan, staging, clock=clock_for(self.device))
         stay_until_the_others_leave(self._links)
         self._set_out()
 

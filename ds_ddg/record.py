@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 from deepspeed.runtime.pipe import schedule as instructions
 
+from ds_ddg.clock import Clock, HostClock
 from ds_ddg.execute import Executor
 from ds_ddg.log import Log
 from ds_ddg.plan import BACKWARD, FORWARD, UPDATE, Op
@@ -49,36 +50,38 @@ class Recorder:
     Args:
         log: where they go.
         stage: this stage.
+        clock: of what computes; default: the host's.
         about: what else ``ds-ddg trace`` must know of this rank.
     """
 
-    def __init__(self, log: Log, stage: int, **about: Any) -> None:
-        self._log, self._stage = log, stage
-        clock = {"wall": time.time(), "monotonic": time.perf_counter(), "machine": _machine()}
-        log.begin("rank", {"stage": stage, **about, **clock})
+    def __init__(self, log: Log, stage: int, clock: Clock | None = None, **about: Any) -> None:
+        self._log, self._stage, self._clock = log, stage, clock or HostClock()
+        moment = {"wall": time.time(), "monotonic": time.perf_counter(), "machine": _machine()}
+        log.begin("rank", {"stage": stage, **about, **moment})
         self._spent: dict[str, float] = {}
         self._numbers = {FORWARD: 0, BACKWARD: 0}
         self._plan: dict[str, Any] = {}
         self._changes = 0
-        self._left = time.perf_counter()
+        self._left = moment["monotonic"]
         self._named = 0.0
         # Neither a script's end nor a dropped engine loses the last second.
-        multiprocessing.util.Finalize(self, log.close, exitpriority=5)
+        multiprocessing.util.Finalize(self, _close, (self._clock, log), exitpriority=5)
 
     def under(self, **plan: Any) -> None:
         """What follows is done under this plan."""
         if plan != self._plan:
             self._plan, self._changes = plan, self._changes + 1
-            self._log.begin("plan", {**plan, "changes": self._changes})
+            what = {**plan, "changes": self._changes}
+            self._clock.then(lambda _: self._log.begin("plan", what), "plan")
 
     def operation(self, kind: str, run: _Function) -> _Function:
         """`run`, recorded. Micro-batches go forward and come back in order, so the kind says which one it is."""
 
         @functools.wraps(run)
         def recorded(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start: Any = self._clock.now()
             result = run(*args, **kwargs)
-            self._did(kind, start, time.perf_counter())
+            self._clock.then(self._did, kind, start, self._clock.now())
             return result
 
         return recorded  # type: ignore[return-value]
@@ -88,11 +91,11 @@ class Recorder:
 
         @functools.wraps(run)
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start: Any = self._clock.now()
             try:
                 return run(*args, **kwargs)
             finally:
-                self._spent[what] = self._spent.get(what, 0.0) + time.perf_counter() - start
+                self._clock.then(self._waited, what, start, self._clock.now())
 
         return timed  # type: ignore[return-value]
 
@@ -101,20 +104,32 @@ class Recorder:
 
         @functools.wraps(run)
         def begin(*args: Any, **kwargs: Any) -> Any:
-            self._spent.pop("script", None)  # an evaluation has begun since, and is part of it
-            named = sum(self._spent.values()) - self._named
-            self._spent["script"] = time.perf_counter() - self._left - named
+            self._clock.then(self._began, "script", self._clock.now())
             return run(*args, **kwargs)
 
         return begin  # type: ignore[return-value]
 
     def end(self, flush: bool) -> None:
         """The operations of a call, or of a drain, are over."""
-        self._left, self._named = time.perf_counter(), sum(self._spent.values())
+        self._clock.then(self._ended, "call", self._clock.now())
+        self._clock.read(wait=flush)
         if flush:
             self._log.flush()
         else:
             self._log.flush_if_due()
+
+    # What follows is done when its times are known, in the order of what it is about.
+
+    def _waited(self, what: str, start: float, end: float) -> None:
+        self._spent[what] = self._spent.get(what, 0.0) + end - start
+
+    def _began(self, what: str, now: float) -> None:
+        self._spent.pop(what, None)  # an evaluation has begun since, and is part of it
+        named = sum(self._spent.values()) - self._named
+        self._spent[what] = now - self._left - named
+
+    def _ended(self, _: str, now: float) -> None:
+        self._left, self._named = now, sum(self._spent.values())
 
     def _did(self, kind: str, start: float, end: float) -> None:
         number = self._numbers[BACKWARD] - 1 if kind == UPDATE else self._numbers[kind]
@@ -149,7 +164,7 @@ class Recorded(Executor):
             log = Log(Path(self.ddg.trace) / name)
         except OSError as error:
             raise ValueError(f'"ddg": {{"trace": {self.ddg.trace!r}}} cannot be written: {error}') from error
-        recorder = self._recorder = Recorder(log, self.stage_id, **about)
+        recorder = self._recorder = Recorder(log, self.stage_id, self._links.clock, **about)
         feed: Any = self._feed
         links: Any = self._links
         feed.fetch = recorder.beginning(recorder.waiting("data", feed.fetch))
@@ -159,9 +174,11 @@ class Recorded(Executor):
 
     def destroy(self) -> None:
         """DeepSpeed's; what is recorded is on its way to the disk."""
-        if self._recorder is not None:
-            self._recorder.end(flush=True)
-        super().destroy()
+        try:
+            if self._recorder is not None:
+                self._recorder.end(flush=True)
+        finally:
+            super().destroy()  # a device that failed has no times to tell
 
     def _exec_schedule(self, pipe_schedule: Any) -> None:
         recorder = self._recorder if torch.is_grad_enabled() else None
@@ -209,6 +226,14 @@ def _watched(step: type, run: Callable[..., None], recorder: Recorder | None, pr
             run(*args, **kwargs)
 
     return named
+
+
+def _close(clock: Clock, log: Log) -> None:
+    """Write what is known, if the device still answers."""
+    try:
+        clock.read(wait=True)
+    finally:
+        log.close()
 
 
 def _machine() -> str:

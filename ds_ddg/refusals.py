@@ -52,13 +52,6 @@ def _refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
         f"{_ANY_PIPELINE}; remove the block",
     )
     ddg = DDGConfig.parse(config._param_dict.get("ddg"))
-    on_gpu = device == "cuda"
-    yield on_gpu and ddg.slack == "auto", '"slack": "auto" on GPUs', "it times the host; set a number"
-    yield (
-        on_gpu and ddg.trace is not None,
-        '"trace" on GPUs',
-        "it times launches, not work; use torch.profiler",
-    )
     # There the optimizer itself divides gradients by their scale and clips them, in one kernel.
     legacy = "Lamb" if config.optimizer_name == "lamb" else "legacy_fusion" if config.optimizer_legacy_fusion else ""
     yield (

@@ -50,7 +50,9 @@ class AutoSlack(Reporter):
     """Mixed into a ``PipelineEngine``: the trial and the choice."""
 
     _marks: list[Mark] | None = None
-    """When the calls of the trial began; None: there is none, or it is over."""
+    """When the calls of the trial began, as far as that is known; None: there is none, or it is over."""
+    _tried: int = 0
+    """Calls of the trial that have begun."""
     _sample: tuple[tuple[torch.dtype, torch.Size], ...] = ()
     """What an activation is like."""
     _slack: int
@@ -64,14 +66,16 @@ class AutoSlack(Reporter):
         """Before a call of the delayed schedule: if the trial is over, choose. Collective then."""
         if self._marks is None or self._schedule != "ddg":
             return
-        self._marks.append(self._links.mark())
-        if len(self._marks) <= trial_calls(self.plan):
+        self._links.mark_later(self._marks.append)
+        self._tried += 1
+        if self._tried <= trial_calls(self.plan):
             return
+        self._links.clock.read(wait=True)
         filling = self.plan.staleness(0) + 1
         work = [end.time - begin.time - (end.waited - begin.waited) for begin, end in pairwise(self._marks[filling:])]
         self._marks = None
         self.drain()
-        latency = self._links.ping([torch.zeros(shape, dtype=dtype) for dtype, shape in self._sample])
+        latency = self._links.ping([torch.zeros(s, dtype=d, device=self.device) for d, s in self._sample])
         self._agree(median(work) / self.micro_batches, latency)
         self._sample = ()
 

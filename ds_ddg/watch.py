@@ -1,16 +1,19 @@
-"""What a stage measures of itself, and how that gets to the last stage at no cost of its own."""
+"""What a stage measures of itself, and how that gets to the last stage at no cost of its own.
+
+Times are those of what computes, see ``clock.py``; on a GPU they are known a little later, and nobody waits for them.
+"""
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
 from deepspeed.runtime.pipe.engine import PIPE_RECV_GRAD_TIMER, PIPE_RECV_INPUT_TIMER
 from torch import Tensor
 
+from ds_ddg.clock import Clock, HostClock
 from ds_ddg.links import Here, Links
 from ds_ddg.losses import Row, Update
 from ds_ddg.message import Kind
@@ -36,18 +39,19 @@ class Mark(NamedTuple):
 
 
 class _Waiting:
-    """Adds the time inside the block to `seconds`; a generator would cost more than the reading of the clock."""
+    """Counts the time inside the block; a generator would cost more than the reading of the clock."""
 
-    __slots__ = ("_seconds", "_start", "_what")
+    __slots__ = ("_links", "_start", "_what")
 
-    def __init__(self, seconds: dict[str, float], what: str) -> None:
-        self._seconds, self._what = seconds, what
+    def __init__(self, links: WatchedLinks, what: str) -> None:
+        self._links, self._what = links, what
 
     def __enter__(self) -> None:
-        self._start = time.perf_counter()
+        self._start: Any = self._links.clock.now()
 
     def __exit__(self, *_: object) -> None:
-        self._seconds[self._what] += time.perf_counter() - self._start
+        clock = self._links.clock
+        clock.then(self._links._waited, self._what, self._start, clock.now())
 
 
 class WatchedLinks(Links):
@@ -57,7 +61,9 @@ class WatchedLinks(Links):
     they go to all with the loss. These messages exist anyway, and nobody waits for a row.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, clock: Clock | None = None, **kwargs: Any) -> None:
+        self.clock = clock or HostClock()
+        """Of this stage; default: the host's."""
         self.seconds = dict.fromkeys((PIPE_RECV_INPUT_TIMER, PIPE_RECV_GRAD_TIMER, _LOSS), 0.0)
         """Waited so far, by what for."""
         self.rows: tuple[Row, ...] = ()
@@ -67,12 +73,19 @@ class WatchedLinks(Links):
         super().__init__(*args, **kwargs)
 
     def mark(self) -> Mark:
-        """Now."""
-        return Mark(time.perf_counter(), sum(self.seconds.values()))
+        """Now, or the last moment of which all is known."""
+        return Mark(self.clock.passed(), sum(self.seconds.values()))
+
+    def mark_later(self, keep: Callable[[Mark], None]) -> None:
+        """Give this very moment to `keep` once it is known."""
+        self.clock.then(lambda _, now: keep(Mark(now, sum(self.seconds.values()))), "mark", self.clock.now())
+
+    def _waited(self, what: str, start: float, end: float) -> None:
+        self.seconds[what] += end - start
 
     def begin(self, here: Here, ready: bool, with_data: bool) -> Kind:
         """As in ``Links``; takes over the rows of the stages above."""
-        with _Waiting(self.seconds, PIPE_RECV_INPUT_TIMER):
+        with _Waiting(self, PIPE_RECV_INPUT_TIMER):
             kind = super().begin(here, ready, with_data)
         info = {} if self._first is None else self._first.info
         self.rows = info.get("rows", ())
@@ -87,22 +100,22 @@ class WatchedLinks(Links):
 
     def recv_activations(self) -> Any:
         """As in ``Links``."""
-        with _Waiting(self.seconds, PIPE_RECV_INPUT_TIMER):
+        with _Waiting(self, PIPE_RECV_INPUT_TIMER):
             return super().recv_activations()
 
     def recv_grads(self) -> tuple[Tensor | None, ...]:
         """As in ``Links``."""
-        with _Waiting(self.seconds, PIPE_RECV_GRAD_TIMER):
+        with _Waiting(self, PIPE_RECV_GRAD_TIMER):
             return super().recv_grads()
 
     def next_loss(self) -> dict[str, Any]:
         """As in ``Links``."""
-        with _Waiting(self.seconds, _LOSS):
+        with _Waiting(self, _LOSS):
             return super().next_loss()
 
     def share(self, value: float) -> float:
         """As in ``Links``."""
-        with _Waiting(self.seconds, _LOSS):
+        with _Waiting(self, _LOSS):
             return super().share(value)
 
     def ping(self, tensors: Sequence[Tensor], times: int = 5) -> float:
@@ -115,14 +128,15 @@ class WatchedLinks(Links):
             for _ in range(times + 1):
                 asked = self._activations_in.take(Kind.DATA, what="a measurement of the link")
                 self._gradients_out.post(Kind.DATA, asked.tensors)
-        seconds = []
+        seconds: list[float] = []
         if self._activations_out is not None and self._gradients_in is not None:
             for _ in range(times + 1):
-                start = time.perf_counter()
+                start = self.clock.now()
                 self._activations_out.post(Kind.DATA, tensors)
                 self._gradients_in.listen()
                 self._gradients_in.take(Kind.DATA, what="a measurement of the link")
-                seconds.append((time.perf_counter() - start) / 2)
+                self.clock.then(lambda _, start, end: seconds.append((end - start) / 2), "ping", start, self.clock.now())
+            self.clock.read(wait=True)
         self.park()
         return median(seconds[1:]) if seconds else 0.0  # at the first one the receiver did not know the shape
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -17,6 +19,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import test_checkpoint
@@ -26,6 +29,7 @@ import test_tied
 import test_wire_data
 import toy
 from devices import DEVICE, ROOT, device, launch
+from ds_ddg.trace import read
 from test_gpu import needs_kernels, random_state_of_the_device
 from test_model_features import JSON, REPLAY, STASH, checkpointing, from_json, pictures
 from test_precision import FORMATS, train_replicas
@@ -197,6 +201,57 @@ def test_fused_adam() -> None:
     with mock.patch.dict(os.environ, PATH=ninja, TORCH_CUDA_ARCH_LIST=""):
         for expected, ours in launch(train_all, 2, [torchs, fused]):
             assert_close([ours], [expected])
+
+
+# -- what is measured -------------------------------------------------------------------------------------------------
+
+CYCLES = 40_000_000
+"""Of the GPU's clock, tens of milliseconds."""
+
+
+class Slow(nn.Linear):
+    """Keeps the device busy, not the host."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.cuda._sleep(CYCLES)
+        return super().forward(x)
+
+
+def train_slow(rank: int, world_size: int, folder: str) -> tuple[float, str, float]:
+    """Milliseconds of a `Slow` alone, what ``"slack": "auto"`` said, and the busy share at the end."""
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for event in (first, last):
+        torch.cuda._sleep(CYCLES)
+        event.record()
+    last.synchronize()
+    dist.barrier()  # two processes share the device by turns
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        width = test_failures.WIDTH
+        ddg = {"slack": "auto", "trace": folder}
+        engine = test_failures.build(world_size, [Slow(width, width) for _ in range(world_size)], ddg=ddg)
+        data = test_failures.batches()
+        for _ in range(30):
+            engine.train_batch(data)
+        busy = engine.ddg_stats()["busy"]
+        engine.drain()
+    return first.elapsed_time(last), said.getvalue(), busy
+
+
+@needs_kernels
+@pytest.mark.proves('GPU stages: "slack": "auto" and "trace" by the time of the device', exact=False)
+def test_times_are_those_of_the_device(tmp_path: Path) -> None:
+    """The host launches a forward in a fraction of a millisecond; the other stage's turns may double what it takes."""
+    made = launch(train_slow, 2, str(tmp_path))
+    alone = min(milliseconds for milliseconds, *_ in made)
+    run = read(tmp_path)
+    for (_, _, busy), share in zip(made, run.shares(), strict=True):
+        assert 0.9 * alone < share.milliseconds["F"] < 3 * alone
+        assert share.busy > 0.3
+        assert 0.3 < busy <= 1
+    assert run.disorder < 1e-3
+    hop, tick = map(float, re.findall(r"takes ([\d.]+) ms.*slowest stage ([\d.]+) ms", made[0][1])[0])
+    assert 0.9 * alone < tick < 3 * alone
+    assert 0 < hop
 
 
 # -- failures ---------------------------------------------------------------------------------------------------------

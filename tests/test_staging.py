@@ -662,14 +662,6 @@ def test_deepspeeds_schedule_is_refused_where_it_cannot_send(ranks: GetRanks, bl
         assert "nccl" in text
 
 
-@pytest.mark.refuses('`"slack": "auto"` and `"trace"` on GPUs', "a number; torch.profiler")
-def test_what_times_the_host_is_refused_on_a_gpu(ranks: GetRanks) -> None:
-    for text in ranks(2).run(settings, "cuda", {"slack": "auto", "trace": "runs"}):
-        assert '"slack": "auto" on GPUs: it times the host; set a number' in text
-        assert '"trace" on GPUs' in text
-        assert "torch.profiler" in text
-
-
 def greet(rank: int, world_size: int, name: str) -> tuple[bool, bool]:
     """Whether DeepSpeed's sends are left out inside the block, and after an error in it."""
     from deepspeed.runtime.pipe import p2p

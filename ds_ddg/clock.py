@@ -1,0 +1,123 @@
+"""When a stage did something, by the clock of what computes: the host's, or that of its device.
+
+On a GPU the host only launches work and runs ahead of it; what it waits for says nothing of what the device waits for.
+There a moment is an event on the compute stream. When it happened is known once the device has passed it, so whatever
+is to be done with moments is done then, in order::
+
+    compute stream   | F |a     idle     |b F |c          a to b: the device waited, b to c: it worked,
+    main thread      F a wait for a message b F c ...     however far the host is ahead
+
+Nobody waits for that. Times are seconds of ``time.perf_counter``, so those of all ranks of a machine compare.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+__all__ = ["Clock", "DeviceClock", "HostClock", "clock_for"]
+
+_NEAR = 1.0
+"""Seconds that are counted from one event: torch counts in float32."""
+_MANY = 256
+"""What is to be done later, before it is looked at without being asked."""
+
+
+class HostClock:
+    """That of a stage on the CPU, where a moment is its time."""
+
+    def now(self) -> float:
+        """This moment."""
+        return time.perf_counter()
+
+    def then(self, act: Callable[..., None], what: str, *moments: float) -> None:
+        """``act(what, *times of the moments)``."""
+        act(what, *moments)
+
+    def read(self, wait: bool = False) -> None:
+        """Do what can be done by now; nothing is left here."""
+
+    def passed(self) -> float:
+        """The time up to which everything is known: now."""
+        return time.perf_counter()
+
+
+class _Moment(NamedTuple):
+    event: Any
+    launched: float
+
+
+class DeviceClock:
+    """That of a stage on a device; see the module's docstring.
+
+    Args:
+        device: where the stage computes.
+        streams: has ``Event`` and ``current_stream``; default: torch's module for `device`.
+    """
+
+    def __init__(self, device: torch.device, streams: Any = None) -> None:
+        self._device = device
+        self._streams = torch.get_device_module(device) if streams is None else streams
+        self._later: deque[tuple[Callable[..., None], str, tuple[_Moment, ...]]] = deque()
+        self._origin = self.now()
+        self._origin.event.synchronize()
+        self._origin_time = self._passed = time.perf_counter()
+
+    def now(self) -> _Moment:
+        """The moment at which the device has done what it was given until now."""
+        event = self._streams.Event(enable_timing=True)
+        launched = time.perf_counter()
+        event.record(self._streams.current_stream(self._device))
+        return _Moment(event, launched)
+
+    def then(self, act: Callable[..., None], what: str, *moments: _Moment) -> None:
+        """``act(what, *times of the moments)`` once the last of them has passed, after what was given before."""
+        self._later.append((act, what, moments))
+        if len(self._later) > _MANY:
+            self.read()
+
+    def read(self, wait: bool = False) -> None:
+        """Do what can be done by now, or all of it.
+
+        Raises:
+            RuntimeError: the device has failed.
+        """
+        while self._later:
+            act, what, moments = self._later[0]
+            if moments and wait:
+                moments[-1].event.synchronize()
+            elif moments and not moments[-1].event.query():
+                return
+            self._later.popleft()
+            act(what, *map(self._time, moments))
+
+    def passed(self) -> float:
+        """The time up to which everything is known: a moment that the device has passed, not long ago."""
+        self.then(lambda what, now: None, "now", self.now())
+        self.read()
+        return self._passed
+
+    def _time(self, moment: _Moment) -> float:
+        origin = self._origin
+        if moment.launched < origin.launched:
+            at = self._origin_time - moment.event.elapsed_time(origin.event) / 1e3
+        else:
+            at = self._origin_time + origin.event.elapsed_time(moment.event) / 1e3
+        # It passed after it was launched and before this was asked, which keeps two clocks from drifting apart.
+        at = min(max(at, moment.launched), time.perf_counter())
+        if at - self._origin_time > _NEAR:
+            self._origin, self._origin_time = moment, at
+        self._passed = max(self._passed, at)
+        return at
+
+
+Clock = HostClock | DeviceClock
+
+
+def clock_for(device: torch.device) -> Clock:
+    """That of a stage on `device`."""
+    return HostClock() if device.type == "cpu" else DeviceClock(device)
