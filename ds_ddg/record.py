@@ -56,13 +56,13 @@ class Recorder:
 
     def __init__(self, log: Log, stage: int, clock: Clock | None = None, **about: Any) -> None:
         self._log, self._stage, self._clock = log, stage, clock or HostClock()
-        moment = {"wall": time.time(), "monotonic": time.perf_counter(), "machine": _machine()}
+        self._left = time.perf_counter()
+        moment = {"wall": time.time(), "monotonic": self._left, "machine": _machine()}
         log.begin("rank", {"stage": stage, **about, **moment})
         self._spent: dict[str, float] = {}
         self._numbers = {FORWARD: 0, BACKWARD: 0}
         self._plan: dict[str, Any] = {}
         self._changes = 0
-        self._left = moment["monotonic"]
         self._named = 0.0
         # Neither a script's end nor a dropped engine loses the last second.
         multiprocessing.util.Finalize(self, _close, (self._clock, log), exitpriority=5)
@@ -164,9 +164,9 @@ class Recorded(Executor):
             log = Log(Path(self.ddg.trace) / name)
         except OSError as error:
             raise ValueError(f'"ddg": {{"trace": {self.ddg.trace!r}}} cannot be written: {error}') from error
-        recorder = self._recorder = Recorder(log, self.stage_id, self._links.clock, **about)
         feed: Any = self._feed
         links: Any = self._links
+        recorder = self._recorder = Recorder(log, self.stage_id, links.clock, **about)
         feed.fetch = recorder.beginning(recorder.waiting("data", feed.fetch))
         links.begin = recorder.waiting("activation", links.begin)  # a call's first one announces it
         for name in ("next_loss", "share"):

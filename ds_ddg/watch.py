@@ -135,7 +135,8 @@ class WatchedLinks(Links):
                 self._activations_out.post(Kind.DATA, tensors)
                 self._gradients_in.listen()
                 self._gradients_in.take(Kind.DATA, what="a measurement of the link")
-                self.clock.then(lambda _, start, end: seconds.append((end - start) / 2), "ping", start, self.clock.now())
+                end = self.clock.now()
+                self.clock.then(lambda _, sent, back: seconds.append((back - sent) / 2), "hop", start, end)
             self.clock.read(wait=True)
         self.park()
         return median(seconds[1:]) if seconds else 0.0  # at the first one the receiver did not know the shape

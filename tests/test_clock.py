@@ -168,8 +168,8 @@ def test_clocks_do_not_drift_apart_in_a_long_run(device: Device, rate: float) ->
 
 def test_gaps_of_the_device_are_named_by_what_it_waited_for(tmp_path: Path, device: Device) -> None:
     """As in test_record.py; here the host is a forward ahead when the message is late, and the script takes 2 s."""
-    log = Log(tmp_path / "stage1-replica0-slice0")
-    recorder = Recorder(log, 1, DeviceClock(CPU, device), run=1, stages=2, replica=0, slice=0)
+    log = Log(tmp_path / "stage0-replica0-slice0")
+    recorder = Recorder(log, 0, DeviceClock(CPU, device), run=1, stages=1, replica=0, slice=0)
     recorder.under(schedule="ddg", micro_batches=1, slack=0)
 
     def message(_: Any = None) -> None:
@@ -186,11 +186,10 @@ def test_gaps_of_the_device_are_named_by_what_it_waited_for(tmp_path: Path, devi
         recorder.end(flush=False)
         device.now += 9.0  # the device has 7.5 s of work, then waits for the script
     recorder.end(flush=True)
-    stages = read(tmp_path).stages
-    found = [(str(event.op), event.start, event.end, gap) for event, gap in stages[1]]
+    found = [(str(event.op), event.start, event.end, gap) for event, gap in read(tmp_path).stages[0]]
     idle = {"gradient": 1.5}
     names = [name for name, *_ in found]
-    assert names == ["1F0", "1B0", "1U0", "1F1", "1B1", "1U1"]
+    assert names == ["0F0", "0B0", "0U0", "0F1", "0B1", "0U1"]
     assert [(start, end) for _, start, end, _ in found] == [
         (0, 3), (4.5, 10.5), (10.5, 11.5), (13, 16), (17.5, 23.5), (23.5, 24.5)
     ]  # fmt: skip
@@ -212,6 +211,7 @@ def test_a_device_that_failed_leaves_what_is_known(tmp_path: Path, device: Devic
 
     with pytest.raises(RuntimeError, match="device-side assert"):
         _close(recorder._clock, log)
+    device.defect = ""  # at the end of the process it is asked once more
     assert '"0F0"' in (tmp_path / "stage0.jsonl").read_text()
 
 
@@ -247,8 +247,8 @@ class LateEvent:
 CALLS = 14
 
 
-def train(rank: int, world_size: int, folder: str) -> tuple[float, int, list[torch.Tensor], int]:
-    """Busy share, slack chosen, weights, and what is still to be done after a drain."""
+def train(rank: int, world_size: int, folder: str) -> tuple[float, int, list[torch.Tensor]]:
+    """Busy share, slack chosen, weights."""
     with mock.patch("ds_ddg.engine.clock_for", side_effect=lambda device: DeviceClock(device, Late())):
         engine = toy.engine(world_size, 1, "sgd", {"slack": "auto", "trace": folder})
     assert engine.plan.slack == 0
@@ -257,14 +257,14 @@ def train(rank: int, world_size: int, folder: str) -> tuple[float, int, list[tor
         engine.train_batch(data)
     busy = engine.ddg_stats()["busy"]
     engine.drain()
-    return busy, engine.plan.slack, toy.state(engine.module), len(engine._links.clock._later)
+    return busy, engine.plan.slack, toy.state(engine.module)
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_engine_measures_records_and_trains_by_it(ranks: GetRanks, tmp_path: Path) -> None:
     made = ranks(3).run(train, str(tmp_path))
     slack = made[0][1]
-    assert [s for _, s, _, _ in made] == [slack] * 3
+    assert [s for _, s, _ in made] == [slack] * 3
     trial = trial_calls(DDGPlan(3))
     assert trial < CALLS
     oracle = toy.reference(3)
@@ -276,11 +276,9 @@ def test_engine_measures_records_and_trains_by_it(ranks: GetRanks, tmp_path: Pat
         oracle.train_batch(data)
     oracle.drain()
     run = read(tmp_path)
-    for stage, (busy, _, state, left) in enumerate(made):
+    for stage, (busy, _, state) in enumerate(made):
         assert 0 < busy <= 1
         assert all(torch.equal(a, b) for a, b in zip(state, toy.state(oracle.stages[stage]), strict=True))
-        assert left <= 1
         numbers = [event.op.micro_batch for event, _ in run.stages[stage] if event.op.kind == "F"]
         assert numbers == sorted(set(numbers))
         assert numbers[-1] == CALLS - 1
-    assert run.disorder <= 0
