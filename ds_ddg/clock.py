@@ -7,7 +7,8 @@ is to be done with moments is done then, in order::
     compute stream   | F |a     idle     |b F |c          a to b: the device waited, b to c: it worked,
     main thread      F a wait for a message b F c ...     however far the host is ahead
 
-Nobody waits for that. Times are seconds of ``time.perf_counter``, so those of all ranks of a machine compare.
+Nobody waits for that. Times are seconds of ``time.perf_counter``, which all ranks of a machine share; those of a device
+are as close to it as can be known without a wait: an event passes after its launch and before it was seen to have.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ __all__ = ["Clock", "DeviceClock", "HostClock", "clock_for"]
 _NEAR = 1.0
 """Seconds that are counted from one event: torch counts in float32."""
 _TRIES = 5
-"""To bring the device's clock and the host's together; the quickest is the closest."""
+"""To bring two clocks together; the quickest is the closest."""
 _MANY = 256
 """What is to be done later, before it is looked at without being asked."""
 
@@ -45,17 +46,12 @@ class Clock(Protocol):
             RuntimeError: the device has failed.
         """
 
-    def passed(self) -> float:
-        """The time up to which everything is known, not long ago."""
-
 
 class HostClock:
     """The `Clock` of a stage on the CPU: a moment is its time, and nothing is left for later."""
 
     def now(self) -> float:
         return time.perf_counter()
-
-    passed = now
 
     def then(self, act: Callable[..., None], what: str, *moments: float) -> None:
         act(what, *moments)
@@ -81,9 +77,7 @@ class DeviceClock:
         self._device = device
         self._streams = torch.get_device_module(device) if streams is None else streams
         self._later: deque[tuple[Callable[..., None], str, tuple[_Moment, ...]]] = deque()
-        origins = [self._met() for _ in range(_TRIES)]
-        self._origin, self._origin_time = min(origins, key=lambda met: met[1] - met[0].launched)
-        self._passed = self._origin_time
+        self._meet()
 
     def now(self) -> _Moment:
         event = self._streams.Event(enable_timing=True)
@@ -99,23 +93,24 @@ class DeviceClock:
     def read(self, wait: bool = False) -> None:
         while self._later:
             act, what, moments = self._later[0]
-            if moments and wait:
-                moments[-1].event.synchronize()
-            elif moments and not moments[-1].event.query():
-                return
+            for moment in moments:
+                if wait:
+                    moment.event.synchronize()
+                elif not moment.event.query():
+                    return
             self._later.popleft()
             act(what, *map(self._time, moments))
+        if wait:
+            self._meet()
 
-    def passed(self) -> float:
-        self.then(lambda what, now: None, "now", self.now())
-        self.read()
-        return self._passed
-
-    def _met(self) -> tuple[_Moment, float]:
-        """A moment, and the time at which the host has seen it pass: later, by no more than since its launch."""
-        moment = self.now()
-        moment.event.synchronize()
-        return moment, time.perf_counter()
+    def _meet(self) -> None:
+        """With nothing to do on the device: bring its clock and the host's together."""
+        seen = []
+        for _ in range(_TRIES):
+            moment = self.now()
+            moment.event.synchronize()
+            seen.append((time.perf_counter(), moment))
+        self._origin_time, self._origin = min(seen, key=lambda met: met[0] - met[1].launched)
 
     def _time(self, moment: _Moment) -> float:
         origin = self._origin
@@ -123,13 +118,12 @@ class DeviceClock:
             at = self._origin_time - moment.event.elapsed_time(origin.event) / 1e3
         else:
             at = self._origin_time + origin.event.elapsed_time(moment.event) / 1e3
-        # It passed after it was launched and before this was asked: so far two clocks drift apart, and no further.
+        # So far the clocks can drift apart, and no further.
         sure = min(max(at, moment.launched), time.perf_counter())
         self._origin_time += sure - at
         at = sure
         if at - self._origin_time > _NEAR:
             self._origin, self._origin_time = moment, at
-        self._passed = max(self._passed, at)
         return at
 
 

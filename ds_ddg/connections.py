@@ -19,7 +19,7 @@ from ds_ddg.plan import DDGPlan
 from ds_ddg.staging import Staging
 from ds_ddg.wire import Peer, StageError, Wire
 
-__all__ = ["Connections", "own_group"]
+__all__ = ["Connections", "group_of_all", "own_group"]
 
 
 def own_group(groups: Sequence[Sequence[int]], rank: int) -> Any:
@@ -30,6 +30,12 @@ def own_group(groups: Sequence[Sequence[int]], rank: int) -> Any:
             group = dist.new_group(list(ranks), default_pg_timeout, backend="gloo")
             own = group if rank in ranks else own
     return own
+
+
+def group_of_all(rank: int) -> Any:
+    """Of all ranks, over gloo, which notices those that have gone; None, the default group, if that is one. Collective.
+    """
+    return None if dist.get_backend() == "gloo" else own_group([range(dist.get_world_size())], rank)
 
 
 class Connections:

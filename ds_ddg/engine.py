@@ -24,7 +24,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from ds_ddg.checkpoints import Checkpoints
 from ds_ddg.clock import clock_for
 from ds_ddg.config import DDGConfig
-from ds_ddg.connections import own_group
+from ds_ddg.connections import group_of_all, own_group
 from ds_ddg.data import Feed
 from ds_ddg.message import Kind
 from ds_ddg.record import Recorded
@@ -65,6 +65,8 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
     @together
     def _set_out(self) -> None:
         """The rest of the construction: here the other stages hear if it fails."""
+        if self.ddg.slack == "auto" or self.ddg.trace is not None:
+            self._everyone = group_of_all(self.global_rank)
         self._start_reports()
         self._start_recording()
         if self.fp16_enabled():

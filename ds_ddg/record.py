@@ -145,6 +145,7 @@ class Recorded(Executor):
     """Mixed into a ``PipelineEngine``: records its training calls if asked to, and names instructions in profiles."""
 
     schedule: str
+    _everyone: Any
 
     _recorder: Recorder | None = None
     _watched_map: tuple[Any, Any] = (None, None)
@@ -155,7 +156,7 @@ class Recorded(Executor):
         if self.ddg.trace is None:
             return
         run = [time.time_ns()]  # tells this run's files from older ones in the same folder
-        torch.distributed.broadcast_object_list(run, src=0)
+        torch.distributed.broadcast_object_list(run, src=0, group=self._everyone)
         place = self.grid.topology().get_coord(self.global_rank)._asdict()
         replica, part = place.get("data", 0), place.get("model", 0)
         name = f"stage{self.stage_id}-replica{replica}-slice{part}"

@@ -56,6 +56,8 @@ class AutoSlack(Reporter):
     _sample: tuple[tuple[torch.dtype, torch.Size], ...] = ()
     """What an activation is like."""
     _slack: int
+    _everyone: Any
+    """A group of all ranks."""
 
     def _start_trial(self, num_stages: int) -> None:
         self._slack = 0 if self.ddg.slack == "auto" else self.ddg.slack
@@ -66,7 +68,7 @@ class AutoSlack(Reporter):
         """Before a call of the delayed schedule: if the trial is over, choose. Collective then."""
         if self._marks is None or self._schedule != "ddg":
             return
-        self._links.mark_later(self._marks.append)
+        self._links.mark(self._marks.append)
         self._tried += 1
         if self._tried <= trial_calls(self.plan):
             return
@@ -81,7 +83,7 @@ class AutoSlack(Reporter):
 
     def _agree(self, tick: float, latency: float) -> None:
         measured: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(measured, (tick, latency))
+        dist.all_gather_object(measured, (tick, latency), self._everyone)
         tick, latency = (max(values) for values in zip(*measured, strict=True))
         self._slack = smallest_slack(self.num_stages, tick, latency)
         self._links.expect(self.plan)

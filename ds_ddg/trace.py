@@ -1,9 +1,10 @@
 """What a run really did: the records of its ranks (``"ddg": {"trace": DIR}``) on one clock, and what each gap was.
 
 **The common clock.** A record has the monotonic time of its rank, which all processes of a machine share, so stages on
-one machine are compared exactly. Different machines are brought together by their wall clocks, read once when a rank
-starts to record, so they are as exact as the machines' time service. `Run.disorder` says how much earlier than
-possible an operation seems to start, which shows a wrong clock.
+one machine are compared exactly; on GPUs a device's clock is tied to that time as well as can be known without a wait.
+Different machines are brought together by their wall clocks, read once when a rank starts to record, so they are as
+exact as the machines' time service. `Run.disorder` says how much earlier than possible an operation seems to start,
+which shows a wrong clock.
 
 Nothing here imports torch.
 """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -72,12 +73,8 @@ class WatchedLinks(Links):
         """Likewise what the updates of the call before came to."""
         super().__init__(*args, **kwargs)
 
-    def mark(self) -> Mark:
-        """Now, or the last moment of which all is known."""
-        return Mark(self.clock.passed(), sum(self.seconds.values()))
-
-    def mark_later(self, keep: Callable[[Mark], None]) -> None:
-        """Give this very moment to `keep` once it is known."""
+    def mark(self, keep: Callable[[Mark], None]) -> None:
+        """Give this moment to `keep`; at once, or on a device once it has passed."""
         self.clock.then(lambda _, now: keep(Mark(now, sum(self.seconds.values()))), "mark", self.clock.now())
 
     def _waited(self, what: str, start: float, end: float) -> None:
@@ -142,6 +139,20 @@ class WatchedLinks(Links):
         return median(seconds[1:]) if seconds else 0.0  # at the first one the receiver did not know the shape
 
 
+@dataclass
+class _Known:
+    """Of the moments between calls, those that are known."""
+
+    before: Mark | None = None
+    newest: Mark | None = None
+    period: Mark | None = None
+    """When it began."""
+
+    def add(self, mark: Mark) -> None:
+        self.before, self.newest = self.newest, mark
+        self.period = self.period or mark
+
+
 class Gauge:
     """Measures calls of one stage between them; a *period* is some calls long.
 
@@ -157,39 +168,42 @@ class Gauge:
 
     def forget(self) -> None:
         """Nothing is in flight: what was measured is over."""
-        self._call: Mark | None = None
-        self._period: Mark | None = None
-        self._end: Mark | None = None
+        self._known: _Known | None = None
         self._versions: deque[int] = deque(maxlen=self._calls)
         self.row: Row | None = None
         """That of the last period, not sent yet."""
 
     def begin_call(self, version: int) -> None:
         """A call begins on weights of this version; in its first message travels the row of a period just over."""
-        self._call = self._end or self._links.mark()  # what the script does between calls is work of the stage
-        self._period = self._period or self._call
+        if self._known is None:
+            self._known = _Known()
+            self._links.mark(self._known.add)
         self._versions.append(version)
         if self.row is not None:
             self._links.rows += (self.row,)
             self.row = None
 
     def end_call(self) -> None:
-        """The call that has begun is over."""
-        self._end = self._links.mark()
+        """The call that has begun is over. What the script does until the next one is work of the stage."""
+        assert self._known is not None
+        self._links.mark(self._known.add)
+        self._links.clock.read()
 
     def end_period(self, versions: WeightVersions, micro_batches: int) -> None:
         """So is a period; its row leaves with the next call."""
-        self.row = self._measure(self._period, versions, micro_batches)
-        self._period = self._end
+        assert self._known is not None
+        self.row = self._measure(self._known.period, versions, micro_batches)
+        self._known.period = self._known.newest
 
     def now(self, versions: WeightVersions, micro_batches: int) -> Row:
-        """The row of the last call."""
-        return self._measure(self._call, versions, micro_batches)
+        """The row of the last call, or on a device of the last one whose times are known."""
+        return self._measure(self._known and self._known.before, versions, micro_batches)
 
     def _measure(self, since: Mark | None, versions: WeightVersions, micro_batches: int) -> Row:
         calls = -(-versions.in_flight // micro_batches)
         while len(self._versions) > calls:
             self._versions.popleft()
         staleness = versions.version - self._versions[0] if self._versions else 0
-        busy = round(since.busy(self._end), 4) if since is not None and self._end is not None else 0.0
+        until = self._known and self._known.newest
+        busy = round(since.busy(until), 4) if since is not None and until is not None else 0.0
         return self._stage, staleness, busy, versions.in_flight, versions.alive

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -23,7 +24,7 @@ from ds_ddg.plan import DDGPlan
 from ds_ddg.record import Recorder
 from ds_ddg.slack import trial_calls
 from ds_ddg.trace import read
-from ds_ddg.watch import Mark, WatchedLinks
+from ds_ddg.watch import Gauge, Mark, WatchedLinks
 
 GetRanks = Callable[[int], Ranks]
 CPU = torch.device("cpu")
@@ -92,7 +93,7 @@ def test_the_host_knows_the_time_at_once() -> None:
     before = time.perf_counter()
     clock.then(lambda *all_of_it: seen.extend(all_of_it), "what", clock.now(), clock.now())
     assert seen[0] == "what"
-    assert before <= seen[1] <= seen[2] <= clock.passed()
+    assert before <= seen[1] <= seen[2] <= time.perf_counter()
 
 
 def test_a_lead_of_the_host_is_no_wait(device: Device) -> None:
@@ -105,7 +106,7 @@ def test_a_lead_of_the_host_is_no_wait(device: Device) -> None:
         links.clock.then(links._waited, "recv_loss", start, links.clock.now())
         device.launch(1.0)
         marks: list[Mark] = []
-        links.mark_later(marks.append)
+        links.mark(marks.append)
         assert not marks, "the device has not done it"
         links.clock.read()
         assert not marks
@@ -113,7 +114,55 @@ def test_a_lead_of_the_host_is_no_wait(device: Device) -> None:
         assert marks[0].time == device.now == device.free_at
         waited = 0.0 if work else 2.0
         assert links.seconds["recv_loss"] == marks[0].waited == pytest.approx(waited)
-        assert links.mark() == marks[0]
+
+
+def gauge_of(device: Device) -> tuple[Gauge, Callable[[float, float], None], Callable[[], float]]:
+    """A gauge, a call that waits and works for so long, and the busy share by the gauge."""
+    links = WatchedLinks([[0]], 0, DDGPlan(1), clock=DeviceClock(CPU, device))
+    versions: Any = SimpleNamespace(version=0, alive=1, in_flight=0)
+    gauge = Gauge(0, links, 1)
+
+    def call(wait: float, work: float) -> None:
+        start = links.clock.now()
+        device.copy_arrives(max(device.now, device.free_at) + wait)
+        links.clock.then(links._waited, "recv_loss", start, links.clock.now())
+        gauge.begin_call(0)
+        device.launch(work)
+        gauge.end_call()
+
+    return gauge, call, lambda: gauge.now(versions, 1)[2]
+
+
+def test_busy_share_of_calls_that_are_known(device: Device) -> None:
+    """The host is far ahead: what is told is that of the last call that the device has done, and never a mixture."""
+    _, call, busy = gauge_of(device)
+    for wait, work in ((0.0, 4.0), (1.0, 3.0), (3.0, 1.0), (2.0, 2.0)):
+        call(wait, work)
+    assert busy() == 0.0, "nothing is known"
+    shares = []
+    for now in (9.0, 13.0, 17.0):
+        device.now = now
+        call(0.0, 4.0)  # which looks at what has passed
+        shares.append(busy())
+    assert shares == [0.75, 0.25, 0.5]
+
+
+def test_a_pause_is_not_counted(device: Device) -> None:
+    """30 s between a drain and the next call, as for saving a checkpoint; the first message comes late besides."""
+    gauge, call, busy = gauge_of(device)
+    call(1.0, 3.0)
+    device.now = device.free_at
+    gauge.forget()
+    device.now += 30.0
+    call(2.0, 1.0)
+    call(1.0, 1.0)
+    device.now = device.free_at
+    call(0.0, 0.0)
+    versions: Any = SimpleNamespace(version=0, alive=1, in_flight=0)
+    gauge.end_period(versions, 1)
+    assert gauge.row is not None
+    assert gauge.row[2] == pytest.approx(2 / 3, abs=1e-4), "two calls from the first message on: 1 s, 1 s waiting, 1 s"
+    assert busy() == 1.0
 
 
 def test_reading_waits_for_nothing_and_keeps_the_order(device: Device) -> None:
@@ -128,7 +177,6 @@ def test_reading_waits_for_nothing_and_keeps_the_order(device: Device) -> None:
     assert seen == []
     clock.read()
     assert (seen, device.now) == (["done at 1.0"], 2.0)
-    assert clock.passed() == 1.0
     clock.read(wait=True)
     assert (seen, device.now) == (["done at 1.0", "done at 4.0", "plan"], 4.0)
 
@@ -164,6 +212,35 @@ def test_clocks_do_not_drift_apart_in_a_long_run(device: Device, rate: float) ->
     lengths = [end - start for start, end in spans]
     assert lengths == pytest.approx([0.05] * len(spans), rel=0, abs=2e-3 if rate == 1.0 else 0.051)
     assert np.median(lengths) == pytest.approx(0.05, abs=1e-4)
+
+
+def test_clocks_meet_again_when_the_device_is_waited_for(device: Device) -> None:
+    device.rate = 1 - 1e-5
+    clock = DeviceClock(CPU, device)
+    device.now, seen = 3600.0, []
+    device.launch(10.0)  # far ahead of the host, so what it is launched at tells little
+    clock.then(lambda _, now: seen.append(now), "done", clock.now())
+    clock.read(wait=True)
+    clock.then(lambda _, now: seen.append(now), "idle", clock.now())
+    clock.read()
+    assert seen[0] == pytest.approx(3610.0 * device.rate, abs=1e-3)
+    assert seen[1] == 3610.0
+
+
+def test_every_moment_must_have_passed(device: Device) -> None:
+    """A script may leave another stream current between the two."""
+    clock = DeviceClock(CPU, device)
+    side = Device()
+    seen: list[float] = []
+    device.launch(5.0)
+    start = clock.now()
+    with mock.patch.object(device, "current_stream", lambda _: side):
+        end = clock.now()
+    clock.then(lambda _, start, end: seen.extend((start, end)), "data", start, end)
+    clock.read()
+    assert not seen
+    clock.read(wait=True)
+    assert seen[0] == 5.0
 
 
 def test_gaps_of_the_device_are_named_by_what_it_waited_for(tmp_path: Path, device: Device) -> None:
@@ -244,7 +321,7 @@ class LateEvent:
         return 1e3 * (end.at - self.at)
 
 
-CALLS = 14
+CALLS = 40
 
 
 def train(rank: int, world_size: int, folder: str) -> tuple[float, int, list[torch.Tensor]]:

@@ -220,11 +220,13 @@ class Slow(nn.Linear):
 def train_slow(rank: int, world_size: int, folder: str) -> tuple[float, str, float]:
     """Milliseconds of a `Slow` alone, what ``"slack": "auto"`` said, and the busy share at the end."""
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for event in (first, last):
-        torch.cuda._sleep(CYCLES)
-        event.record()
-    last.synchronize()
-    dist.barrier()  # two processes share the device by turns
+    for turn in range(world_size):
+        if turn == rank:
+            for event in (first, last):
+                torch.cuda._sleep(CYCLES)
+                event.record()
+            last.synchronize()
+        dist.barrier()
     with contextlib.redirect_stdout(io.StringIO()) as said:
         width = test_failures.WIDTH
         ddg = {"slack": "auto", "trace": folder}

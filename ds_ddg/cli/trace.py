@@ -84,5 +84,5 @@ def _warnings(run: Run) -> list[str]:
         return []
     return [
         f"operations seem to start up to {1e3 * run.disorder:.3f} ms before what they need has ended: the clocks of "
-        "the machines disagree by so much, and times across machines are no better"
+        "the machines, or of their GPUs, disagree by so much, and times of different stages compare no better"
     ]
