@@ -7,8 +7,8 @@ is to be done with moments is done then, in order::
     compute stream   | F |a     idle     |b F |c          a to b: the device waited, b to c: it worked,
     main thread      F a wait for a message b F c ...     however far the host is ahead
 
-Nobody waits for that. Times are seconds of ``time.perf_counter``, which all ranks of a machine share; those of a device
-are as close to it as can be known without a wait: an event passes after its launch and before it was seen to have.
+Nobody waits for that. Times are seconds of ``time.perf_counter``, which all ranks of a machine share; those of a
+device are as close to it as can be known without a wait: an event passes after its launch and before that was seen.
 """
 
 from __future__ import annotations

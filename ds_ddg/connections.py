@@ -33,8 +33,7 @@ def own_group(groups: Sequence[Sequence[int]], rank: int) -> Any:
 
 
 def group_of_all(rank: int) -> Any:
-    """Of all ranks, over gloo, which notices those that have gone; None, the default group, if that is one. Collective.
-    """
+    """Of all ranks, over gloo, which notices who has gone; None, the default group, if that is one. Collective."""
     return None if dist.get_backend() == "gloo" else own_group([range(dist.get_world_size())], rank)
 
 

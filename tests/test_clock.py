@@ -234,7 +234,7 @@ def test_every_moment_must_have_passed(device: Device) -> None:
     seen: list[float] = []
     device.launch(5.0)
     start = clock.now()
-    with mock.patch.object(device, "current_stream", lambda _: side):
+    with mock.patch.object(device, "current_stream", return_value=side):
         end = clock.now()
     clock.then(lambda _, start, end: seen.extend((start, end)), "data", start, end)
     clock.read()
