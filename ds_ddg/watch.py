@@ -168,15 +168,16 @@ class Gauge:
 
     def forget(self) -> None:
         """Nothing is in flight: what was measured is over."""
-        self._known: _Known | None = None
+        self._known = _Known()
+        self._first = True
         self._versions: deque[int] = deque(maxlen=self._calls)
         self.row: Row | None = None
         """That of the last period, not sent yet."""
 
     def begin_call(self, version: int) -> None:
         """A call begins on weights of this version; in its first message travels the row of a period just over."""
-        if self._known is None:
-            self._known = _Known()
+        if self._first:
+            self._first = False
             self._links.mark(self._known.add)
         self._versions.append(version)
         if self.row is not None:
@@ -185,25 +186,23 @@ class Gauge:
 
     def end_call(self) -> None:
         """The call that has begun is over. What the script does until the next one is work of the stage."""
-        assert self._known is not None
         self._links.mark(self._known.add)
         self._links.clock.read()
 
     def end_period(self, versions: WeightVersions, micro_batches: int) -> None:
         """So is a period; its row leaves with the next call."""
-        assert self._known is not None
         self.row = self._measure(self._known.period, versions, micro_batches)
         self._known.period = self._known.newest
 
     def now(self, versions: WeightVersions, micro_batches: int) -> Row:
         """The row of the last call, or on a device of the last one whose times are known."""
-        return self._measure(self._known and self._known.before, versions, micro_batches)
+        return self._measure(self._known.before, versions, micro_batches)
 
     def _measure(self, since: Mark | None, versions: WeightVersions, micro_batches: int) -> Row:
         calls = -(-versions.in_flight // micro_batches)
         while len(self._versions) > calls:
             self._versions.popleft()
         staleness = versions.version - self._versions[0] if self._versions else 0
-        until = self._known and self._known.newest
+        until = self._known.newest
         busy = round(since.busy(until), 4) if since is not None and until is not None else 0.0
         return self._stage, staleness, busy, versions.in_flight, versions.alive
