@@ -2,7 +2,8 @@
 
 ``"ddg": {"trace": DIR}`` wraps the instructions of each training call, for the time of that call. A record is one
 operation of the plan with its start and end, and what the gap before it went to: waiting for an activation, a gradient
-or a loss, fetching data, sending, or the training script between two calls. What no name covers is Python.
+or a loss, fetching data, sending, or the training script between two calls. What no name covers is Python. All times
+are those of what computes (``clock.py``): on a GPU a gap is the device's, whatever the host did meanwhile.
 
 Instructions also appear by name in a torch profile, while one is being taken.
 """

@@ -64,7 +64,8 @@ class Reporter(Printer):
         Returns:
             `stage`; `staleness`, the updates made since the oldest micro-batch in flight went forward, which is how
             old the next gradient will be; `busy`, the share of the last call's time not spent waiting for other
-            stages; `micro_batches_in_flight`; `weight_versions`, how many are in memory.
+            stages (on a GPU of its own time, and of the last call that it is known to have done);
+            `micro_batches_in_flight`; `weight_versions`, how many are in memory.
         """
         return dict(zip(("stage", *MEASURED), self._gauge.now(self.versions, self.micro_batches), strict=True))
 
