@@ -46,6 +46,11 @@ class DDGConfig(BaseModel):
     trace: str | None = Field(default=None, min_length=1)
     """Folder to record in what each rank does and when, for ``ds-ddg trace``."""
 
+    @property
+    def timed(self) -> bool:
+        """Whether the times of what computes are needed, and not only those of the host that launches it."""
+        return self.slack == "auto" or self.trace is not None
+
     @classmethod
     def parse(cls, block: Mapping[str, Any] | None) -> DDGConfig:
         """Read the block of a DeepSpeed config (None: not there, all defaults).

@@ -58,14 +58,15 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
         staging = staging_for(self.device)
         self._feed = Feed(self.is_first_stage(), self.is_last_stage(), self._peers_of_stage(), staging)
         pipelines = self.grid.topology().get_axis_comm_lists("pipe")
-        self._links = WatchedLinks(pipelines, self.global_rank, self.plan, staging, clock=clock_for(self.device))
+        clock = clock_for(self.device) if self.ddg.timed else None
+        self._links = WatchedLinks(pipelines, self.global_rank, self.plan, staging, clock=clock)
         stay_until_the_others_leave(self._links)
         self._set_out()
 
     @together
     def _set_out(self) -> None:
         """The rest of the construction: here the other stages hear if it fails."""
-        if self.ddg.slack == "auto" or self.ddg.trace is not None:
+        if self.ddg.timed:
             self._everyone = group_of_all(self.global_rank)
         self._start_reports()
         self._start_recording()

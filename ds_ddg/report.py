@@ -64,8 +64,8 @@ class Reporter(Printer):
         Returns:
             `stage`; `staleness`, the updates made since the oldest micro-batch in flight went forward, which is how
             old the next gradient will be; `busy`, the share of the last call's time not spent waiting for other
-            stages (on a GPU of its own time, and of the last call that it is known to have done);
-            `micro_batches_in_flight`; `weight_versions`, how many are in memory.
+            stages (on a GPU that of the host, or with "slack": "auto" or "trace" that of the device, of the last call
+            it is known to have done); `micro_batches_in_flight`; `weight_versions`, how many are in memory.
         """
         return dict(zip(("stage", *MEASURED), self._gauge.now(self.versions, self.micro_batches), strict=True))
 

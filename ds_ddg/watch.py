@@ -1,6 +1,6 @@
 """What a stage measures of itself, and how that gets to the last stage at no cost of its own.
 
-Times are those of what computes, see ``clock.py``; on a GPU they are known a little later, and nobody waits for them.
+Times are those of the clock it is given (``clock.py``); a GPU's are known a little later, and nobody waits for them.
 """
 
 from __future__ import annotations
