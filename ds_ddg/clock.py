@@ -37,7 +37,7 @@ class Clock(Protocol):
         """The moment at which all that it was given until now is done."""
 
     def then(self, act: Callable[..., None], what: str, *moments: Any) -> None:
-        """``act(what, *times of the moments)`` once the last of them has passed, after what was given before."""
+        """``act(what, *times of the moments)`` once all of them have passed, after what was given before."""
 
     def read(self, wait: bool = False) -> None:
         """Do what can be done by now, or all of it.

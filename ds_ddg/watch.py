@@ -190,9 +190,11 @@ class Gauge:
         self._links.clock.read()
 
     def end_period(self, versions: WeightVersions, micro_batches: int) -> None:
-        """So is a period; its row leaves with the next call."""
-        self.row = self._measure(self._known.period, versions, micro_batches)
-        self._known.period = self._known.newest
+        """So is a period; its row leaves with the next call, and is of the last call known if no more is known yet."""
+        known = self._known
+        since = known.before if known.period is known.newest else known.period
+        self.row = self._measure(since, versions, micro_batches)
+        known.period = known.newest
 
     def now(self, versions: WeightVersions, micro_batches: int) -> Row:
         """The row of the last call, or on a device of the last one whose times are known."""

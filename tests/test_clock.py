@@ -21,7 +21,7 @@ from distributed import Ranks
 from ds_ddg.clock import DeviceClock, HostClock, clock_for
 from ds_ddg.log import Log
 from ds_ddg.plan import DDGPlan
-from ds_ddg.record import Recorder
+from ds_ddg.record import Recorder, _close
 from ds_ddg.slack import trial_calls
 from ds_ddg.trace import read
 from ds_ddg.watch import Gauge, Mark, WatchedLinks
@@ -145,6 +145,22 @@ def test_busy_share_of_calls_that_are_known(device: Device) -> None:
         call(0.0, 4.0)  # which looks at what has passed
         shares.append(busy())
     assert shares == [0.75, 0.25, 0.5]
+
+
+def test_a_period_of_which_nothing_is_known_repeats_the_last_call(device: Device) -> None:
+    """A monitor without steps_per_print makes every call a period, and the host may be a call ahead."""
+    gauge, call, _ = gauge_of(device)
+    versions: Any = SimpleNamespace(version=0, alive=1, in_flight=0)
+    for now in (0.0, 0.0, 8.0):
+        device.now = now
+        call(1.0, 3.0)
+    shares = []
+    for _ in range(3):
+        gauge.end_period(versions, 1)
+        assert gauge.row is not None
+        shares.append(gauge.row[2])
+        call(1.0, 3.0)
+    assert shares == [pytest.approx(6 / 7, abs=1e-4), 0.75, 0.75], "two calls less the first wait, then the last one"
 
 
 def test_a_pause_is_not_counted(device: Device) -> None:
@@ -284,8 +300,6 @@ def test_a_device_that_failed_leaves_what_is_known(tmp_path: Path, device: Devic
     device.defect = "device-side assert triggered"
     with pytest.raises(RuntimeError, match="device-side assert"):
         recorder.end(flush=True)
-    from ds_ddg.record import _close
-
     with pytest.raises(RuntimeError, match="device-side assert"):
         _close(recorder._clock, log)
     device.defect = ""  # at the end of the process it is asked once more
