@@ -202,17 +202,16 @@ def main() -> None:
     if options.device == "cuda" and not gpus:
         parser.error("there is no GPU here; --device cpu tries the script without one")
     options.own_device = gpus >= max(options.stages)
-    alone = [Cell(1, m) for m in options.micro_batches]
     plan = [
         [Cell(k, m, size) for size in (None, *options.megabytes) for m in options.micro_batches]
-        for k in options.stages
+        for k in (1, *options.stages)
     ]
     told = {key: getattr(options, key) for key in ("own_device", "layers", "width", "calls")}
     about: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), **told, **machine()}
     turns: list[list[dict[str, float]]] = []
     for _ in tqdm(range(options.turns), unit="turn"):
         turn = []
-        for cells in (alone, *plan):
+        for cells in plan:
             by_rank = run_ranks(rank_main, cells[0].stages, options, cells)
             about["device"] = by_rank[0][0]
             turn += [
@@ -220,7 +219,7 @@ def main() -> None:
                 for i in range(len(cells))
             ]
         turns.append(turn)
-        result = {"about": about, "rows": list(rows_of(list(itertools.chain(alone, *plan)), turns))}
+        result = {"about": about, "rows": list(rows_of(list(itertools.chain(*plan)), turns))}
         save(result, options.out)
     print(page(result))
 

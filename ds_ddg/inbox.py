@@ -16,6 +16,9 @@ from ds_ddg.wire import HEADER_TAG, LAST_WORDS_TAG, ON_DEMAND_TAG, STANDING_TAG,
 
 __all__ = ["Inbox"]
 
+_LARGE = 2**20
+"""So many bytes travel for longer than it takes to make room for them."""
+
 
 class Inbox:
     """Receives the messages of another stage, in the order in which they were sent.
@@ -72,6 +75,10 @@ class Inbox:
             self._refuse(header.kind, expected, what)
         if self.staging is not None and tensors:
             tensors = self.staging.to_device(tensors)
+        if header.standing and sum(t.nbytes for t in tensors if t is not None) >= _LARGE:
+            # Gloo sends when there is room to receive. The first stage and the last send nothing between this message
+            # and the next, so they would make room only when they need it, and no slack would hide the journey.
+            self.listen(what)
         return Message(header.kind, header.info, tuple(tensors))
 
     def _take_header(self, what: str, patience: timedelta | None) -> Header:

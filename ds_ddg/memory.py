@@ -84,13 +84,13 @@ def fullest(plan: Plan, stage: int, sizes: Sizes, stash: bool = True, recompute:
     """
     if not isinstance(plan, DDGPlan):
         return _synchronous(plan, stage, sizes)
-    messages = 0.0
+    messages, last = 0.0, plan.num_stages - 1
     if stage > 0:
-        # Gradients held, and the next activation, for which the last stage listens only when its backward is done.
+        # Gradients held, and the next activation, which without slack comes to the last stage behind its backward.
         held = plan.delay(stage - 1) - plan.delay(stage) + 1
-        messages += (held + (stage < plan.num_stages - 1)) * sizes.received
-    if stage < plan.num_stages - 1:
-        messages += sizes.sent  # the gradient that is used
+        messages += (held + (stage < last or plan.slack > 0)) * sizes.received
+    if stage < last:
+        messages += (1 + (plan.slack > 0)) * sizes.sent  # the gradient that is used; the next, with slack, comes early
     if recompute:
         messages += plan.activations(stage) * sizes.sent  # activations held, which are no longer in any graph
     # DeepSpeed runs the layers on a copy of their input.

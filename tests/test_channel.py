@@ -6,6 +6,8 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
 
 import pytest
 import torch
@@ -176,6 +178,29 @@ def post_to_one_who_sleeps(rank: int, world_size: int) -> float:
 def test_posting_waits_for_nobody(ranks: GetRanks) -> None:
     elapsed, _ = ranks(2).run(post_to_one_who_sleeps, timeout=TIMEOUT)
     assert elapsed < 1.0
+
+
+def send_to_one_who_works(rank: int, world_size: int, numel: int) -> bool:
+    """Whether a message arrives while the receiver works on the one before, or only when it asks for it."""
+    outbox, inbox = link(rank)
+    arrived = torch.zeros(())
+    if rank == 0:
+        for _ in range(3):  # the shape of the first is not known before
+            outbox.post(Kind.DATA, [torch.ones(numel)])
+        with suppress(StageError):
+            outbox.settle(timedelta(seconds=20))
+        arrived += outbox.pending == 0
+    else:
+        for _ in range(2):
+            inbox.take(Kind.DATA)
+    dist.broadcast(arrived, 0)  # the receiver is at work until here
+    if rank == 1:
+        inbox.take(Kind.DATA)
+    return bool(arrived)
+
+
+def test_a_large_message_travels_while_the_receiver_works(ranks: GetRanks) -> None:
+    assert ranks(2).run(send_to_one_who_works, 2**18, timeout=TIMEOUT) == [True, True]
 
 
 def spoil_what_was_received(rank: int, world_size: int) -> None:
