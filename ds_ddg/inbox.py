@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ds_ddg.message import HEADER_BYTES, Header, Kind, Message, Spec, bytes_of, empty, unpack
+from ds_ddg.message import HEADER_BYTES, Header, Kind, Message, Room, from_parts, sizes_of, unpack
 from ds_ddg.staging import Staging
 from ds_ddg.wire import HEADER_TAG, LAST_WORDS_TAG, ON_DEMAND_TAG, STANDING_TAG, StageError, Wire
 
@@ -30,8 +31,9 @@ class Inbox:
 
     def __init__(self, wire: Wire, staging: Staging | None = None) -> None:
         self.wire, self.staging = wire, staging
-        self._standing: Spec | None = None
-        self._standing_receive: tuple[list[Tensor | None], list[Any]] | None = None
+        self._room: Room = ()
+        """Sizes of the receive that is posted ahead, the standing one."""
+        self._standing_receive: tuple[list[Tensor], list[Any]] | None = None
         self._header, self._header_bytes = _room_for_header()
         self._header_work: Any = None
         """Posted and not waited for; the header is read before the next receive is posted, so one buffer does."""
@@ -46,8 +48,8 @@ class Inbox:
         """Post the receives for the next message, if they are not; `take` would do it, and wait that much longer."""
         if self._header_work is None:
             self._header_work = self.wire.recv(self._header, HEADER_TAG, _waited(what))
-            if self._standing is not None and self._standing_receive is None:
-                self._standing_receive = self._post(self._standing, STANDING_TAG, what)
+            if self._room and self._standing_receive is None:
+                self._standing_receive = self._post(self._room, STANDING_TAG, what)
 
     def take(self, *expected: Kind, what: str = "a message", patience: timedelta | None = None) -> Message:
         """Wait for the next message and hand it over; `what` says in errors what was waited for.
@@ -59,23 +61,24 @@ class Inbox:
         header = self._take_header(what, patience)
         if header.kind is Kind.RESHAPE:
             self._take_standing(what)
-            self._standing = None
+            self._room = ()
             header = self._take_header(what, patience)
         tensors: list[Tensor | None] = []
         if header.kind is Kind.PARK:
             self._take_standing(what)
-            self._standing = None
+            self._room = ()
         elif header.inline is not None:
             tensors = unpack(header.spec, header.inline)
         else:
-            tensors = self._take_standing(what) if header.standing else self._receive(header.spec, what)
-            if self._standing is None and header.recurs:
-                self._standing = header.spec
+            parts = self._take_standing(what) if header.standing else self._receive(sizes_of(header.spec), what)
+            tensors = from_parts(header.spec, parts)
+            if header.room is not None:
+                self._room = header.room
         if header.kind not in expected:
             self._refuse(header.kind, expected, what)
         if self.staging is not None and tensors:
             tensors = self.staging.to_device(tensors)
-        if header.standing and sum(t.nbytes for t in tensors if t is not None) >= _LARGE:
+        if header.standing and sum(self._room) >= _LARGE:
             # Gloo sends when there is room to receive. The first stage and the last send nothing between this message
             # and the next, so they would make room only when they need it, and no slack would hide the journey.
             self.listen(what)
@@ -102,22 +105,23 @@ class Inbox:
             "make the same calls (train_batch, eval_batch, drain, ...) in the same order on every rank"
         )
 
-    def _post(self, spec: Spec, tag: int, what: str) -> tuple[list[Tensor | None], list[Any]]:
-        tensors = empty(spec) if self.staging is None else self.staging.room(spec)
-        return tensors, [self.wire.recv(part, tag, _waited(what)) for part in bytes_of(tensors)]
+    def _post(self, room: Room, tag: int, what: str) -> tuple[list[Tensor], list[Any]]:
+        new = partial(torch.empty, dtype=torch.uint8) if self.staging is None else self.staging.room
+        parts = [new(size) for size in room]
+        return parts, [self.wire.recv(part, tag, _waited(what)) for part in parts]
 
-    def _take_standing(self, what: str) -> list[Tensor | None]:
+    def _take_standing(self, what: str) -> list[Tensor]:
         if self._standing_receive is None:
             return []
-        tensors, works = self._standing_receive
+        parts, works = self._standing_receive
         self._standing_receive = None
         self._wait(works, what)
-        return tensors
+        return parts
 
-    def _receive(self, spec: Spec, what: str) -> list[Tensor | None]:
-        tensors, works = self._post(spec, ON_DEMAND_TAG, what)
+    def _receive(self, room: Room, what: str) -> list[Tensor]:
+        parts, works = self._post(room, ON_DEMAND_TAG, what)
         self._wait(works, what)
-        return tensors
+        return parts
 
     def _wait(self, works: Sequence[Any], what: str, patience: timedelta | None = None) -> None:
         for work in works:

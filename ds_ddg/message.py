@@ -10,14 +10,16 @@ from __future__ import annotations
 import functools
 import math
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
+from io import BytesIO
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["HEADER_BYTES", "Header", "Kind", "Message", "Spec", "bytes_of", "empty", "fit", "spec_of", "unpack"]
+__all__ = ["HEADER_BYTES", "INLINE_BYTES", "Header", "Kind", "Message", "Room", "Spec", "bytes_of"]
+__all__ += ["fit", "from_parts", "sizes_of", "spec_of", "unpack"]
 
 HEADER_BYTES = 4096
 INLINE_BYTES = 1024
@@ -25,6 +27,8 @@ _TEXT_BYTES = 3072
 
 Spec = tuple[tuple[str, tuple[int, ...]] | None, ...]
 """Type and shape of each tensor of a message; None where there is none."""
+Room = tuple[int, ...]
+"""Bytes of each tensor that really travels, or that there is room for."""
 
 
 class Kind(str, Enum):
@@ -64,31 +68,41 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def empty(spec: Spec, pin: bool = False) -> list[Tensor | None]:
-    """Tensors to receive into; `pin`: in memory that a device can copy from at any time."""
-    return [None if s is None else torch.empty(s[1], dtype=getattr(torch, s[0]), pin_memory=pin) for s in spec]
+def bytes_of(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    """The tensors that really travel, as raw bytes: every dtype of torch goes over every back end that way."""
+    return [t.reshape(-1).view(torch.uint8) for t in tensors if t is not None and t.numel() > 0]
+
+
+def sizes_of(spec: Spec) -> Room:
+    """Of what `bytes_of` such tensors gives."""
+    sizes = (math.prod(entry[1]) * getattr(torch, entry[0]).itemsize for entry in spec if entry is not None)
+    return tuple(size for size in sizes if size)
+
+
+def from_parts(spec: Spec, parts: Iterable[Tensor]) -> list[Tensor | None]:
+    """Reverse of `bytes_of`; each of `parts` may be longer than what it holds."""
+    remaining = iter(parts)
+    # No views for autograd: what a layer writes into a tensor has nothing to do with bytes.
+    return _shaped(spec, lambda size, dtype: next(remaining)[:size].view(dtype).data)
 
 
 def unpack(spec: Spec, inline: bytes) -> list[Tensor | None]:
     """The tensors of a header that has them inline."""
+    stream = BytesIO(inline)
+    return _shaped(spec, lambda size, dtype: torch.frombuffer(bytearray(stream.read(size)), dtype=dtype))
+
+
+def _shaped(spec: Spec, part: Callable[[int, torch.dtype], Tensor]) -> list[Tensor | None]:
+    """Tensors of the next `part`, by number of bytes and type."""
     tensors: list[Tensor | None] = []
-    offset = 0
     for entry in spec:
         if entry is None:
             tensors.append(None)
             continue
         dtype, shape = getattr(torch, entry[0]), entry[1]
-        end = offset + math.prod(shape) * dtype.itemsize
-        empty = end == offset  # which frombuffer refuses
-        part = torch.empty(0, dtype=dtype) if empty else torch.frombuffer(bytearray(inline[offset:end]), dtype=dtype)
-        tensors.append(part.reshape(shape))
-        offset = end
+        size = math.prod(shape) * dtype.itemsize
+        tensors.append((part(size, dtype) if size else torch.empty(0, dtype=dtype)).reshape(shape))
     return tensors
-
-
-def bytes_of(tensors: Iterable[Tensor | None]) -> list[Tensor]:
-    """The tensors that really travel, as raw bytes: every dtype of torch goes over every back end that way."""
-    return [t.reshape(-1).view(torch.uint8) for t in tensors if t is not None and t.numel() > 0]
 
 
 class Header(NamedTuple):
@@ -98,9 +112,9 @@ class Header(NamedTuple):
     info: dict[str, Any]
     spec: Spec = ()
     standing: bool = False
-    """The tensors fill the receive that is posted for their shape."""
-    recurs: bool = False
-    """More of this shape will follow."""
+    """The tensors fill the receive that is posted ahead."""
+    room: Room | None = None
+    """From now on, receives of these sizes are to be posted ahead; None: as before."""
     inline: bytes | None = None
     """The tensors themselves, if they are here."""
 

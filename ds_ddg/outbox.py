@@ -3,10 +3,11 @@
 Every message has buffers of its own, which live until they have arrived. DeepSpeed's ``p2p`` blocks and receives into
 shared buffers, so it cannot be used here.
 
-The shape of the first training message becomes the *standing* one: from then on the receiver has receives posted for
-tensors of that shape, so that they travel while it computes. Messages of another shape (evaluation, say) are received
-on demand, and tensors of a few bytes ride in the header. When training has gone over to another shape for good, that
-becomes the standing one. Both sides (the other is ``inbox.py``) derive which is which from the messages alone.
+From the first training message on the receiver has receives of its sizes posted, the *standing* ones, so that what
+follows travels while it computes. Gloo fills a receive with less as well, so messages of changing shapes travel so too
+where there is room for them: training messages make it larger when they need that, and smaller when they have needed
+much less for a while. Others that find no room (of an evaluation, say) are received on demand, and tensors of a few
+bytes ride in the header. Both sides (the other is ``inbox.py``) derive which is which from the messages alone.
 
 Tensors on a device (``staging.py``) are copied first, and their message leaves, from a thread of its own, when that is
 done; what is posted behind it waits for its turn. All else is as with tensors on the host: a message is posted, is
@@ -21,14 +22,17 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
+from functools import partial, reduce
+from itertools import zip_longest
+from operator import le
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_ddg.message import INLINE_BYTES, Header, Kind, Spec, bytes_of, empty, fit, spec_of
+from ds_ddg.message import INLINE_BYTES, Header, Kind, Room, bytes_of, fit, spec_of
 from ds_ddg.staging import Staging
 from ds_ddg.wire import HEADER_TAG, LAST_WORDS_TAG, ON_DEMAND_TAG, STANDING_TAG, StageError, Wire
 
@@ -39,8 +43,8 @@ _Tagged = list[tuple[Tensor, int]]
 _Works = list[tuple[Any, Tensor]]
 """Sends under way: handles, and what is sent."""
 
-_SETTLED = 4
-"""So many messages of one other shape in a row, and it becomes the standing one; that costs one message of the old."""
+_SMALL = 16
+"""So many messages in a row that fill less than half of the room, and it shrinks."""
 
 _under_way: WeakKeyDictionary[dist.ProcessGroup, list[Any]] = WeakKeyDictionary()
 """What outboxes have sent, as long as their group lives. A send is withdrawn when its handle goes, and the peer would
@@ -64,9 +68,10 @@ class Outbox:
     staging: Staging | None = None
     _sent: deque[tuple[Kind, _Works | Future[_Works]]] = field(default_factory=deque)
     _data: int = 0
-    _standing: Spec | None = None
-    _other: Spec | None = None
-    _others: int = 0
+    _room: Room = ()
+    """Of the receives that the receiver has standing."""
+    _small: list[Room] = field(default_factory=list)
+    """The sizes of the latest messages that left half of it empty."""
     _failure: StageError | None = None
     """What went wrong on the sender's thread."""
 
@@ -84,7 +89,7 @@ class Outbox:
         Args:
             kind: what it is about.
             tensors: its tensors; None where there is none.
-            recurs: whether more of the same shape will follow, so that it may become the standing one.
+            recurs: whether more of its kind will follow, so that there should be standing room for it.
             **info: small plain values.
 
         Raises:
@@ -96,28 +101,37 @@ class Outbox:
         if self.staging is not None:
             payload, copied = self.staging.to_host(payload)
         spec, parts = spec_of(payload), bytes_of(payload)
-        if copied is None and sum(part.numel() for part in parts) <= INLINE_BYTES:
+        sizes = tuple(part.numel() for part in parts)
+        if copied is None and sum(sizes) <= INLINE_BYTES:
             inline = b"".join(part.numpy().tobytes() for part in parts)
             tagged = [(Header(kind, info, spec, inline=inline).encode(), HEADER_TAG)]
         else:
-            tagged = self._reshape(spec) if recurs else []
-            standing = spec == self._standing
-            tagged += [(Header(kind, info, spec, standing, recurs).encode(), HEADER_TAG)]
+            room = self._other_room(sizes) if recurs else None
+            standing = room is None and _fits(sizes, self._room)
+            header = (Header(kind, info, spec, standing, room).encode(), HEADER_TAG)
+            if room is not None:
+                tagged = [*(self._release(Kind.RESHAPE) if self._room else []), header]
+                self._room, self._small = room, []
+            else:
+                tagged = [header]
             tagged += [(part, STANDING_TAG if standing else ON_DEMAND_TAG) for part in parts]
-            if self._standing is None and recurs:
-                self._standing = spec
+            if standing:
+                tagged += _nothing(len(self._room) - len(sizes))
         self._dispatch(kind, tagged, copied)
         # A call may send no data at all (DeepSpeed's own schedule), so what announces calls is bounded as well.
         self._data += kind is Kind.DATA
         while self._data > self.depth or len(self._sent) > 2 * self.depth + 2:
             self._settle_oldest()
 
-    def _reshape(self, spec: Spec) -> _Tagged:
-        """If messages are of another shape by now, let the receiver drop its standing receive."""
-        self._others = self._others + 1 if spec == self._other else 1
-        self._other = spec
-        settled = self._standing not in (None, spec) and self._others >= _SETTLED
-        return self._release(Kind.RESHAPE) if settled else []
+    def _other_room(self, sizes: Room) -> Room | None:
+        """What room the receiver should have from this training message on; None: that which it has."""
+        if not _fits(sizes, self._room):
+            return _larger(sizes, self._room)
+        if 2 * sum(sizes) >= sum(self._room):
+            self._small.clear()
+            return None
+        self._small.append(sizes)
+        return reduce(_larger, self._small) if len(self._small) == _SMALL else None
 
     def park(self) -> None:
         """Let the receiver drop its standing receive, then wait until all has arrived.
@@ -125,6 +139,7 @@ class Outbox:
         Two stages that park at once must both `listen` before.
         """
         self._dispatch(Kind.PARK, self._release(Kind.PARK))
+        self._room, self._small = (), []
         while self._sent:
             self._settle_oldest()
 
@@ -151,11 +166,8 @@ class Outbox:
             self.wire.wait(self.wire.send(message, LAST_WORDS_TAG), "it did not hear of a failure", patience)
 
     def _release(self, kind: Kind) -> _Tagged:
-        """Let the receiver drop its standing receive, by filling it once more."""
-        tagged = [(Header(kind, {}).encode(), HEADER_TAG)]
-        tagged += [(part, STANDING_TAG) for part in bytes_of(empty(self._standing or ()))]
-        self._standing = None
-        return tagged
+        """Let the receiver drop its standing receives, by filling them with next to nothing."""
+        return [(Header(kind, {}).encode(), HEADER_TAG), *_nothing(len(self._room))]
 
     def _dispatch(self, kind: Kind, tagged: _Tagged, copied: Any = None) -> None:
         """Send now; or in turn, if this message or one before it has to wait for a copy."""
@@ -220,3 +232,17 @@ def _plain(tensor: Tensor) -> Tensor:
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
     return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _nothing(count: int) -> _Tagged:
+    """For standing receives that there is nothing for."""
+    return [(torch.zeros(1, dtype=torch.uint8), STANDING_TAG)] * count
+
+
+def _fits(sizes: Room, room: Room) -> bool:
+    return len(sizes) <= len(room) and all(map(le, sizes, room))
+
+
+def _larger(sizes: Room, room: Room) -> Room:
+    """Room for both."""
+    return tuple(map(max, zip_longest(sizes, room, fillvalue=0)))

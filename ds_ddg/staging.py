@@ -35,8 +35,6 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe import p2p
 from torch import Tensor
 
-from ds_ddg.message import Spec, empty
-
 __all__ = ["Staging", "staging_for", "without_greetings"]
 
 _T = TypeVar("_T")
@@ -58,9 +56,9 @@ class Staging:
         self._to_host, self._to_device = (self._streams.Stream(device) for _ in range(2))
         self._sender = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ds_ddg sender")
 
-    def room(self, spec: Spec) -> list[Tensor | None]:
-        """Host memory to receive into."""
-        return empty(spec, self._pin)
+    def room(self, size: int) -> Tensor:
+        """Bytes of host memory to receive into."""
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self._pin)
 
     def to_host(self, tensors: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Any]:
         """Start to copy what is on the device.

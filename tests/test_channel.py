@@ -180,27 +180,65 @@ def test_posting_waits_for_nobody(ranks: GetRanks) -> None:
     assert elapsed < 1.0
 
 
-def send_to_one_who_works(rank: int, world_size: int, numel: int) -> bool:
-    """Whether a message arrives while the receiver works on the one before, or only when it asks for it."""
+def send_to_one_who_works(rank: int, world_size: int, sizes: list[int]) -> bool:
+    """Whether the last message arrives while the receiver works on the one before, or only when it asks for it."""
     outbox, inbox = link(rank)
     arrived = torch.zeros(())
     if rank == 0:
-        for _ in range(3):  # the shape of the first is not known before
-            outbox.post(Kind.DATA, [torch.ones(numel)])
+        for size in sizes:
+            outbox.post(Kind.DATA, [torch.ones(size)])
         with suppress(StageError):
             outbox.settle(timedelta(seconds=20))
         arrived += outbox.pending == 0
     else:
-        for _ in range(2):
+        for _ in sizes[1:]:
             inbox.take(Kind.DATA)
     dist.broadcast(arrived, 0)  # the receiver is at work until here
     if rank == 1:
-        inbox.take(Kind.DATA)
+        assert_same(inbox.take(Kind.DATA).tensors, (torch.ones(sizes[-1]),))
     return bool(arrived)
 
 
-def test_a_large_message_travels_while_the_receiver_works(ranks: GetRanks) -> None:
-    assert ranks(2).run(send_to_one_who_works, 2**18, timeout=TIMEOUT) == [True, True]
+@pytest.mark.parametrize("sizes", [[1, 1, 1], [1, 1, 0.6], [0.6, 1, 0.7, 0.8]], ids=str)
+def test_a_large_message_travels_while_the_receiver_works(ranks: GetRanks, sizes: list[float]) -> None:
+    """Of any size that there is room for; how much that should be, the first of its size tells."""
+    assert ranks(2).run(send_to_one_who_works, [round(2**19 * size) for size in sizes], timeout=TIMEOUT) == [True] * 2
+
+
+def room_by_message(rank: int, world_size: int, messages: list[tuple[list[int], bool]]) -> list[tuple[int, ...]]:
+    """Bytes of the receives that are posted ahead, after each message of bytes and whether more will follow."""
+    outbox, inbox = link(rank)
+    seen = []
+    for n, (sizes, recurs) in enumerate(messages):
+        sent = tuple(torch.full((size,), n, dtype=torch.uint8) for size in sizes)
+        outbox.post(Kind.DATA, sent, recurs)
+        assert_same(inbox.take(Kind.DATA).tensors, sent)
+        inbox.listen()
+        posted, _ = inbox._standing_receive or ([], [])
+        seen.append(tuple(part.numel() for part in posted))
+    close(outbox, inbox)
+    return seen
+
+
+def test_room_follows_what_training_needs(ranks: GetRanks) -> None:
+    course = [
+        (([10, 4], False), ()),  # an evaluation before there is any training
+        (([10, 4], True), (10, 4)),
+        (([8, 4], True), (10, 4)),
+        (([9], True), (10, 4)),
+        (([50], False), (10, 4)),
+        (([8, 6], True), (10, 6)),
+        (([1, 1, 2], True), (10, 6, 2)),
+        (([], True), (10, 6, 2)),
+        *[(([2, 3], True), (10, 6, 2))] * 14,
+        (([9, 1], True), (10, 6, 2)),  # as much as half of it is in use again
+        *[(([2, 3], True), (10, 6, 2))] * 14,
+        (([1, 4, 1], True), (10, 6, 2)),
+        (([2, 3], True), (2, 4, 1)),
+        (([2, 4], True), (2, 4, 1)),
+    ]
+    messages, expected = (list(column) for column in zip(*course, strict=True))
+    assert ranks(2).run(room_by_message, messages, timeout=TIMEOUT) == [expected] * 2
 
 
 def spoil_what_was_received(rank: int, world_size: int) -> None:

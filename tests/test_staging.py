@@ -34,7 +34,7 @@ from distributed import Ranks
 from ds_ddg.again import Circumstances
 from ds_ddg.data import Feed
 from ds_ddg.inbox import Inbox
-from ds_ddg.message import Header, Kind, spec_of
+from ds_ddg.message import Header, Kind
 from ds_ddg.outbox import Outbox
 from ds_ddg.refusals import refuse_unsupported
 from ds_ddg.staging import Staging, without_greetings
@@ -192,11 +192,6 @@ def test_nothing_is_copied_where_nothing_is_on_the_device() -> None:
         assert StandIn(made).to_host([]) == ([], None)
         assert StandIn(Device()).to_host([None]) == ([None], None)
         assert not made.log
-
-
-def test_room_has_the_types_and_shapes_of_what_will_arrive() -> None:
-    spec = spec_of([torch.ones(2, 3, dtype=torch.bfloat16), None, torch.ones((), dtype=torch.bool)])
-    assert spec_of(StandIn(Device()).room(spec)) == spec
 
 
 def test_sender_keeps_the_order_and_ends_with_its_owner() -> None:

@@ -346,21 +346,22 @@ def test_shape_changes_unannounced(ranks: GetRanks) -> None:
         assert "reset_activation_shape()" in heard
 
 
-def standing_lengths(rank: int, world_size: int) -> list[int]:
-    """Of the sequences for which the last stage has a receive posted, after each call; the shape changes in call 4."""
+def standing_room(rank: int, world_size: int) -> list[int]:
+    """Bytes of the receive that the last stage has posted, after each call; the longest sequences come in call 4."""
     setup = Setup(any_length, list, stages=world_size, micro_batches=1, module={"dynamic_shape": True})  # type: ignore[arg-type]
-    engine, data, lengths = setup.engine(), sequences((20, 33), each=4), []
-    for _ in range(8):
+    engine, data, room = setup.engine(), sequences((21, 33, 9), each=4), []
+    for _ in range(12):
         engine.train_batch(data)
         if engine.is_last_stage():
-            lengths.append(engine._links._activations_in._standing[0][1][1])
+            room.append(engine._links._activations_in._room[0])
     engine.drain()
-    return lengths
+    return room
 
 
-def test_standing_receive_follows_the_shape(ranks: GetRanks) -> None:
-    """Otherwise, once a curriculum has gone on, no activation would travel while its receiver computes."""
-    assert ranks(2).run(standing_lengths)[1] == [20] * 7 + [33]
+def test_standing_receive_has_room_for_every_length(ranks: GetRanks) -> None:
+    """Otherwise, where lengths change, no activation would travel while its receiver computes."""
+    *_, room = ranks(2).run(standing_room)
+    assert room == [3 * 4 * WIDTH * length for length in [21] * 4 + [33] * 8]
 
 
 def memory_of_changing_shapes(rank: int, world_size: int) -> list[tuple[int, int]]:
