@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from threading import Lock
@@ -61,7 +62,7 @@ class Inbox:
         header = self._take_header(what, patience)
         if header.kind is Kind.RESHAPE:
             self._take_standing(what)
-            self._room = ()
+            self._room = header.info["room"]
             header = self._take_header(what, patience)
         tensors: list[Tensor | None] = []
         if header.kind is Kind.PARK:
@@ -70,18 +71,19 @@ class Inbox:
         elif header.inline is not None:
             tensors = unpack(header.spec, header.inline)
         else:
-            parts = self._take_standing(what) if header.standing else self._receive(sizes_of(header.spec), what)
-            tensors = from_parts(header.spec, parts)
-            if header.room is not None:
-                self._room = header.room
+            sizes = sizes_of(header.spec)
+            parts = self._take_standing(what)[: len(sizes)] if header.standing else self._receive(sizes, what)
+            held = [self._held(part, size) for part, size in zip(parts, sizes, strict=True)]
+            tensors = from_parts(header.spec, held)
         if header.kind not in expected:
             self._refuse(header.kind, expected, what)
         if self.staging is not None and tensors:
             tensors = self.staging.to_device(tensors)
         if header.standing and sum(self._room) >= _LARGE:
-            # Gloo sends when there is room to receive. The first stage and the last send nothing between this message
-            # and the next, so they would make room only when they need it, and no slack would hide the journey.
-            self.listen(what)
+            # Gloo sends when there is room to receive. The first stage and the last send only right before they need
+            # the next message, so they would make room too late, and no slack would hide its journey.
+            with suppress(StageError):  # this message is good; whoever waits for the next one hears it
+                self.listen(what)
         return Message(header.kind, header.info, tuple(tensors))
 
     def _take_header(self, what: str, patience: timedelta | None) -> Header:
@@ -109,6 +111,11 @@ class Inbox:
         new = partial(torch.empty, dtype=torch.uint8) if self.staging is None else self.staging.room
         parts = [new(size) for size in room]
         return parts, [self.wire.recv(part, tag, _waited(what)) for part in parts]
+
+    def _held(self, part: Tensor, size: int) -> Tensor:
+        """The bytes that came, in memory that is not much larger for as long as they are needed."""
+        held = part[:size]
+        return held.clone() if self.staging is None and 2 * size < part.numel() else held
 
     def _take_standing(self, what: str) -> list[Tensor]:
         if self._standing_receive is None:

@@ -7,7 +7,8 @@ each, something else is at its most:
     activations   those of d_k micro-batches wait; of the one at work they go, layer by layer
     gradients     of the weights: none before the first backward of a call, whose layers make them as the activations
                   go; all of them at the others
-    messages      sent ones are held until the plan says that they must have been read (`Connections.expect`)
+    messages      sent ones are held until the plan says that they must have been read (`Connections.expect`); the next
+                  ones may come early, if they are large (`Inbox.take`)
     data          on the first stage, of the rest of the call
 
 Not counted: optimizer states, what an update needs for itself, what a mixed-precision optimizer adds, and what the
@@ -84,13 +85,12 @@ def fullest(plan: Plan, stage: int, sizes: Sizes, stash: bool = True, recompute:
     """
     if not isinstance(plan, DDGPlan):
         return _synchronous(plan, stage, sizes)
-    messages, last = 0.0, plan.num_stages - 1
+    messages = 0.0
     if stage > 0:
-        # Gradients held, and the next activation, which without slack comes to the last stage behind its backward.
-        held = plan.delay(stage - 1) - plan.delay(stage) + 1
-        messages += (held + (stage < last or plan.slack > 0)) * sizes.received
-    if stage < last:
-        messages += (1 + (plan.slack > 0)) * sizes.sent  # the gradient that is used; the next, with slack, comes early
+        # Gradients held, and the next activation.
+        messages += (plan.delay(stage - 1) - plan.delay(stage) + 2) * sizes.received
+    if stage < plan.num_stages - 1:
+        messages += 2 * sizes.sent  # the gradient that is used, and the next, for which there is room already
     if recompute:
         messages += plan.activations(stage) * sizes.sent  # activations held, which are no longer in any graph
     # DeepSpeed runs the layers on a copy of their input.

@@ -45,7 +45,7 @@ class Kind(str, Enum):
     PARK = "park"
     """The pipeline is drained: release the standing receive."""
     RESHAPE = "reshape"
-    """Release the standing receive, for one of another shape; the message itself follows."""
+    """Release the standing receives, for others of the sizes given as `room`; a message for them follows."""
     LEAVE = "leave"
     """The sender has done its work and will send nothing more."""
 
@@ -80,10 +80,10 @@ def sizes_of(spec: Spec) -> Room:
 
 
 def from_parts(spec: Spec, parts: Iterable[Tensor]) -> list[Tensor | None]:
-    """Reverse of `bytes_of`; each of `parts` may be longer than what it holds."""
+    """Reverse of `bytes_of`."""
     remaining = iter(parts)
-    # No views for autograd: what a layer writes into a tensor has nothing to do with bytes.
-    return _shaped(spec, lambda size, dtype: next(remaining)[:size].view(dtype).data)
+    # No views of the bytes for autograd: what a layer writes into a tensor has nothing to do with them.
+    return _shaped(spec, lambda size, dtype: next(remaining).view(dtype).data)
 
 
 def unpack(spec: Spec, inline: bytes) -> list[Tensor | None]:
@@ -112,9 +112,7 @@ class Header(NamedTuple):
     info: dict[str, Any]
     spec: Spec = ()
     standing: bool = False
-    """The tensors fill the receive that is posted ahead."""
-    room: Room | None = None
-    """From now on, receives of these sizes are to be posted ahead; None: as before."""
+    """The tensors go into the receives that are posted ahead."""
     inline: bytes | None = None
     """The tensors themselves, if they are here."""
 

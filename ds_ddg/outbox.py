@@ -4,10 +4,10 @@ Every message has buffers of its own, which live until they have arrived. DeepSp
 shared buffers, so it cannot be used here.
 
 From the first training message on the receiver has receives of its sizes posted, the *standing* ones, so that what
-follows travels while it computes. Gloo fills a receive with less as well, so messages of changing shapes travel so too
-where there is room for them: training messages make it larger when they need that, and smaller when they have needed
-much less for a while. Others that find no room (of an evaluation, say) are received on demand, and tensors of a few
-bytes ride in the header. Both sides (the other is ``inbox.py``) derive which is which from the messages alone.
+follows travels while it computes. Gloo (over TCP) fills a receive with less as well, so messages of changing shapes
+travel so too where there is room for them: training messages make it larger when they need that, and smaller when they
+have needed much less for a while. Others that find no room (of an evaluation, say) are received on demand, and tensors
+of a few bytes ride in the header. The receiver (``inbox.py``) learns which is which from the messages alone.
 
 Tensors on a device (``staging.py``) are copied first, and their message leaves, from a thread of its own, when that is
 done; what is posted behind it waits for its turn. All else is as with tensors on the host: a message is posted, is
@@ -46,6 +46,8 @@ _Works = list[tuple[Any, Tensor]]
 _SMALL = 16
 """So many messages in a row that fill less than half of the room, and it shrinks."""
 
+_NEXT_TO_NOTHING = torch.zeros(1, dtype=torch.uint8)
+
 _under_way: WeakKeyDictionary[dist.ProcessGroup, list[Any]] = WeakKeyDictionary()
 """What outboxes have sent, as long as their group lives. A send is withdrawn when its handle goes, and the peer would
 wait for ever: so handles must outlive an engine that failed, or is done, and is dropped before all has arrived."""
@@ -71,7 +73,7 @@ class Outbox:
     _room: Room = ()
     """Of the receives that the receiver has standing."""
     _small: list[Room] = field(default_factory=list)
-    """The sizes of the latest messages that left half of it empty."""
+    """The sizes of the latest training messages, if they left more than half of it empty."""
     _failure: StageError | None = None
     """What went wrong on the sender's thread."""
 
@@ -107,13 +109,11 @@ class Outbox:
             tagged = [(Header(kind, info, spec, inline=inline).encode(), HEADER_TAG)]
         else:
             room = self._other_room(sizes) if recurs else None
-            standing = room is None and _fits(sizes, self._room)
-            header = (Header(kind, info, spec, standing, room).encode(), HEADER_TAG)
+            standing = room is not None or _fits(sizes, self._room)
+            tagged = [(Header(kind, info, spec, standing).encode(), HEADER_TAG)]
             if room is not None:
-                tagged = [*(self._release(Kind.RESHAPE) if self._room else []), header]
+                tagged = [*self._release(Kind.RESHAPE, room=room), *tagged]
                 self._room, self._small = room, []
-            else:
-                tagged = [header]
             tagged += [(part, STANDING_TAG if standing else ON_DEMAND_TAG) for part in parts]
             if standing:
                 tagged += _nothing(len(self._room) - len(sizes))
@@ -131,7 +131,11 @@ class Outbox:
             self._small.clear()
             return None
         self._small.append(sizes)
-        return reduce(_larger, self._small) if len(self._small) == _SMALL else None
+        if len(self._small) < _SMALL:
+            return None
+        room = reduce(_larger, self._small)
+        self._small.clear()
+        return None if room == self._room else room
 
     def park(self) -> None:
         """Let the receiver drop its standing receive, then wait until all has arrived.
@@ -165,9 +169,9 @@ class Outbox:
         with suppress(StageError):
             self.wire.wait(self.wire.send(message, LAST_WORDS_TAG), "it did not hear of a failure", patience)
 
-    def _release(self, kind: Kind) -> _Tagged:
+    def _release(self, kind: Kind, **info: Any) -> _Tagged:
         """Let the receiver drop its standing receives, by filling them with next to nothing."""
-        return [(Header(kind, {}).encode(), HEADER_TAG), *_nothing(len(self._room))]
+        return [(Header(kind, info).encode(), HEADER_TAG), *_nothing(len(self._room))]
 
     def _dispatch(self, kind: Kind, tagged: _Tagged, copied: Any = None) -> None:
         """Send now; or in turn, if this message or one before it has to wait for a copy."""
@@ -236,7 +240,7 @@ def _plain(tensor: Tensor) -> Tensor:
 
 def _nothing(count: int) -> _Tagged:
     """For standing receives that there is nothing for."""
-    return [(torch.zeros(1, dtype=torch.uint8), STANDING_TAG)] * count
+    return [(_NEXT_TO_NOTHING, STANDING_TAG)] * count
 
 
 def _fits(sizes: Room, room: Room) -> bool:

@@ -136,7 +136,7 @@ class WatchedLinks(Links):
                 self.clock.then(lambda _, sent, back: seconds.append((back - sent) / 2), "hop", start, end)
             self.clock.read(wait=True)
         self.park()
-        return median(seconds[1:]) if seconds else 0.0  # at the first one the receiver did not know the shape
+        return median(seconds[1:]) if seconds else 0.0  # at the first one there was no room yet
 
 
 @dataclass

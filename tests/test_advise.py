@@ -19,11 +19,11 @@ PAIR = Model(Cost(num_bytes=0.1), weight_bytes=(1, 1), activation_bytes=(2, 2))
     ("setup", "memory"),
     [
         # At work are a backward, 2 of activations or gradients in their place and 2 x 0.1, and 0.1 twice of its input.
-        # Messages: the gradient used; two held, and the next activation; two held on the last stage.
-        (Setup(DDGPlan(4), GIB), [4 + 8 + 0.3, 3 + 6.4 + 0.8, 2 + 4.2 + 0.8, 1 + 2 + 0.6]),
-        (Setup(DDGPlan(4, 4), GIB), [2 + 9 + 0.3, 2 + 7.4 + 0.8, 1 + 5.2 + 0.8, 1 + 3 + 0.6]),
-        (Setup(DDGPlan(4), GIB, weights="current"), [1 + 8 + 0.3, 1 + 6.4 + 0.8, 1 + 4.2 + 0.8, 1 + 2 + 0.6]),
-        (Setup(DDGPlan(4), GIB, activations="recompute"), [4 + 2.7, 3 + 3.3, 2 + 3.1, 1 + 2 + 0.6]),
+        # Messages: the gradient used and the next; two held, and the next activation, on the last stage these alone.
+        (Setup(DDGPlan(4), GIB), [4 + 8 + 0.4, 3 + 6.4 + 0.9, 2 + 4.2 + 0.9, 1 + 2 + 0.7]),
+        (Setup(DDGPlan(4, 4), GIB), [2 + 9 + 0.4, 2 + 7.4 + 0.9, 1 + 5.2 + 0.9, 1 + 3 + 0.7]),
+        (Setup(DDGPlan(4), GIB, weights="current"), [1 + 8 + 0.4, 1 + 6.4 + 0.9, 1 + 4.2 + 0.9, 1 + 2 + 0.7]),
+        (Setup(DDGPlan(4), GIB, activations="recompute"), [4 + 2.8, 3 + 3.4, 2 + 3.2, 1 + 2 + 0.7]),
         (Setup(OneFOneBPlan(4, 2), GIB), [1 + 5 + 0.4, 1 + 5.2 + 0.8, 1 + 5.2 + 0.8, 1 + 3 + 0.6]),
         # The data of the rest of a call, and the copies of those in flight.
         (Setup(DDGPlan(2, 3), Model(Cost(), (1, 1), (2, 2), input_bytes=0.5)), [2 + 3 + 1 + 2 + 1, 1 + 3]),

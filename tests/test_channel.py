@@ -92,11 +92,11 @@ def samples() -> list[tuple[Tensor | None, ...]]:
     ]
 
 
-def exchange_samples(rank: int, world_size: int, standing_shape: int, inline: int) -> None:
+def exchange_samples(rank: int, world_size: int, first: int, inline: int) -> None:
     outbox, inbox = link(rank, 64, inline)
     messages = samples()
-    # Whichever comes first decides what is received ahead from then on; none may depend on being it or not.
-    messages = messages[standing_shape:] + messages[:standing_shape]
+    # What there is room for depends on what came before; none may depend on that.
+    messages = messages[first:] + messages[:first]
     for _ in range(2):
         for index, message in enumerate(messages):
             outbox.post(Kind.DATA, message, index=index)
@@ -109,21 +109,22 @@ def exchange_samples(rank: int, world_size: int, standing_shape: int, inline: in
 
 
 @pytest.mark.parametrize("inline", [0, 32, 1024])
-@pytest.mark.parametrize("standing_shape", [0, 12, 14, 15, 19, 21])
-def test_every_kind_of_tensor_arrives(ranks: GetRanks, standing_shape: int, inline: int) -> None:
-    ranks(2).run(exchange_samples, standing_shape, inline, timeout=TIMEOUT)
+@pytest.mark.parametrize("first", [0, 12, 14, 15, 19, 21])
+def test_every_kind_of_tensor_arrives(ranks: GetRanks, first: int, inline: int) -> None:
+    ranks(2).run(exchange_samples, first, inline, timeout=TIMEOUT)
 
 
-def interleave_shapes(rank: int, world_size: int) -> None:
-    """Standing messages (training) with others of any shape between them (evaluation), in a fixed random order."""
+def interleave_shapes(rank: int, world_size: int, most: int) -> None:
+    """Training of changing shapes, `most` rows at most, and evaluation of larger ones, in a fixed random order."""
     outbox, inbox = link(rank, depth=1000)
     torch.manual_seed(1)
-    shapes = [(4, 3)] + [[(4, 3), (2, 3), (4, 3, 1), ()][i] for i in torch.randint(4, (200,)).tolist()]
+    shapes = [(4, 3)] + [[(4, 3), (2, 3), (4, 3, 1), (), (most, 3), (8, 3)][i] for i in torch.randint(6, (300,))]
     ahead = 5
     for n in range(len(shapes) + ahead):
         if n < len(shapes):
             kind = Kind.BEGIN if n % 7 == 3 else Kind.DATA
-            outbox.post(kind, [] if kind is Kind.BEGIN else [torch.full(shapes[n], float(n))], n=n)
+            tensors = [] if kind is Kind.BEGIN else [torch.full(shapes[n], float(n))]
+            outbox.post(kind, tensors, recurs=shapes[n] != (8, 3), n=n)
         if n >= ahead:
             m = n - ahead
             message = inbox.take(Kind.BEGIN, Kind.DATA)
@@ -134,8 +135,9 @@ def interleave_shapes(rank: int, world_size: int) -> None:
     close(outbox, inbox)
 
 
-def test_other_shapes_between_standing_ones_keep_their_order(ranks: GetRanks) -> None:
-    ranks(2).run(interleave_shapes, timeout=TIMEOUT)
+@pytest.mark.parametrize("most", [4, 7, 9])
+def test_other_shapes_between_standing_ones_keep_their_order(ranks: GetRanks, most: int) -> None:
+    ranks(2).run(interleave_shapes, most, timeout=TIMEOUT)
 
 
 def exchange_big(rank: int, world_size: int) -> None:
@@ -196,10 +198,11 @@ def send_to_one_who_works(rank: int, world_size: int, sizes: list[int]) -> bool:
     dist.broadcast(arrived, 0)  # the receiver is at work until here
     if rank == 1:
         assert_same(inbox.take(Kind.DATA).tensors, (torch.ones(sizes[-1]),))
+    close(outbox, inbox)
     return bool(arrived)
 
 
-@pytest.mark.parametrize("sizes", [[1, 1, 1], [1, 1, 0.6], [0.6, 1, 0.7, 0.8]], ids=str)
+@pytest.mark.parametrize("sizes", [[1, 1], [1, 1, 0.6], [0.6, 1, 0.7]], ids=str)
 def test_a_large_message_travels_while_the_receiver_works(ranks: GetRanks, sizes: list[float]) -> None:
     """Of any size that there is room for; how much that should be, the first of its size tells."""
     assert ranks(2).run(send_to_one_who_works, [round(2**19 * size) for size in sizes], timeout=TIMEOUT) == [True] * 2
@@ -224,6 +227,7 @@ def test_room_follows_what_training_needs(ranks: GetRanks) -> None:
     course = [
         (([10, 4], False), ()),  # an evaluation before there is any training
         (([10, 4], True), (10, 4)),
+        *[(([9, 1], True), (10, 4)), (([1, 4], True), (10, 4)), (([10], True), (10, 4))] * 6,
         (([8, 4], True), (10, 4)),
         (([9], True), (10, 4)),
         (([50], False), (10, 4)),
@@ -236,9 +240,35 @@ def test_room_follows_what_training_needs(ranks: GetRanks) -> None:
         (([1, 4, 1], True), (10, 6, 2)),
         (([2, 3], True), (2, 4, 1)),
         (([2, 4], True), (2, 4, 1)),
+        *[(([0, 1], True), (2, 4, 1)), (([1, 0, 0], True), (2, 4, 1))] * 7,
+        (([0, 2], True), (2, 4, 1)),
+        (([1], True), (2,)),
     ]
     messages, expected = (list(column) for column in zip(*course, strict=True))
     assert ranks(2).run(room_by_message, messages, timeout=TIMEOUT) == [expected] * 2
+
+
+def take_what_an_evaluation_made_room_for(rank: int, world_size: int) -> list[int]:
+    """Bytes that what training receives keeps from being freed."""
+    outbox, inbox = link(rank)
+    seen = []
+    for size in (2**19, 2**19, 2**18 - 1, 2**17):
+        outbox.post(Kind.DATA, [torch.ones(size)])
+    for n in range(4):
+        with torch.inference_mode(n == 1):
+            (tensor,) = inbox.take(Kind.DATA).tensors
+        assert tensor is not None
+        if n != 1:
+            tensor.requires_grad_()  # fails for what belongs to an evaluation
+            seen.append(tensor.untyped_storage().nbytes())
+    close(outbox, inbox)
+    return seen
+
+
+def test_what_is_taken_can_be_trained_on_and_freed(ranks: GetRanks) -> None:
+    """Receives are posted ahead: in the evaluation before, and with room for the largest message."""
+    expected = [2**21, 2**20 - 4, 2**19]
+    assert ranks(2).run(take_what_an_evaluation_made_room_for, timeout=TIMEOUT) == [expected] * 2
 
 
 def spoil_what_was_received(rank: int, world_size: int) -> None:
@@ -365,6 +395,19 @@ def lose_the_sender(rank: int, world_size: int, when: str) -> None:
     inbox.take(Kind.DATA, what="a gradient")
 
 
+def lose_the_sender_of_a_large_message(rank: int, world_size: int) -> None:
+    outbox, inbox = link(rank)
+    if rank == 1:
+        for n in range(2):
+            outbox.post(Kind.DATA, [torch.full((2**18,), float(n))])
+        outbox.settle(timedelta(seconds=20))
+        os.kill(os.getpid(), signal.SIGKILL)
+    for n in range(2):
+        assert_same(inbox.take(Kind.DATA, what="an activation").tensors, (torch.full((2**18,), float(n)),))
+        time.sleep(0.5)
+    inbox.take(Kind.DATA, what="a gradient")
+
+
 def lose_the_receiver(rank: int, world_size: int) -> None:
     outbox, _ = link(rank, depth=2)
     dist.barrier()
@@ -437,6 +480,11 @@ def test_whoever_sends_to_the_dead_hears_its_last_words(ranks: GetRanks) -> None
 @pytest.mark.parametrize("when", ["waiting", "busy"])
 def test_lost_sender_is_named(ranks: GetRanks, when: str) -> None:
     outcomes = ranks(2).run(lose_the_sender, when, timeout=TIMEOUT, expect_failure=True)
+    assert "waited for a gradient" in survivor(outcomes).message
+
+
+def test_what_came_before_a_loss_is_still_good(ranks: GetRanks) -> None:
+    outcomes = ranks(2).run(lose_the_sender_of_a_large_message, timeout=TIMEOUT, expect_failure=True)
     assert "waited for a gradient" in survivor(outcomes).message
 
 

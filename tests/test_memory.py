@@ -19,10 +19,9 @@ def sizes(first: float = 1500, later: float = 300, sent: float = 1) -> Sizes:
     ("slack", "stage", "expected"),
     [
         # Versions, two micro-batches that wait with their inputs and copies, the one at work, messages.
-        (0, 0, 3000 + 2 * 202 + 1500 + 2 + 1),  # ... the gradient that is used
-        (0, 1, 2000 + 202 + 1500 + 2 + 2 + 1 + 1),  # ... two gradients held, the next activation, the one that is used
-        (0, 2, 1000 + 1500 + 2 + 2),  # ... two gradients held
-        # With slack what comes next is there early, gradients and, on the last stage, activations.
+        (0, 0, 3000 + 2 * 202 + 1500 + 2 + 2),  # ... the gradient that is used, the next
+        (0, 1, 2000 + 202 + 1500 + 2 + 2 + 1 + 2),  # ... two gradients held, the next activation, gradients as before
+        (0, 2, 1000 + 1500 + 2 + 2 + 1),  # ... two gradients held, the next activation
         (1, 0, 5000 + 4 * 202 + 1500 + 2 + 1 + 1),
         (1, 1, 3000 + 2 * 202 + 1500 + 2 + 3 + 1 + 1 + 1),
         (1, 2, 1000 + 1500 + 2 + 3 + 1),
@@ -35,20 +34,20 @@ def test_with_one_micro_batch_a_call_no_gradients_are_there_before(slack: int, s
 def test_with_more_the_fullest_backward_is_one_that_finds_gradients() -> None:
     plan = DDGPlan(3, 4)
     # The second of the call still uses an old version; the data of two more micro-batches waits.
-    assert fullest(plan, 0, sizes(first=100)) == 2000 + 2 * 202 + 1000 + 300 + 2 + 1 + 2
+    assert fullest(plan, 0, sizes(first=100)) == 2000 + 2 * 202 + 1000 + 300 + 2 + 2 + 2
     # On stage 1 only the first one does, before there are gradients: here, the update comes to as much as that.
-    assert fullest(plan, 1, sizes(first=1100)) == 2000 + 202 + 1100 + 2 + 4
-    assert fullest(plan, 1, sizes(first=100)) == 2000 + 202 + 1000 + 4, "at the update, with its new version"
-    assert fullest(plan, 1, sizes(first=100, later=2000)) == 1000 + 202 + 1000 + 2000 + 2 + 4
+    assert fullest(plan, 1, sizes(first=1100)) == 2000 + 202 + 1100 + 2 + 5
+    assert fullest(plan, 1, sizes(first=100)) == 2000 + 202 + 1000 + 5, "at the update, with its new version"
+    assert fullest(plan, 1, sizes(first=100, later=2000)) == 1000 + 202 + 1000 + 2000 + 2 + 5
 
 
 def test_one_version_if_a_backward_may_see_newer_weights() -> None:
-    assert fullest(DDGPlan(3), 0, sizes(), stash=False) == 1000 + 2 * 202 + 1500 + 2 + 1
+    assert fullest(DDGPlan(3), 0, sizes(), stash=False) == 1000 + 2 * 202 + 1500 + 2 + 2
 
 
 def test_recomputing_keeps_inputs_and_what_is_on_its_way() -> None:
-    assert fullest(DDGPlan(3), 0, sizes(), recompute=True) == 3000 + 2 * 1 + 1500 + 2 + 1 + 3
-    assert fullest(DDGPlan(3), 1, sizes(), recompute=True) == 2000 + 1 * 1 + 1500 + 2 + 4 + 2
+    assert fullest(DDGPlan(3), 0, sizes(), recompute=True) == 3000 + 2 * 1 + 1500 + 2 + 2 + 3
+    assert fullest(DDGPlan(3), 1, sizes(), recompute=True) == 2000 + 1 * 1 + 1500 + 2 + 5 + 2
 
 
 @pytest.mark.parametrize(

@@ -255,10 +255,10 @@ def exchange(rank: int, world_size: int) -> None:
 
 
 def interleave(rank: int, world_size: int) -> None:
-    """Shapes that come and go, so that the standing receive is released and posted anew."""
+    """Shapes that grow and shrink, so that the standing receive is released and posted anew."""
     with device(seconds=0.0002) as made:
         outbox, inbox = link(rank, made, depth=1000)
-        shapes = [(4, 3)] * 6 + [(2, 3)] * 6 + [(4, 3), (2, 3)] * 3 + [(700,)] * 6
+        shapes = [(4, 3)] * 6 + [(2, 3)] * 6 + [(4, 3), (2, 3)] * 3 + [(700,)] * 6 + [(40,)] * 25 + [(90,)]
         for n, shape in enumerate(shapes):
             outbox.post(Kind.DATA, [torch.full(shape, float(n))], recurs=n % 5 != 4)
         for n, shape in enumerate(shapes):
