@@ -350,11 +350,14 @@ def fail_to_copy(rank: int, world_size: int) -> list[str]:
         outbox, inbox = link(rank, made)
         outbox.post(Kind.DATA, [torch.ones(9)])
         inbox.take(Kind.DATA)
+        outbox.settle(timedelta(seconds=20))  # what fails is the next one
         heard = []
         if rank == 0:
             made.defect = "out of magic"
+            made.may_copy.clear()  # or the second post might hear of it already
             outbox.post(Kind.DATA, [torch.ones(9)])
             outbox.post(Kind.BEGIN)
+            made.may_copy.set()
             while outbox._failure is None:
                 time.sleep(0.01)
             for again in (lambda: outbox.post(Kind.BEGIN), lambda: outbox.settle(timedelta(1)), outbox.park):
