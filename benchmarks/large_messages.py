@@ -20,7 +20,6 @@ import os
 import random
 import shlex
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -28,7 +27,7 @@ from typing import Any, NamedTuple
 
 from processes import join, run_ranks
 from report import machine, table
-from sleeping import BACKWARD, FORWARD, TICK, per_call
+from sleeping import TICK, per_call, sleeping_layer
 from tqdm import tqdm
 
 COLUMNS = 1024
@@ -61,7 +60,7 @@ def rank_main(rank: int, count: int, cell: Cell, calls: int, turns: int, store: 
 
     join(rank, count, store)
     net = PipelineModule(
-        [handing_on() for _ in range(count)],
+        [sleeping_layer(touches=False) for _ in range(count)],
         num_stages=count,
         loss_fn=lambda outputs, labels: outputs[:1].mean(),
         partition_method="uniform",
@@ -87,32 +86,6 @@ def rank_main(rank: int, count: int, cell: Cell, calls: int, turns: int, store: 
     if count > 1:
         engine.schedule = "ddg"  # drained; a process ends when all have left
     results.put(took)
-
-
-def handing_on() -> Any:
-    """A layer that takes its time and touches nothing."""
-    import torch
-
-    class Sleep(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Any, weight: Any) -> Any:
-            time.sleep(FORWARD)
-            return x.view_as(x)
-
-        @staticmethod
-        def backward(ctx: Any, gradient: Any) -> Any:
-            time.sleep(BACKWARD)
-            return gradient, torch.zeros(16)
-
-    class Layer(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(16))
-
-        def forward(self, x: Any) -> Any:
-            return Sleep.apply(x, self.weight)
-
-    return Layer()
 
 
 def micro_batches(rows: int, changing: bool) -> Iterator[Any]:

@@ -10,20 +10,25 @@ FORWARD, BACKWARD = 0.030, 0.060
 TICK = FORWARD + BACKWARD
 
 
-def sleeping_layer(scale: float = 1.0) -> Any:
-    """A layer with one weight that takes its time, forward and backward."""
+def sleeping_layer(scale: float = 1.0, touches: bool = True) -> Any:
+    """A layer with one weight that takes its time, forward and backward.
+
+    Args:
+        scale: relative time.
+        touches: it multiplies its input by the weight; otherwise it hands it on, which costs nothing at any size.
+    """
     import torch
 
     class Sleep(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, x: Any) -> Any:
+        def forward(ctx: Any, x: Any, weight: Any) -> Any:
             time.sleep(FORWARD * scale)
-            return x.clone()
+            return x.clone() if touches else x.view_as(x)
 
         @staticmethod
         def backward(ctx: Any, gradient: Any) -> Any:
             time.sleep(BACKWARD * scale)
-            return gradient
+            return gradient, None if touches else torch.zeros(16)
 
     class Layer(torch.nn.Module):
         def __init__(self) -> None:
@@ -31,7 +36,7 @@ def sleeping_layer(scale: float = 1.0) -> Any:
             self.weight = torch.nn.Parameter(torch.ones(16))
 
         def forward(self, x: Any) -> Any:
-            return Sleep.apply(x * self.weight)
+            return Sleep.apply(x * self.weight, None) if touches else Sleep.apply(x, self.weight)
 
     return Layer()
 

@@ -18,8 +18,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["HEADER_BYTES", "INLINE_BYTES", "Header", "Kind", "Message", "Room", "Spec", "bytes_of"]
-__all__ += ["fit", "from_parts", "sizes_of", "spec_of", "unpack"]
+__all__ = [
+    "HEADER_BYTES",
+    "INLINE_BYTES",
+    "Header",
+    "Kind",
+    "Message",
+    "Room",
+    "Spec",
+    "bytes_of",
+    "fit",
+    "from_parts",
+    "sizes_of",
+    "spec_of",
+    "unpack",
+]
 
 HEADER_BYTES = 4096
 INLINE_BYTES = 1024
