@@ -13,6 +13,8 @@ import pickle
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from io import BytesIO
+from itertools import zip_longest
+from operator import le
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +30,9 @@ __all__ = [
     "Spec",
     "bytes_of",
     "fit",
+    "fits",
     "from_parts",
+    "larger",
     "sizes_of",
     "spec_of",
     "unpack",
@@ -90,6 +94,16 @@ def sizes_of(spec: Spec) -> Room:
     """Of what `bytes_of` such tensors gives."""
     sizes = (math.prod(entry[1]) * getattr(torch, entry[0]).itemsize for entry in spec if entry is not None)
     return tuple(size for size in sizes if size)
+
+
+def fits(sizes: Room, room: Room) -> bool:
+    """Whether there is room for tensors of these sizes."""
+    return len(sizes) <= len(room) and all(map(le, sizes, room))
+
+
+def larger(sizes: Room, room: Room) -> Room:
+    """Room for both."""
+    return tuple(map(max, zip_longest(sizes, room, fillvalue=0)))
 
 
 def from_parts(spec: Spec, parts: Iterable[Tensor]) -> list[Tensor | None]:

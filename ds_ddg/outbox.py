@@ -23,8 +23,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial, reduce
-from itertools import zip_longest
-from operator import le
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -32,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_ddg.message import INLINE_BYTES, Header, Kind, Room, bytes_of, fit, spec_of
+from ds_ddg.message import INLINE_BYTES, Header, Kind, Room, bytes_of, fit, fits, larger, spec_of
 from ds_ddg.staging import Staging
 from ds_ddg.wire import HEADER_TAG, LAST_WORDS_TAG, ON_DEMAND_TAG, STANDING_TAG, StageError, Wire
 
@@ -109,7 +107,7 @@ class Outbox:
             tagged = [(Header(kind, info, spec, inline=inline).encode(), HEADER_TAG)]
         else:
             room = self._other_room(sizes) if recurs else None
-            standing = room is not None or _fits(sizes, self._room)
+            standing = room is not None or fits(sizes, self._room)
             tagged = [(Header(kind, info, spec, standing).encode(), HEADER_TAG)]
             if room is not None:
                 tagged = [*self._release(Kind.RESHAPE, room=room), *tagged]
@@ -125,15 +123,15 @@ class Outbox:
 
     def _other_room(self, sizes: Room) -> Room | None:
         """What room the receiver should have from this training message on; None: that which it has."""
-        if not _fits(sizes, self._room):
-            return _larger(sizes, self._room)
+        if not fits(sizes, self._room):
+            return larger(sizes, self._room)
         if 2 * sum(sizes) >= sum(self._room):
             self._small.clear()
             return None
         self._small.append(sizes)
         if len(self._small) < _SMALL:
             return None
-        room = reduce(_larger, self._small)
+        room = reduce(larger, self._small)
         self._small.clear()
         return None if room == self._room else room
 
@@ -241,12 +239,3 @@ def _plain(tensor: Tensor) -> Tensor:
 def _nothing(count: int) -> _Tagged:
     """For standing receives that there is nothing for."""
     return [(_NEXT_TO_NOTHING, STANDING_TAG)] * count
-
-
-def _fits(sizes: Room, room: Room) -> bool:
-    return len(sizes) <= len(room) and all(map(le, sizes, room))
-
-
-def _larger(sizes: Room, room: Room) -> Room:
-    """Room for both."""
-    return tuple(map(max, zip_longest(sizes, room, fillvalue=0)))
