@@ -7,12 +7,12 @@ means that data which ends, is malformed or changes shape stops the call before 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from ds_ddg.local import StagePeers
 from ds_ddg.staging import Staging
 from ds_ddg.wire import StageError
 
@@ -27,15 +27,13 @@ class Feed:
     Args:
         first: this is the first stage; it reads the inputs, ``batch[0]``.
         last: this is the last stage; it reads the labels, ``batch[1]``.
-        groups: process groups that together join all ranks of this stage, its data-parallel replicas and its tensor
-            slices; they stop together.
-            They are asked about tensors on the CPU: an answer from a device would have to wait for all work there.
+        peers: all ranks of this stage, which stop together.
         staging: puts data on the device of this stage; None: it stays on the CPU.
     """
 
-    def __init__(self, first: bool, last: bool, groups: Sequence[Any], staging: Staging | None = None) -> None:
+    def __init__(self, first: bool, last: bool, peers: StagePeers, staging: Staging | None = None) -> None:
         self._first, self._last = first, last
-        self._groups, self._staging = groups, staging
+        self._peers, self._staging = peers, staging
         self._shape: list[Any] | None = None
         self.labels = True
         """Whether the last stage needs labels."""
@@ -102,7 +100,7 @@ class Feed:
             state = _ENDED
         except Exception as problem:
             state, error = _FAILED, problem
-        state = self._worst(state)
+        state = self._peers.largest(state)
         if error is not None:
             raise error
         if state == _FAILED:
@@ -134,11 +132,3 @@ class Feed:
                     )
                 self._shape = shape
         return inputs if self._first else None, labels if self._last else None
-
-    def _worst(self, state: int) -> int:
-        if not self._groups:
-            return state
-        worst = torch.tensor([state])
-        for group in self._groups:
-            dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=group)
-        return int(worst.item())

@@ -26,9 +26,11 @@ from ds_ddg.clock import clock_for
 from ds_ddg.config import DDGConfig
 from ds_ddg.connections import group_of_all, own_group
 from ds_ddg.data import Feed
+from ds_ddg.experts import create_expert_groups, expert_sizes
+from ds_ddg.local import StagePeers
 from ds_ddg.message import Kind
 from ds_ddg.record import Recorded
-from ds_ddg.refusals import refuse_switch, refuse_unsupported
+from ds_ddg.refusals import refuse_experts, refuse_switch, refuse_unsupported
 from ds_ddg.schedule import DDGSchedule
 from ds_ddg.slack import AutoSlack
 from ds_ddg.staging import staging_for, without_greetings
@@ -45,6 +47,10 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.ddg = DDGConfig.parse(kwargs["config_class"]._param_dict.get("ddg"))
         refuse_unsupported(kwargs["config_class"], kwargs["model"], self.ddg.enabled)
+        sizes = expert_sizes(kwargs["model"])
+        if self.ddg.enabled:
+            refuse_experts(kwargs["config_class"], kwargs["model"], sizes)
+        create_expert_groups(sizes, kwargs["config_class"], kwargs["model"])
         self._schedule = "1f1b"
         self._start_trial(kwargs["model"].num_stages)
         self._ties = Ties(kwargs["model"], self.ddg.enabled)
@@ -56,7 +62,8 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
         self._new_versions()
         self.pipe_buffers.update(grads=[], rng=[], past=[])
         staging = staging_for(self.device)
-        self._feed = Feed(self.is_first_stage(), self.is_last_stage(), self._peers_of_stage(), staging)
+        self._peers = StagePeers(self._peers_of_stage())
+        self._feed = Feed(self.is_first_stage(), self.is_last_stage(), self._peers, staging)
         pipelines = self.grid.topology().get_axis_comm_lists("pipe")
         clock = clock_for(self.device) if self.ddg.timed else None
         self._links = WatchedLinks(pipelines, self.global_rank, self.plan, staging, clock=clock)

@@ -19,7 +19,28 @@ from torch import Tensor
 
 from ds_ddg.alone import alone_if_one
 
-__all__ = ["StageLocalGrid", "clip", "clip_stage_gradients"]
+__all__ = ["StageLocalGrid", "StagePeers", "clip", "clip_stage_gradients"]
+
+
+class StagePeers:
+    """All ranks of one stage, its replicas and its tensor slices, as they agree on a number.
+
+    Args:
+        groups: process groups that together join them, for tensors on the CPU: an answer from a device would have to
+            wait for all work there. None: the stage has one rank.
+    """
+
+    def __init__(self, groups: Sequence[Any]) -> None:
+        self._groups = groups
+
+    def largest(self, number: int) -> int:
+        """The largest `number` of all ranks of the stage. Collective over them."""
+        if not self._groups:
+            return number
+        largest = torch.tensor([number])
+        for group in self._groups:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        return int(largest.item())
 
 
 class StageLocalGrid:
@@ -47,6 +68,21 @@ class StageLocalGrid:
         """Number of tensor slices of this stage."""
         return int(self._grid.get_slice_parallel_world_size())
 
+    def get_pipe_parallel_world_size(self) -> int:
+        """One stage: DeepSpeed would sum the norms of expert gradients over the pipe axis."""
+        return 1
+
+    get_pipeline_model_parallel_world_size = get_pipe_parallel_world_size
+
+    def mean_over_replicas(self, norm: Tensor) -> Tensor:
+        """The mean of `norm` over the replicas of this stage, in DeepSpeed's arithmetic (``clip_grad_norm_``)."""
+        group = self._grid.get_data_parallel_group()
+        replicas = dist.get_world_size(group)
+        if replicas > 1:
+            norm = norm * 1.0 / float(replicas)
+            dist.all_reduce(norm, group=group)
+        return norm
+
 
 def clip_stage_gradients(
     parameters: Iterable[torch.nn.Parameter],
@@ -54,11 +90,14 @@ def clip_stage_gradients(
     slices: StageLocalGrid,
     known: float | None = None,
     device: torch.device | None = None,
+    experts: bool = False,
 ) -> Tensor | None:
     """Clip to `max_norm` by the norm over this stage, or by the `known` one; the stage's, None without gradient.
 
     After their all-reduce the gradients are the same on every replica, and so is their norm: only the tensor slices of
-    a stage communicate. What they do not share out (``model_parallel``, as DeepSpeed reads it) counts once.
+    a stage communicate. What they do not share out (``model_parallel``, as DeepSpeed reads it) counts once. With
+    `experts` each replica also has gradients of its own, those of the experts it holds, so the norm is the mean over
+    the replicas, as DeepSpeed's.
     The arithmetic is that of DeepSpeed's fp32 clip, so that one stage equals DeepSpeed to the last bit; with several,
     DeepSpeed counts only stage 0's gradients, on every stage (``clip_grad_norm_`` in deepspeed/runtime/utils.py).
     On a GPU nothing is read back. `device` is where the slices communicate.
@@ -75,6 +114,8 @@ def clip_stage_gradients(
         square = _square_norm(own) if own else torch.zeros((), device=device)
         dist.all_reduce(square, group=slices.get_model_parallel_group())
     norm = square.pow(0.5)
+    if experts:
+        norm = slices.mean_over_replicas(norm)
     clip(gradients, max_norm, norm if known is None else torch.full_like(norm, known))
     return norm
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch.nn import Module
 
 from ds_ddg.config import DDGConfig
 
-__all__ = ["refuse_switch", "refuse_unsupported"]
+__all__ = ["refuse_experts", "refuse_switch", "refuse_unsupported"]
 
 _ANY_PIPELINE = "no pipeline can run it"
 
@@ -25,7 +25,24 @@ def refuse_unsupported(config: Any, module: Any, enabled: bool = True) -> None:
     Raises:
         ValueError: one line per refusal, each with what to do instead.
     """
-    found = _refusals(config, module) if enabled else _sending_refusals(module)
+    _refuse(_refusals(config, module) if enabled else _sending_refusals(module), enabled)
+
+
+def refuse_experts(config: Any, module: Any, sizes: Sequence[int]) -> None:
+    """Raise for expert layers that this version cannot run exactly, on every rank alike.
+
+    Args:
+        config: the parsed ``DeepSpeedConfig``.
+        module: the ``PipelineModule``.
+        sizes: the ``ep_size`` of every ``MoE`` layer of all stages.
+
+    Raises:
+        ValueError: one line per refusal, each with what to do instead.
+    """
+    _refuse(_expert_refusals(config, module, sizes), enabled=True)
+
+
+def _refuse(found: Iterable[tuple[bool, str, str]], enabled: bool) -> None:
     refusals = [f"- {what}: {remedy}" for wrong, what, remedy in found if wrong]
     if refusals:
         name = "DDG" if enabled else "DeepSpeed's schedule"
@@ -50,6 +67,11 @@ def _refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
         stage == 1 and offload is not None and str(getattr(offload.device, "value", offload.device)) != "none",
         "ZeRO's offload_optimizer",
         f"{_ANY_PIPELINE}; remove the block",
+    )
+    yield (
+        bool(config.expert_parallel_config.enabled),
+        '"expert_parallel" (AutoEP)',
+        "it replaces layers after the pipeline has been built; build the layers with deepspeed.moe.layer.MoE",
     )
     ddg = DDGConfig.parse(config._param_dict.get("ddg"))
     # There the optimizer itself divides gradients by their scale and clips them, in one kernel.
@@ -137,6 +159,15 @@ def _sending_refusals(module: Any) -> Iterable[tuple[bool, str, str]]:
         module.num_stages > 1 and get_accelerator().device_name() != "cpu" and dist.get_backend() == "gloo",
         "1F1B of GPU stages over gloo, which cannot send from a device",
         'give every stage a GPU of its own and initialize "nccl", or leave DDG on throughout',
+    )
+
+
+def _expert_refusals(config: Any, module: Any, sizes: Sequence[int]) -> Iterable[tuple[bool, str, str]]:
+    yield (
+        bool(sizes) and module.topology().get_dim("model") > 1,
+        "expert layers (MoE) with tensor parallelism",
+        "DeepSpeed 0.19.8 sums the gradients of experts over the tensor slices as if these were replicas; "
+        "use replicas alone",
     )
 
 

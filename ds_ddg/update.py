@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ds_ddg.alone import alone_if_one
 from ds_ddg.config import DDGConfig
-from ds_ddg.local import StageLocalGrid, clip_stage_gradients
+from ds_ddg.local import StageLocalGrid, StagePeers, clip_stage_gradients
 from ds_ddg.losses import Update
 from ds_ddg.optimizers import (
     add_no_gradient,
@@ -48,6 +48,7 @@ class Updater(_Host):
     ddg: DDGConfig
     versions: WeightVersions
     drain: Callable[[], None]
+    _peers: StagePeers
     _ties: Ties
     _calls: int
     _filled_at: int
@@ -55,6 +56,7 @@ class Updater(_Host):
 
     # The host's state that updates share with it.
     device: torch.device
+    has_moe_layers: bool
     micro_batches: int
     mpu: Any
     seq_data_parallel_group: Any
@@ -187,7 +189,7 @@ class Updater(_Host):
         known = self._pipeline_norm if self.ddg.clip == "global" else None
         slices = StageLocalGrid(self.mpu)
         self._global_grad_norm = clip_stage_gradients(
-            self.versions.parameters, self.gradient_clipping(), slices, known, device=self.device
+            self.versions.parameters, self.gradient_clipping(), slices, known, self.device, self.has_moe_layers
         )
 
     def _exec_advance_clocks(self) -> None:
@@ -203,7 +205,9 @@ class Updater(_Host):
         with idle_optimizer(self):
             super()._take_model_step(*args, **kwargs)
         if self.fp16_enabled():
-            self.optimizer._update_scale(not math.isfinite(float(self._passed_on)))
+            # Each replica has passed on other gradients.
+            overflow = self._peers.largest(int(not math.isfinite(float(self._passed_on))))
+            self.optimizer._update_scale(overflow > 0)
             self._passed_on = 0.0
 
     def _watch_overflow(self, gradients: Iterable[Tensor | None]) -> None:

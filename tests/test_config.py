@@ -135,6 +135,7 @@ def fake_config(**changes: Any) -> Any:
         "optimizer_legacy_fusion": False,
         "torch_autocast_enabled": False,
         "torch_autocast_dtype": torch.float16,
+        "expert_parallel_config": SimpleNamespace(enabled=False),
         "pipeline": {"activation_checkpoint_interval": 0},
         "activation_checkpointing_config": SimpleNamespace(
             contiguous_memory_optimization=False, partition_activations=False, cpu_checkpointing=False

@@ -240,3 +240,37 @@ def test_norm_is_that_of_the_scale_it_was_measured_in(ranks: GetRanks, fused: bo
     # Told two calls and the pipeline's delay later; up to that step the runs are the same.
     assert grown[0].norms[first + 3] == steady[0].norms[first + 3]
     assert all(0.5 < norm < 5.0 for norm in known(grown[0].norms)), grown[0].norms
+
+
+@fp16_allowed()
+def train_behind_a_frozen_stage(rank: int, world_size: int) -> list[float]:
+    """Scales of this stage after each call; the gradients of the second replica alone are too large for its scale."""
+    from deepspeed.pipe import PipelineModule
+
+    import ds_ddg
+
+    torch.manual_seed(7)
+    frozen = torch.nn.Linear(6, 6).requires_grad_(False)
+    net = PipelineModule([torch.nn.Linear(6, 6), frozen], num_stages=2, loss_fn=torch.nn.functional.mse_loss)
+    engine, *_ = ds_ddg.initialize(
+        model=net,
+        config=toy.config(1, **OPTIMIZERS["fp16"]),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.01),
+        model_parameters=trainable(net),
+    )
+    set_scale(engine.optimizer, 2.0**14 if engine.is_last_stage() else 2.0**4)
+    size = 100.0 if engine.grid.get_data_parallel_rank() == 1 else 0.1
+    batch = torch.ones(4, 6, dtype=torch.float16), torch.full((4, 6), size, dtype=torch.float16)
+    scales = []
+    for _ in range(6):
+        engine.train_batch(iter([batch]))
+        scales.append(float(engine.optimizer.loss_scale))
+    engine.drain()
+    return scales
+
+
+def test_scale_of_a_frozen_stage_is_one_of_all_replicas(ranks: GetRanks) -> None:
+    first, second, *_ = found = ranks(4).run(train_behind_a_frozen_stage)
+    assert found[2] == found[3]
+    assert found[3][-1] < 2.0**14, "nothing overflowed"
+    assert first == second

@@ -34,6 +34,7 @@ from distributed import Ranks
 from ds_ddg.again import Circumstances
 from ds_ddg.data import Feed
 from ds_ddg.inbox import Inbox
+from ds_ddg.local import StagePeers
 from ds_ddg.message import Header, Kind
 from ds_ddg.outbox import Outbox
 from ds_ddg.refusals import refuse_unsupported
@@ -223,7 +224,7 @@ def test_what_a_lost_device_holds_is_never_freed() -> None:
 
 def test_data_is_placed_without_waiting() -> None:
     with device() as made:
-        feed = Feed(True, True, [], StandIn(made))
+        feed = Feed(True, True, StagePeers([]), StandIn(made))
         feed.fixed_shape = False
         rows = [(torch.ones(2), torch.zeros(1)), ((torch.ones(2), torch.zeros(3)), {"other": 1})]
         assert feed.fetch(iter(rows), 2, None)
