@@ -5,8 +5,8 @@
 
 Pipelines of K = 3 stages: equal blocks (a linear layer and a ReLU) with more weights than activations (``wide``) and
 with more activations than weights (``long``), and a ResNet-20 (``resnet``), whose layers are anything but equal. Each
-is profiled as ``ds-ddg partition`` does it; `ds_ddg.memory` predicts from that and the size of the data what a stage
-has alive at its fullest moment.
+is profiled as ``ds-ddg partition`` does it; `ds_ddg.analysis.memory` predicts from that and the size of the data what
+a stage has alive at its fullest moment.
 
 Measured is by how much the process grows from before the first call to its peak in the steady state (the kernel's own
 count, VmHWM), plus the weights, which are there before. An engine that is not counted runs first, for what libraries
@@ -127,10 +127,10 @@ def rank_main(
 
 def predictions(names: Sequence[str], grid: Sequence[int], parts: Sequence[Sequence[int]]) -> list[list[float]]:
     """For every setting, bytes by stage; `parts` are the borders of its stages."""
-    from ds_ddg.advise import Model, Setup
+    from ds_ddg.analysis.recommend import Model, Setup
     from ds_ddg.measure import profile
-    from ds_ddg.plan import DDGPlan
-    from ds_ddg.simulate import Cost
+    from ds_ddg.schedules.ddg import DDGPlan
+    from ds_ddg.schedules.simulator import Cost
 
     profiles = {name: profile(network(name)[0], sample(name), network(name)[2], repetitions=1) for name in names}
     predicted = []
@@ -157,9 +157,9 @@ def page(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
         f"Written by `{about['command']}`, whose docstring says what is run and what is counted: {STAGES} stages, on",
         f"CPU, torch {about['torch']}, DeepSpeed {about['deepspeed']}. Predictions are made as by",
         "`ds-ddg simulate --profile`, which does not know the size of the data, while this does;",
-        "[memory.py](../ds_ddg/memory.py) says of which moments of a call they are the fullest. Weights, gradients,",
-        "activations and messages are in both. Not predicted is what a layer's backward works with inside, so a",
-        "network of large layers takes more. A little less is measured where a receive was posted and nothing had",
+        "[memory.py](../ds_ddg/analysis/memory.py) says of which moments of a call they are the fullest. Weights,",
+        "gradients, activations and messages are in both. Not predicted is what a layer's backward works with inside, so",
+        "a network of large layers takes more. A little less is measured where a receive was posted and nothing had",
         "arrived yet: the kernel counts memory that has been written to.",
         "",
         f"Within 10% in {sum(error <= 0.1 for error in errors)} of {len(rows)}; median difference "

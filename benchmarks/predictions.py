@@ -10,10 +10,11 @@ from itertools import groupby
 from statistics import median
 from typing import Any
 
-from ds_ddg.advise import Model, Setup
-from ds_ddg.plan import DDGPlan, Plan
-from ds_ddg.simulate import Cost
-from ds_ddg.synchronous import DualPipeVPlan, OneFOneBPlan
+from ds_ddg.analysis.recommend import Model, Setup
+from ds_ddg.schedules.ddg import DDGPlan
+from ds_ddg.schedules.plan import Plan
+from ds_ddg.schedules.simulator import Cost
+from ds_ddg.schedules.synchronous import DualPipeVPlan, OneFOneBPlan
 
 _SYNCHRONOUS = {"1f1b": OneFOneBPlan, "dualpipev": DualPipeVPlan}
 

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ds_ddg.curves import save_curves
+from ds_ddg.analysis.sweep_plot import save_curves
 
 Row = dict[str, Any]
 

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 
 from benchmarks import launch, reached
 from benchmarks.report import machine
-from ds_ddg.plan import DDGPlan
+from ds_ddg.schedules.ddg import DDGPlan
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from deepspeed.constants import default_pg_timeout
 from ds_ddg.inbox import Inbox
 from ds_ddg.message import Kind
 from ds_ddg.outbox import Outbox
-from ds_ddg.plan import DDGPlan
+from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.staging import Staging
 from ds_ddg.wire import Peer, StageError, Wire
 

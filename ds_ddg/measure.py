@@ -23,8 +23,8 @@ from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ds_ddg.analysis.balance import LayerCost
 from ds_ddg.aside import cut, fresh, gradients_put_back, leaves, tensors, unchanged_random
-from ds_ddg.balance import LayerCost
 
 __all__ = ["profile"]
 

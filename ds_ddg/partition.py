@@ -7,7 +7,7 @@ DeepSpeed's ``partition_method="profile"`` is not implemented. Here is a ``Pipel
     net = PipelineModule(layers=specs, num_stages=4, loss_fn=loss_fn, sample=(inputs, labels))
 
 Rank 0 measures, every rank gets the same split, and the table of what to expect is printed once. `profile` alone needs
-no ``torch.distributed``; the split itself is ``ds_ddg.balance``.
+no ``torch.distributed``; the split itself is ``ds_ddg.analysis.balance``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
-from ds_ddg.balance import Balance, balance
+from ds_ddg.analysis.balance import Balance, balance
 from ds_ddg.measure import profile
 
 __all__ = ["PipelineModule", "profile"]

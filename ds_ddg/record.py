@@ -25,8 +25,8 @@ from deepspeed.runtime.pipe import schedule as instructions
 from ds_ddg.clock import Clock, HostClock
 from ds_ddg.execute import Executor
 from ds_ddg.log import Log
-from ds_ddg.plan import BACKWARD, FORWARD, UPDATE, Op
 from ds_ddg.schedule import DDGSchedule, UpdateWeights
+from ds_ddg.schedules.plan import BACKWARD, FORWARD, UPDATE, Op
 
 __all__ = ["Recorded", "Recorder"]
 

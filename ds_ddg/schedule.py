@@ -19,7 +19,7 @@ from deepspeed.runtime.pipe.schedule import (
     SendGrad,
 )
 
-from ds_ddg.plan import BACKWARD, FORWARD, UPDATE, Op, Plan
+from ds_ddg.schedules.plan import BACKWARD, FORWARD, UPDATE, Op, Plan
 
 __all__ = ["AdvanceClocks", "DDGSchedule", "TellLoss", "UpdateWeights"]
 

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from deepspeed.utils.logging import print_dist
 
 from ds_ddg.links import as_tuple
-from ds_ddg.plan import DDGPlan
 from ds_ddg.report import Reporter
+from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.watch import Mark
 
 __all__ = ["MOST", "AutoSlack", "smallest_slack", "trial_calls"]

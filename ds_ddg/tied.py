@@ -28,7 +28,7 @@ from ds_ddg.inbox import Inbox
 from ds_ddg.links import Links
 from ds_ddg.message import Kind
 from ds_ddg.outbox import Outbox
-from ds_ddg.plan import DDGPlan
+from ds_ddg.schedules.ddg import DDGPlan
 
 __all__ = ["Ties", "left_out_of_checkpoints"]
 

@@ -30,7 +30,7 @@ from ds_ddg.optimizers import (
     refuse_closure,
     with_a_parameter,
 )
-from ds_ddg.plan import DDGPlan
+from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.tied import Ties
 from ds_ddg.versions import WeightVersions
 

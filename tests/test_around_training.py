@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import toy
 from distributed import Ranks
-from ds_ddg.plan import DDGPlan
+from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.watch import Mark
 
 # The oracle steps schedulers in warm-up calls too, as the engine does.

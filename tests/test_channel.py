@@ -20,7 +20,7 @@ from ds_ddg.inbox import Inbox
 from ds_ddg.links import Links
 from ds_ddg.message import INLINE_BYTES, Kind
 from ds_ddg.outbox import Outbox
-from ds_ddg.plan import DDGPlan
+from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.wire import Peer, StageError, Wire
 
 GetRanks = Callable[[int], Ranks]

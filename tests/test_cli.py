@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from ds_ddg.balance import LayerCost, save
+from ds_ddg.analysis.balance import LayerCost, save
 from ds_ddg.cli import main
 from ds_ddg.cli.options import progress
-from ds_ddg.plan import Plan
-from ds_ddg.simulate import Cost, replay
-from ds_ddg.timeline import Timeline
+from ds_ddg.schedules.plan import Plan
+from ds_ddg.schedules.simulator import Cost, replay
+from ds_ddg.schedules.timeline import Timeline
 
 
 def run(capsys: pytest.CaptureFixture[str], arguments: str, status: int = 0) -> str:
@@ -187,7 +187,7 @@ def test_simulate_replays_every_setting_once_and_keeps_only_the_first_stage(
         replayed.append((f"{plan.name} {plan.micro_batches} {plan.delay(0)}", cost.link))
         return timeline
 
-    monkeypatch.setattr("ds_ddg.advise.replay", counted)
+    monkeypatch.setattr("ds_ddg.analysis.recommend.replay", counted)
     run(capsys, "simulate --stages 3 --micro-batches 1,6 --link 0,0.5")
     assert len(replayed) == len(set(replayed)) == 2 * (4 + 5)
 
@@ -282,7 +282,7 @@ def test_module_runs_without_torch() -> None:
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("ddg, K = 2 stages")
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
-    assert "ds_ddg.plan" in imported
+    assert "ds_ddg.schedules.plan" in imported
     assert not {"torch", "deepspeed", "matplotlib", "numpy"} & imported
 
 

@@ -18,12 +18,12 @@ import torch
 
 import toy
 from distributed import Ranks
+from ds_ddg.analysis.trace_reader import read
 from ds_ddg.clock import DeviceClock, HostClock, clock_for
 from ds_ddg.log import Log
-from ds_ddg.plan import DDGPlan
 from ds_ddg.record import Recorder, _close
+from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.slack import trial_calls
-from ds_ddg.trace import read
 from ds_ddg.watch import Gauge, Mark, WatchedLinks
 
 GetRanks = Callable[[int], Ranks]

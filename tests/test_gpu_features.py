@@ -29,7 +29,7 @@ import test_tied
 import test_wire_data
 import toy
 from devices import DEVICE, ROOT, device, launch
-from ds_ddg.trace import read
+from ds_ddg.analysis.trace_reader import read
 from test_gpu import needs_kernels, random_state_of_the_device
 from test_model_features import JSON, REPLAY, STASH, checkpointing, from_json, pictures
 from test_precision import FORMATS, train_replicas

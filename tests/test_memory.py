@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from ds_ddg.balance import LayerCost
-from ds_ddg.memory import Backward, Sizes, fullest
-from ds_ddg.plan import DDGPlan, Plan
-from ds_ddg.synchronous import DualPipeVPlan, GPipePlan, OneFOneBPlan
+from ds_ddg.analysis.balance import LayerCost
+from ds_ddg.analysis.memory import Backward, Sizes, fullest
+from ds_ddg.schedules.ddg import DDGPlan
+from ds_ddg.schedules.plan import Plan
+from ds_ddg.schedules.synchronous import DualPipeVPlan, GPipePlan, OneFOneBPlan
 
 
 def sizes(first: float = 1500, later: float = 300, sent: float = 1) -> Sizes:

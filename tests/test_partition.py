@@ -25,7 +25,7 @@ from torch.nn import functional as F
 import ds_ddg
 import toy
 from distributed import Ranks
-from ds_ddg.balance import Balance, LayerCost, balance, load, save
+from ds_ddg.analysis.balance import Balance, LayerCost, balance, load, save
 from ds_ddg.cli import main
 from ds_ddg.partition import PipelineModule, profile
 
@@ -634,5 +634,5 @@ def test_a_saved_profile_is_split_without_torch(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert "efficiency (mean / slowest): 100.0%" in done.stdout
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
-    assert "ds_ddg.balance" in imported
+    assert "ds_ddg.analysis.balance" in imported
     assert not {"torch", "deepspeed", "matplotlib", "numpy"} & imported

@@ -6,8 +6,9 @@ from itertools import product
 
 import pytest
 
-from ds_ddg.plan import BACKWARD, FORWARD, UPDATE, DDGPlan, Op, Plan
-from ds_ddg.synchronous import DualPipeVPlan, GPipePlan, OneFOneBPlan
+from ds_ddg.schedules.ddg import DDGPlan
+from ds_ddg.schedules.plan import BACKWARD, FORWARD, UPDATE, Op, Plan
+from ds_ddg.schedules.synchronous import DualPipeVPlan, GPipePlan, OneFOneBPlan
 
 
 def ddg_plans(num_stages: int) -> list[DDGPlan]:
@@ -184,7 +185,7 @@ def test_needs_goes_down_the_v_and_up_again() -> None:
 def test_table_of_delays(
     plan: Plan, delay: list[int], staleness: list[int], versions: list[int], activations: list[int]
 ) -> None:
-    """The design's table; tests/test_simulate.py counts the same numbers in a replay of every plan."""
+    """The design's table; tests/test_simulator.py counts the same numbers in a replay of every plan."""
     stages = range(plan.num_stages)
     assert [plan.delay(k) for k in stages] == delay
     assert [plan.staleness(k) for k in stages] == staleness

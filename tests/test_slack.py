@@ -15,9 +15,9 @@ import test_tied
 import toy
 from benchmarks.latency import added_latency
 from distributed import Ranks
-from ds_ddg.plan import DDGPlan
 from ds_ddg.reference import Reference
-from ds_ddg.simulate import Cost, replay
+from ds_ddg.schedules.ddg import DDGPlan
+from ds_ddg.schedules.simulator import Cost, replay
 from ds_ddg.slack import MOST, smallest_slack, trial_calls
 from ds_ddg.watch import Mark
 

@@ -10,8 +10,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_ddg.balance import table
-from ds_ddg.plan import DDGPlan
+from ds_ddg.analysis.balance import table
+from ds_ddg.schedules.ddg import DDGPlan
 
 if TYPE_CHECKING:
     from ds_ddg.config import DDGConfig

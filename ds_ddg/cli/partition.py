@@ -14,8 +14,8 @@ from pathlib import Path
 from traceback import extract_tb
 from typing import Any
 
-from ds_ddg.balance import LayerCost, balance, load
-from ds_ddg.balance import save as save_profile
+from ds_ddg.analysis.balance import LayerCost, balance, load
+from ds_ddg.analysis.balance import save as save_profile
 
 from .options import check_output
 

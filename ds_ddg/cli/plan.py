@@ -6,12 +6,13 @@ import argparse
 import json
 import sys
 
-from ds_ddg.advise import Model, Setup, title
-from ds_ddg.balance import table
-from ds_ddg.draw import clock, save, text
-from ds_ddg.plan import DDGPlan, Plan
-from ds_ddg.simulate import UNIT_COST, num_operations, replay
-from ds_ddg.synchronous import DualPipeVPlan, GPipePlan, OneFOneBPlan
+from ds_ddg.analysis.balance import table
+from ds_ddg.analysis.recommend import Model, Setup, title
+from ds_ddg.analysis.timeline_plot import clock, save, text
+from ds_ddg.schedules.ddg import DDGPlan
+from ds_ddg.schedules.plan import Plan
+from ds_ddg.schedules.simulator import UNIT_COST, num_operations, replay
+from ds_ddg.schedules.synchronous import DualPipeVPlan, GPipePlan, OneFOneBPlan
 
 from .options import add_output, check_output
 

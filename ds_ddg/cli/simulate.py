@@ -9,12 +9,12 @@ from itertools import product
 from math import inf
 from typing import Any
 
-from ds_ddg.advise import Model, Setup, candidates, recommend, setups, title
-from ds_ddg.balance import LayerCost, load, size, table
-from ds_ddg.curves import save_curves
-from ds_ddg.draw import save
-from ds_ddg.plan import DDGPlan
-from ds_ddg.simulate import Cost, replay
+from ds_ddg.analysis.balance import LayerCost, load, size, table
+from ds_ddg.analysis.recommend import Model, Setup, candidates, recommend, setups, title
+from ds_ddg.analysis.sweep_plot import save_curves
+from ds_ddg.analysis.timeline_plot import save
+from ds_ddg.schedules.ddg import DDGPlan
+from ds_ddg.schedules.simulator import Cost, replay
 
 from .options import add_output, check_output, list_of, num_bytes, progress
 from .plan import shown

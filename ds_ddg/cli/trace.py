@@ -6,11 +6,11 @@ import argparse
 import json
 from typing import Any
 
-from ds_ddg.advise import title
-from ds_ddg.balance import table
-from ds_ddg.draw import clock, save
-from ds_ddg.plan import BACKWARD, FORWARD, UPDATE
-from ds_ddg.trace import REASONS, Run, Share, read
+from ds_ddg.analysis.balance import table
+from ds_ddg.analysis.recommend import title
+from ds_ddg.analysis.timeline_plot import clock, save
+from ds_ddg.analysis.trace_reader import REASONS, Run, Share, read
+from ds_ddg.schedules.plan import BACKWARD, FORWARD, UPDATE
 
 from .options import add_output, check_output
 

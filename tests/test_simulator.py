@@ -7,11 +7,12 @@ from itertools import pairwise, product
 
 import pytest
 
-from ds_ddg.draw import clock
-from ds_ddg.plan import DDGPlan, Op, Plan
-from ds_ddg.simulate import Cost, Deadlock, replay
-from ds_ddg.synchronous import DualPipeVPlan, GPipePlan, OneFOneBPlan
-from ds_ddg.timeline import Event, Timeline
+from ds_ddg.analysis.timeline_plot import clock
+from ds_ddg.schedules.ddg import DDGPlan
+from ds_ddg.schedules.plan import Op, Plan
+from ds_ddg.schedules.simulator import Cost, Deadlock, replay
+from ds_ddg.schedules.synchronous import DualPipeVPlan, GPipePlan, OneFOneBPlan
+from ds_ddg.schedules.timeline import Event, Timeline
 
 
 def plans(num_stages: int) -> list[Plan]:
@@ -169,39 +170,13 @@ def test_the_slowest_stage_sets_the_pace() -> None:
     assert [timeline.busy(stage) for stage in range(3)] == pytest.approx([0.5, 1, 0.25])
 
 
-@pytest.mark.parametrize(("num_stages", "micro_batches"), [(2, 1), (3, 1), (4, 2), (8, 1), (8, 8)])
-def test_order_is_safe_with_blocking_links(num_stages: int, micro_batches: int) -> None:
-    """Each stage must receive the gradient before it sends the activation: at no cost for DDG."""
-    plan = DDGPlan(num_stages, micro_batches)
-    assert replay(plan, settled(plan), drain=True, blocking=True).period() == pytest.approx(3 * micro_batches)
-    with pytest.raises(Deadlock, match="no stage can go on"):
-        replay(plan, settled(plan), blocking=True, receive_first=False)
-
-
-def test_blocking_links_make_the_bubble_of_1f1b_no_larger() -> None:
-    assert replay(OneFOneBPlan(4, 8), 4, blocking=True).period() == pytest.approx(3 * (8 + 3))
-
-
-def test_naive_order_deadlocks_in_send() -> None:
-    with pytest.raises(Deadlock) as caught:
-        replay(DDGPlan(3), 5, blocking=True, receive_first=False)
-    assert str(caught.value).splitlines()[1:] == [
-        "  stage 0: next sends 0F2, waits for stage 1 to receive it",
-        "  stage 1: next sends 1F1, waits for stage 2 to receive it",
-        "  stage 2: next sends 2B0, waits for stage 1 to receive it",
-    ]
-
-
-@pytest.mark.parametrize("blocking", [False, True])
-def test_a_broken_plan_deadlocks_and_names_the_stages(blocking: bool) -> None:
+def test_a_broken_plan_deadlocks_and_names_the_stages() -> None:
     plan = Written("0F0 0B0 0F1 0B1", "1F1 1F0 1B0 1B1", "2F0 2B0")  # stages 0 and 1 disagree about what comes first
     with pytest.raises(Deadlock) as caught:
-        replay(plan, 1, blocking=blocking)
+        replay(plan, 1)
     assert str(caught.value).splitlines() == [
         "plan 'written': no stage can go on",
-        "  stage 0: next 0B0, waits for 1B0 of stage 1"
-        if not blocking
-        else "  stage 0: next sends 0F0, waits for stage 1 to receive it",
+        "  stage 0: next 0B0, waits for 1B0 of stage 1",
         "  stage 1: next 1F1, waits for 0F1 of stage 0",
         "  stage 2: next 2F0, waits for 1F0 of stage 1",
     ]
@@ -267,11 +242,10 @@ def test_costs_are_checked(cost: dict[str, float], message: str) -> None:
         Cost(**cost)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("blocking", [False, True])
-def test_only_the_stages_asked_for_are_in_the_timeline(blocking: bool) -> None:
+def test_only_the_stages_asked_for_are_in_the_timeline() -> None:
     cost = Cost(link=0.3, num_bytes=1, bandwidth=2)
-    whole = replay(DDGPlan(3, 2), 6, cost, drain=True, blocking=blocking)
-    part = replay(DDGPlan(3, 2), 6, cost, drain=True, blocking=blocking, stages=[0, 2])
+    whole = replay(DDGPlan(3, 2), 6, cost, drain=True)
+    part = replay(DDGPlan(3, 2), 6, cost, drain=True, stages=[0, 2])
     assert part.events == tuple(event for event in whole if event.op.stage != 1)
     assert part.period() == whole.period()
 

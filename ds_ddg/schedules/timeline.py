@@ -11,7 +11,7 @@ from functools import cached_property
 from math import isclose
 from typing import NamedTuple
 
-from .plan import BACKWARD, FORWARD, UPDATE, Op
+from ds_ddg.schedules.plan import BACKWARD, FORWARD, UPDATE, Op
 
 __all__ = ["Event", "Timeline"]
 

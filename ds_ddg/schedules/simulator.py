@@ -10,10 +10,9 @@ from collections import deque
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import NamedTuple
 
-from .plan import BACKWARD, FORWARD, UPDATE, Op, Plan
-from .timeline import Event, Timeline
+from ds_ddg.schedules.plan import BACKWARD, FORWARD, UPDATE, Op, Plan
+from ds_ddg.schedules.timeline import Event, Timeline
 
 __all__ = ["UNIT_COST", "Cost", "Deadlock", "num_operations", "replay"]
 
@@ -75,15 +74,9 @@ def replay(
     calls: int,
     cost: Cost = UNIT_COST,
     drain: bool = False,
-    blocking: bool = False,
-    receive_first: bool = True,
     stages: Iterable[int] | None = None,
 ) -> Timeline:
     """Run all stages of `plan` for `calls` calls; the timeline of `stages`, which are all by default.
-
-    With `blocking` a send lasts until its receiver takes the message, as with DeepSpeed's p2p, and the order in a
-    tick matters: `receive_first` receives the gradient for the backward *before* it sends the activation of the
-    forward ahead of it, which is safe for DDG; in the naive order neighbours wait for each other in ``send``.
 
     Raises:
         Deadlock: no stage can go on.
@@ -99,10 +92,7 @@ def replay(
             "slack, for which more calls are replayed"
         )
     shown = set(range(plan.num_stages) if stages is None else stages)
-    if blocking:
-        events = [event for event in _rendezvous(plan, calls, cost, drain, receive_first) if event.op.stage in shown]
-    else:
-        events = _flow(plan, calls, cost, drain, shown)
+    events = _flow(plan, calls, cost, drain, shown)
     if not all(event.end < inf for event in events):
         raise ValueError("times add up to more than a float can say; measure costs in a larger unit of time")
     return Timeline(tuple(events), plan.num_stages)
@@ -165,87 +155,6 @@ def _flow(plan: Plan, calls: int, cost: Cost, drain: bool, shown: Container[int]
             names = (wait and f"next {wait[0]}, waits for {wait[1]} of stage {wait[1].stage}" for wait in waits)
             raise _deadlock(plan, [name if batches else None for name, batches in zip(names, todo, strict=True)])
     return events
-
-
-class _Step(NamedTuple):
-    """What a stage does next for `user`: run it, or receive or send the result `op` from or to `peer`."""
-
-    verb: str
-    op: Op
-    peer: int
-    user: Op
-
-    def __str__(self) -> str:
-        if self.verb == "send":
-            return f"next sends {self.op}, waits for stage {self.peer} to receive it"
-        return f"next {self.user}, waits for {self.op} of stage {self.op.stage}"
-
-
-def _programs(plan: Plan, calls: int, drain: bool, receive_first: bool) -> list[deque[_Step]]:
-    """The streams of all stages with the receives and sends that ``plan.needs`` asks for."""
-    streams = [list(plan.batches(stage, calls, drain)) for stage in range(plan.num_stages)]
-    needs = {op: plan.needs(op) for stream in streams for batch in stream for op in batch}
-    sends: dict[Op, list[_Step]] = {}
-    for op, needed in needs.items():
-        for need in needed:
-            if need.stage != op.stage:
-                sends.setdefault(need, []).append(_Step("send", need, op.stage, need))
-    programs = []
-    for stream in streams:
-        steps: deque[_Step] = deque()
-        held: list[_Step] = []
-        for batch in stream:
-            receives: list[_Step] = []
-            work: list[_Step] = []
-            for op in batch:
-                for need in needs[op]:
-                    if need.stage != op.stage:
-                        receives.append(_Step("receive", need, need.stage, op))
-                    else:
-                        work.append(_Step("wait", need, op.stage, op))
-                work.append(_Step("run", op, op.stage, op))
-            swap = receive_first and batch[0].kind == BACKWARD
-            # The gradient of the micro-batch just forwarded cannot come back before its activation is sent.
-            swap = swap and not any(send.op.micro_batch == op.micro_batch for send in held for op in batch)
-            steps += receives + held if swap else held + receives
-            steps += work
-            held = [send for op in batch for send in sends.get(op, ())]
-        programs.append(steps + deque(held))
-    return programs
-
-
-def _rendezvous(plan: Plan, calls: int, cost: Cost, drain: bool, receive_first: bool) -> list[Event]:
-    """What happens when, if sender and receiver of a message wait for each other."""
-    todo = _programs(plan, calls, drain, receive_first)
-    clock = [0.0] * plan.num_stages
-    done: dict[Op, Event] = {}
-
-    def advance(stage: int) -> bool:
-        """Take the next step of `stage`; False if it has to wait."""
-        verb, op, peer, _ = todo[stage][0]
-        if verb == "run":
-            done[op] = Event(op, clock[stage], clock[stage] + cost.of(op, plan.num_chunks))
-            clock[stage] = done[op].end
-        elif verb == "wait" and op not in done:
-            return False
-        elif verb == "send":
-            return False  # the receiver completes the rendezvous for both
-        elif verb == "receive":
-            if not todo[peer] or todo[peer][0] != ("send", op, stage, op):
-                return False
-            clock[stage] = clock[peer] = max(clock[stage], clock[peer]) + cost.transfer + cost.link
-            todo[peer].popleft()
-        todo[stage].popleft()
-        return True
-
-    while any(todo):
-        left = sum(map(len, todo))
-        for stage, steps in enumerate(todo):
-            while steps and advance(stage):
-                pass
-        if sum(map(len, todo)) == left:
-            raise _deadlock(plan, [str(steps[0]) if steps else None for steps in todo])
-    return list(done.values())
 
 
 def _deadlock(plan: Plan, waits: Sequence[str | None]) -> Deadlock:

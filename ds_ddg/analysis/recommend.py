@@ -1,7 +1,7 @@
 """What a set-up costs in time and memory, for every schedule, and which one to take for a memory limit.
 
-Times come from `ds_ddg.simulate`, counts from the plan; a `Model` says what the stages of a model cost. Nothing here
-imports torch.
+Times come from `ds_ddg.schedules.simulator`, counts from the plan; a `Model` says what the stages of a model cost.
+Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from itertools import product
 from math import gcd, inf
 from typing import Any
 
-from .balance import LayerCost, balance
-from .memory import Backward, Sizes, fullest
-from .plan import DDGPlan, Plan
-from .simulate import UNIT_COST, Cost, replay
-from .synchronous import DualPipeVPlan, GPipePlan, OneFOneBPlan
-from .timeline import Timeline
+from ds_ddg.analysis.balance import LayerCost, balance
+from ds_ddg.analysis.memory import Backward, Sizes, fullest
+from ds_ddg.schedules.ddg import DDGPlan
+from ds_ddg.schedules.plan import Plan
+from ds_ddg.schedules.simulator import UNIT_COST, Cost, replay
+from ds_ddg.schedules.synchronous import DualPipeVPlan, GPipePlan, OneFOneBPlan
+from ds_ddg.schedules.timeline import Timeline
 
 __all__ = ["Model", "Setup", "candidates", "recommend", "setups", "steady", "title"]
 

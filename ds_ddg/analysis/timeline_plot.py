@@ -1,6 +1,7 @@
 """Pictures of a timeline, planned or measured: text, SVG or PNG, and a trace for Chrome or Perfetto.
 
-Everything here takes any iterable of ``(Op, start, end)``, such as `ds_ddg.timeline.Timeline` or the records of a run.
+Everything here takes any iterable of ``(Op, start, end)``, such as `ds_ddg.schedules.timeline.Timeline` or the records
+of a run.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from .plan import BACKWARD, FORWARD, UPDATE, Op
+from ds_ddg.schedules.plan import BACKWARD, FORWARD, UPDATE, Op
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

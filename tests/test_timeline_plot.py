@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from ds_ddg.draw import clock, save, text, trace
-from ds_ddg.plan import DDGPlan, Op
-from ds_ddg.simulate import Cost, replay
-from ds_ddg.synchronous import DualPipeVPlan, OneFOneBPlan
+from ds_ddg.analysis.timeline_plot import clock, save, text, trace
+from ds_ddg.schedules.ddg import DDGPlan
+from ds_ddg.schedules.plan import Op
+from ds_ddg.schedules.simulator import Cost, replay
+from ds_ddg.schedules.synchronous import DualPipeVPlan, OneFOneBPlan
 
 
 def lines(picture: str) -> list[str]:
@@ -151,5 +152,6 @@ def test_other_suffixes_are_refused(tmp_path: Path) -> None:
 
 
 def test_text_needs_neither_torch_nor_matplotlib() -> None:
-    code = "import sys, ds_ddg.draw, ds_ddg.simulate; sys.exit(any(m in sys.modules for m in ('torch', 'matplotlib')))"
+    modules = "ds_ddg.analysis.timeline_plot, ds_ddg.schedules.simulator"
+    code = f"import sys, {modules}; sys.exit(any(m in sys.modules for m in ('torch', 'matplotlib')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0

@@ -21,8 +21,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .balance import LayerCost
-from .plan import DDGPlan, Plan
+from ds_ddg.analysis.balance import LayerCost
+from ds_ddg.schedules.ddg import DDGPlan
+from ds_ddg.schedules.plan import Plan
 
 __all__ = ["Backward", "Sizes", "fullest"]
 

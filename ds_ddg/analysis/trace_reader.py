@@ -19,10 +19,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from .plan import BACKWARD, FORWARD, UPDATE, DDGPlan, Op, Plan
-from .simulate import Cost, replay
-from .synchronous import OneFOneBPlan
-from .timeline import Event, Timeline
+from ds_ddg.schedules.ddg import DDGPlan
+from ds_ddg.schedules.plan import BACKWARD, FORWARD, UPDATE, Op, Plan
+from ds_ddg.schedules.simulator import Cost, replay
+from ds_ddg.schedules.synchronous import OneFOneBPlan
+from ds_ddg.schedules.timeline import Event, Timeline
 
 __all__ = ["REASONS", "Run", "Share", "read"]
 

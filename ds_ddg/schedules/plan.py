@@ -1,6 +1,7 @@
-"""The schedules as plain data: which stage does what, in which order, and what must come first.
+"""A schedule as plain data: which stage does what, in which order, and what must come first.
 
-Nothing here imports torch, so the plan can be printed, replayed and drawn in milliseconds.
+The order of decoupled delayed gradients is in ``ddg.py``, that of the schedules it is compared with in
+``synchronous.py``. Nothing here imports torch, so a plan can be printed, replayed and drawn in milliseconds.
 
 Vocabulary (shared by the whole package)
 
@@ -10,9 +11,6 @@ Vocabulary (shared by the whole package)
     tick n           what a stage does when micro-batch n is its turn: F(n), then B(n - d_k)
     delay d_k        (K-1-k)(1+slack): how many micro-batches old a gradient is when stage k uses it
     version          the weights between two updates; *staleness* is counted in versions
-
-The algorithm is Huo et al., *Decoupled Parallel Backpropagation with Convergence Guarantee* (ICML 2018,
-arXiv 1804.10574), eq. 6-9. ``DDGPlan(K, M=1).call`` is its Algorithm 1, one line per tick.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-__all__ = ["BACKWARD", "FORWARD", "UPDATE", "DDGPlan", "Op", "Plan"]
+__all__ = ["BACKWARD", "FORWARD", "UPDATE", "Op", "Plan"]
 
 FORWARD, BACKWARD, UPDATE = "F", "B", "U"
 
@@ -120,12 +118,8 @@ class Plan:
 
     def _along(self, op: Op, step: int) -> Op | None:
         """The same work `step` places further on the way of a micro-batch through the model; None outside of it."""
-        turn = 2 * self.num_stages - 1  # the V is its own mirror image
-        place = (turn - op.stage if op.chunk else op.stage) + step
-        if not 0 <= place < self.num_stages * self.num_chunks:
-            return None
-        chunk = int(place >= self.num_stages)
-        return Op(op.kind, turn - place if chunk else place, op.micro_batch, chunk)
+        stage = op.stage + step
+        return op._replace(stage=stage) if 0 <= stage < self.num_stages else None
 
     def delay(self, stage: int) -> int:
         """Micro-batches between a forward and the tick that uses its gradient (0: no staleness)."""
@@ -142,56 +136,3 @@ class Plan:
     def activations(self, stage: int) -> int:
         """Forward passes, each through one chunk, whose activations are alive on `stage` at once, at most."""
         raise NotImplementedError
-
-
-class DDGPlan(Plan):
-    """Decoupled delayed gradients: in tick n, forward of n and backward of n - d_k; no stage ever waits for a flush.
-
-    With ``micro_batches=1`` and ``slack=0`` this is the paper's Algorithm 1 and 2. With more micro-batches a call
-    the delay stays K-1-k *micro-batches*, so staleness falls to at most ceil(d_k / M) updates. Each unit of `slack`
-    keeps one more micro-batch in flight per hop, which hides the latency of the links.
-    """
-
-    name = "ddg"
-
-    def __init__(self, num_stages: int, micro_batches: int = 1, slack: int = 0) -> None:
-        super().__init__(num_stages, micro_batches)
-        if slack < 0:
-            raise ValueError(f"slack must be 0 or more, got {slack}")
-        self.slack = slack
-
-    def delay(self, stage: int) -> int:
-        return (self.num_stages - 1 - stage) * (1 + self.slack)
-
-    def activations(self, stage: int) -> int:
-        return self.delay(stage) + 1
-
-    def slowdown(self, latency: float) -> float:
-        """How many times longer a tick takes if each hop has this latency, in ticks: 1 up to a latency of slack / 2.
-
-        A gradient that climbs h hops and its answer that comes down again take 2h latencies and h + 1 passes through
-        a tick's work, in h(1 + slack) + 1 ticks; the slowest such loop sets the pace.
-        """
-        return max((h + 1 + 2 * h * latency) / (h * (1 + self.slack) + 1) for h in range(self.num_stages))
-
-    def tick(self, stage: int, n: int, start: int = 0) -> list[Op]:
-        """F(n), then B(n - d_k) once the gradient of that micro-batch has had time to come back."""
-        back = n - self.delay(stage)
-        return [Op(FORWARD, stage, n), Op(BACKWARD, stage, back)] if back >= start else [Op(FORWARD, stage, n)]
-
-    def call(self, stage: int, call: int, start: int = 0) -> list[Op]:
-        """M ticks, then one update with what their backward passes accumulated (none yet: no update)."""
-        first = call * self.micro_batches
-        ops = [op for n in range(first, first + self.micro_batches) for op in self.tick(stage, n, start)]
-        newest = [op for op in ops if op.kind == BACKWARD][-1:]
-        return ops + [op._replace(kind=UPDATE) for op in newest]
-
-    def drain(self, stage: int, end: int, start: int = 0) -> list[Op]:
-        """The backward passes in flight, an update whenever M have accumulated and one for the rest."""
-        ops: list[Op] = []
-        in_flight = range(max(start, end - self.delay(stage)), end)
-        for count, n in enumerate(in_flight, 1):
-            ops.append(Op(BACKWARD, stage, n))
-            if count % self.micro_batches == 0 or count == len(in_flight):
-                ops.append(Op(UPDATE, stage, n))
-        return ops

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import count
 
-from .plan import BACKWARD, FORWARD, UPDATE, Op, Plan
+from ds_ddg.schedules.plan import BACKWARD, FORWARD, UPDATE, Op, Plan
 
 __all__ = ["DualPipeVPlan", "GPipePlan", "OneFOneBPlan"]
 
@@ -86,6 +86,15 @@ class DualPipeVPlan(Plan):
         ops = self.stream(stage, calls, drain)
         sizes = [*map(len, self._steps(stage)), 1]  # the update has nothing to exchange
         return ([next(ops) for _ in range(size)] for _ in range(calls) for size in sizes)
+
+    def _along(self, op: Op, step: int) -> Op | None:
+        """Down all stages with the first chunk, up again with the second."""
+        turn = 2 * self.num_stages - 1  # the V is its own mirror image
+        place = (turn - op.stage if op.chunk else op.stage) + step
+        if not 0 <= place < self.num_stages * self.num_chunks:
+            return None
+        chunk = int(place >= self.num_stages)
+        return Op(op.kind, turn - place if chunk else place, op.micro_batch, chunk)
 
     def _steps(self, stage: int) -> list[list[str]]:
         """Kind and chunk, in order, those with one exchange together: fill both chunks, alternate, empty both."""

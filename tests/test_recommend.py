@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from ds_ddg.advise import Model, Setup, candidates, recommend, setups, steady
-from ds_ddg.balance import LayerCost
-from ds_ddg.plan import DDGPlan
-from ds_ddg.simulate import Cost, replay
-from ds_ddg.synchronous import OneFOneBPlan
+from ds_ddg.analysis.balance import LayerCost
+from ds_ddg.analysis.recommend import Model, Setup, candidates, recommend, setups, steady
+from ds_ddg.schedules.ddg import DDGPlan
+from ds_ddg.schedules.simulator import Cost, replay
+from ds_ddg.schedules.synchronous import OneFOneBPlan
 
 GIB = Model(Cost(num_bytes=0.1), weight_bytes=(1, 1, 1, 1), activation_bytes=(2, 2, 2, 2))
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from ds_ddg.analysis.trace_reader import read
 from ds_ddg.cli import main
-from ds_ddg.plan import DDGPlan, Plan
-from ds_ddg.simulate import Cost, replay
-from ds_ddg.timeline import Timeline
-from ds_ddg.trace import read
+from ds_ddg.schedules.ddg import DDGPlan
+from ds_ddg.schedules.plan import Plan
+from ds_ddg.schedules.simulator import Cost, replay
+from ds_ddg.schedules.timeline import Timeline
 
 COST = Cost(0.03, 0.06, 0.001, link=0.01)
 

@@ -1,0 +1,1 @@
+"""What a schedule costs, what to choose, and pictures of planned and recorded runs, without torch."""

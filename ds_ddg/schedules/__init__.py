@@ -1,0 +1,1 @@
+"""Schedules as plain data, and their replay under a cost model, without torch: start with ``ddg.py``."""
