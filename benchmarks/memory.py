@@ -128,7 +128,7 @@ def rank_main(
 def predictions(names: Sequence[str], grid: Sequence[int], parts: Sequence[Sequence[int]]) -> list[list[float]]:
     """For every setting, bytes by stage; `parts` are the borders of its stages."""
     from ds_ddg.analysis.recommend import Model, Setup
-    from ds_ddg.measure import profile
+    from ds_ddg.profiling.layer_profiler import profile
     from ds_ddg.schedules.ddg import DDGPlan
     from ds_ddg.schedules.simulator import Cost
 
@@ -158,8 +158,8 @@ def page(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
         f"CPU, torch {about['torch']}, DeepSpeed {about['deepspeed']}. Predictions are made as by",
         "`ds-ddg simulate --profile`, which does not know the size of the data, while this does;",
         "[memory.py](../ds_ddg/analysis/memory.py) says of which moments of a call they are the fullest. Weights,",
-        "gradients, activations and messages are in both. Not predicted is what a layer's backward works with inside, so",
-        "a network of large layers takes more. A little less is measured where a receive was posted and nothing had",
+        "gradients, activations and messages are in both. Not predicted is what a layer's backward works with inside,",
+        "so a network of large layers takes more. A little less is measured where a receive was posted and nothing had",
         "arrived yet: the kernel counts memory that has been written to.",
         "",
         f"Within 10% in {sum(error <= 0.1 for error in errors)} of {len(rows)}; median difference "

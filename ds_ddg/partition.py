@@ -21,7 +21,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
 from ds_ddg.analysis.balance import Balance, balance
-from ds_ddg.measure import profile
+from ds_ddg.profiling.layer_profiler import profile
 
 __all__ = ["PipelineModule", "profile"]
 

@@ -57,7 +57,7 @@ def _measured(source: str) -> list[LayerCost]:
     with redirect_stdout(sys.stderr):
         answer = _answer(source, path, name)
         # Now, as importing it takes seconds.
-        from ds_ddg.measure import profile
+        from ds_ddg.profiling.layer_profiler import profile
 
         try:
             return profile(*answer)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ds_ddg.analysis.balance import LayerCost
-from ds_ddg.aside import cut, fresh, gradients_put_back, leaves, tensors, unchanged_random
+from ds_ddg.profiling.isolation import cut, fresh, gradients_put_back, leaves, tensors, unchanged_random
 
 __all__ = ["profile"]
 
