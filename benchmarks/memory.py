@@ -159,8 +159,8 @@ def page(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
         "`ds-ddg simulate --profile`, which does not know the size of the data, while this does;",
         "[memory.py](../ds_ddg/analysis/memory.py) says of which moments of a call they are the fullest. Weights,",
         "gradients, activations and messages are in both. Not predicted is what a layer's backward works with inside,",
-        "so a network of large layers takes more. A little less is measured where a receive was posted and nothing had",
-        "arrived yet: the kernel counts memory that has been written to.",
+        "so a network of large layers takes more. A little less is measured where a receive was posted and nothing",
+        "had arrived yet: the kernel counts memory that has been written to.",
         "",
         f"Within 10% in {sum(error <= 0.1 for error in errors)} of {len(rows)}; median difference "
         f"{errors[len(errors) // 2]:.1%}, largest {errors[-1]:.1%}; most above the prediction: {over:+.1%}.",
