@@ -3,10 +3,11 @@
 torchvision and transformers are imported only when a model of theirs is built.
 """
 
-from ds_ddg.models.checkpoint import load_pretrained, read_state_dict, save_pretrained
 from ds_ddg.models.language import causal_lm, from_transformers, masked_lm, sequence_classification
+from ds_ddg.models.loading import load_pretrained, read_state_dict
 from ds_ddg.models.losses import classification_loss, masked_lm_loss, next_token_loss
 from ds_ddg.models.resnet import cifar_resnet
+from ds_ddg.models.saving import save_pretrained
 from ds_ddg.models.vision import torchvision_resnet
 from ds_ddg.models.weights import WeightsError
 

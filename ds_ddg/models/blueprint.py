@@ -29,9 +29,17 @@ class Blueprint:
         model_class: a model class, or one of the ``AutoModelFor...``.
         inputs: names of the model's inputs, in the order in which the data has them.
         dtype: of the weights.
+
+    Raises:
+        ValueError: for a config of quantized weights, and for models that are not one stack of layers.
     """
 
     def __init__(self, config: Any, model_class: Any, inputs: Sequence[str], dtype: torch.dtype) -> None:
+        if getattr(config, "quantization_config", None):
+            raise ValueError(
+                "the config has a quantization_config, by which transformers would read plain weights as quantized "
+                "ones; dequantize the model once with transformers and save it, or delete that entry"
+            )
         self.config = copy.deepcopy(config)
         self.inputs = tuple(inputs)
         plain = copy.deepcopy(config)
@@ -41,11 +49,12 @@ class Blueprint:
         build = getattr(model_class, "from_config", None) or model_class._from_config
         with torch.device("meta"):
             self.model: Any = build(plain, dtype=dtype)
+        self.name = type(self.model).__name__
         self.structure = learn(self.model)
         self._frames: _Frames | None = None
 
     def __repr__(self) -> str:
-        return f"Blueprint({type(self.model).__name__})"  # DeepSpeed prints the arguments of specs
+        return f"Blueprint({self.name})"  # DeepSpeed prints the arguments of specs
 
     def part(self, path: str, without: Mapping[str, nn.Module] | None = None) -> nn.Module:
         """The module at `path` with memory and initial weights; other modules at some full paths inside it."""
@@ -82,6 +91,11 @@ class Blueprint:
         aliases = self.structure.aliases
         return {key: tuple(t.shape) for key, t in self.model.state_dict().items() if key not in aliases}
 
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The same keys with the type that the model was built with."""
+        aliases = self.structure.aliases
+        return {key: tensor.dtype for key, tensor in self.model.state_dict().items() if key not in aliases}
+
     def aliases(self) -> dict[str, str]:
         """Other keys of tied weights -> the one in `shapes`."""
         return self.structure.aliases
@@ -98,10 +112,12 @@ class Blueprint:
         names = {}
         for key in keys:
             names[key], converted = rename_source_key(key, renamings, converters, prefix, state)
+            if names[key] not in state and key in state:  # as the library does: it is no name of another version's
+                names[key], converted = rename_source_key(key, [], [], prefix, state)
             if converted is not None and key not in state:
                 raise ValueError(
                     f"{key!r} is in a format that transformers converts while it loads (to {names[key]!r}), which a "
-                    f"stage cannot do tensor by tensor; write the weights once as {type(self.model).__name__} has "
+                    f"stage cannot do tensor by tensor; write the weights once as {self.name} has "
                     "them, with safetensors.torch.save_file(model.state_dict(), ...)"
                 )
         return names
@@ -126,7 +142,7 @@ class Blueprint:
     def save_config(self, directory: Path, dtype: torch.dtype) -> None:
         """Write config.json, from which the ``Auto`` classes know the model."""
         config = copy.deepcopy(self.config)
-        config.architectures = [type(self.model).__name__]
+        config.architectures = [self.name]
         config.dtype = dtype
         config.save_pretrained(directory)
 
@@ -139,7 +155,7 @@ class _Frames:
         self._blueprint = blueprint
         self._layers = blueprint.structure.layers
         self._wraps = blueprint.structure.wraps
-        self._name = type(blueprint.model).__name__
+        self._name = blueprint.name
         self._index = -1
         self._inputs: tuple[Tensor, ...] = ()
         self._calls: list[Call] = []

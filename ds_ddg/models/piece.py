@@ -15,8 +15,14 @@ __all__ = ["Origin", "Piece", "pieces_of"]
 class Origin(Protocol):
     """The library's model as a whole, of which no rank has the weights."""
 
+    name: str
+    """What the library calls it."""
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every key of the model's state dict with its shape, tied weights once."""
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The same keys with the type that the model was built with."""
 
     def aliases(self) -> dict[str, str]:
         """Other keys of tied weights -> the one in `shapes`."""
@@ -56,14 +62,20 @@ class Piece(nn.Module):
     def original_state(self) -> dict[str, Tensor]:
         """This piece's parameters and buffers by their keys in the model's state dict, tied weights once.
 
-        This is the one place that knows which is which; the tensors are the piece's own, not copies.
+        ValueError if weights that the model ties have come apart. This is the one place that knows which is which; the
+        tensors are the piece's own, not copies.
         """
         aliases = self.origin.aliases()
         state: dict[str, Tensor] = {}
         for name, tensor in self.state_dict(keep_vars=True).items():
             child, _, rest = name.partition(".")
             key = f"{self._paths[child]}.{rest}"
-            state[aliases.get(key, key)] = tensor
+            kept = aliases.get(key, key)
+            if state.setdefault(kept, tensor) is not tensor:
+                raise ValueError(
+                    f"{key!r} and {kept!r} are one weight in {self.origin.name}, and two here; put one parameter in "
+                    "both places"
+                )
         return state
 
 

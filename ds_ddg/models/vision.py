@@ -67,6 +67,10 @@ class ResNet:
         """Every key of the state dict with its shape."""
         return {key: tuple(tensor.shape) for key, tensor in self.model.state_dict().items()}
 
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The same keys with their types."""
+        return {key: tensor.dtype for key, tensor in self.model.state_dict().items()}
+
     def aliases(self) -> dict[str, str]:
         """None: nothing is tied."""
         return {}

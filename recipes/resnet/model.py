@@ -10,12 +10,13 @@ A file of a CIFAR ResNet is read by ``torch.nn.Sequential(*[spec.build() for spe
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from deepspeed import comm as dist
-from deepspeed.pipe import LayerSpec
-from safetensors.torch import save_file
-from torch import nn
+from deepspeed.pipe import LayerSpec, PipelineModule
+from torch import Tensor, nn
 
 from ds_ddg.models import (
     WeightsError,
@@ -25,6 +26,7 @@ from ds_ddg.models import (
     save_pretrained,
     torchvision_resnet,
 )
+from ds_ddg.models.writing import replace_weights
 from recipes.common import gather
 
 PARTITION = "type:Stem|Block"
@@ -43,15 +45,25 @@ def layer_specs(name: str, num_classes: int) -> list[LayerSpec]:
         raise ValueError(f"{error}; for images of 32x32 there is cifar_resnet20 (or another 6n + 2)") from None
 
 
-def save_weights(net: nn.Module, name: str, directory: Path) -> None:
-    """Write the weights of all stages into `directory`; call it on every rank, with nothing in flight."""
+def save_weights(net: PipelineModule, name: str, directory: Path) -> None:
+    """Write the weights of all stages into `directory`; call it on every rank, with nothing in flight.
+
+    `WeightsError` on every rank if one of them cannot; what was there before is there still.
+    """
     if not _CIFAR.fullmatch(name):
         save_pretrained(net, directory)
         return
     state = {key: tensor for part in gather(net.state_dict()) for key, tensor in part.items()}
-    if dist.get_rank() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        save_file({key: tensor.cpu().contiguous() for key, tensor in state.items()}, directory / "model.safetensors")
+    with torch.device("meta"):
+        reader = nn.Sequential(*(spec.build() for spec in net._layer_specs)).state_dict()
+    wrong = {key for key in state.keys() | reader.keys() if _shape(key, state) != _shape(key, reader)}
+    if wrong:
+        raise WeightsError(f"the stages do not have the weights of {name}: {', '.join(sorted(wrong)[:4])} differ")
+    replace_weights(directory, dist.get_rank(), state if dist.get_rank() == 0 else {}, lambda _: None)
+
+
+def _shape(key: str, state: Mapping[str, Tensor]) -> torch.Size | None:
+    return state[key].shape if key in state else None
 
 
 def load_weights(net: nn.Module, name: str, path: Path) -> None:

@@ -1,0 +1,49 @@
+"""What ranks do together about files. Between them travel names, sizes and digests, never weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from ds_ddg.models.weights import WeightsError
+
+__all__ = ["gather", "own_rank", "together"]
+
+T = TypeVar("T")
+
+
+def own_rank() -> int:
+    """0 where there is one process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather(value: T) -> list[T]:
+    """What every rank has got, by rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def together(work: Callable[[], T]) -> T:
+    """Do it on all ranks; if it fails on one, all of them raise a `WeightsError`, and none is left waiting for it."""
+    result: Any = None
+    error: Exception | None = None
+    try:
+        result = work()
+    except Exception as raised:  # whatever it is: the others wait
+        error = raised
+    own = None if error is None else _told(error)
+    for rank, text in enumerate(gather(own)):
+        if text is not None:
+            where = "" if text == own else f"rank {rank}: "
+            raise WeightsError(where + text) from error
+    return result
+
+
+def _told(error: Exception) -> str:
+    """Errors of these kinds speak for themselves."""
+    return f"{error}" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
