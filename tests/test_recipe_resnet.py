@@ -179,6 +179,27 @@ def test_weights_of_a_cifar_resnet_load_without_a_pipeline(ranks: GetRanks, file
     assert str(metrics["test_accuracy"]) in monitored.read_text()
 
 
+def no_room(rank: int, world_size: int, folder: str, name: str) -> str:
+    """What a rank says if the first one cannot write the weights."""
+    from deepspeed.pipe import PipelineModule
+
+    from ds_ddg.models import WeightsError
+    from recipes.resnet import model
+
+    net = PipelineModule(model.layer_specs(name, 2), num_stages=world_size, loss_fn=torch.nn.functional.cross_entropy)
+    with pytest.raises(WeightsError) as raised:
+        model.save_weights(net, name, Path(folder))
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet8", "resnet18"])
+def test_weights_that_cannot_be_written_end_every_rank(ranks: GetRanks, tmp_path: Path, name: str) -> None:
+    (tmp_path / "weights").write_text("no directory")
+    first, last = ranks(2).run(no_room, str(tmp_path / "weights"), name)
+    assert last == f"rank 0: {first}"
+    assert "weights" in first
+
+
 def assert_same_metrics(metrics: dict[str, Any], net: torch.nn.Module, test: Split) -> None:
     """The pipeline's, over micro-batches that had to be filled up, are those of the network in one process."""
     with torch.no_grad():
