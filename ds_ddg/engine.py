@@ -237,6 +237,7 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
         """Fetch the data of a call, then start it on every stage, or stop on every stage."""
         self._parked = False
         self._feed.labels = labelled and self.module.loss_fn is not None
+        self._feed.as_deepspeed = self._schedule == "1f1b" and not self.ddg.enabled
         self._feed.fixed_shape = self.num_stages > 1 and what == "train_batch" and not self.dynamic_shape
         ready = self._feed.fetch(data_iter, micro_batches, self.batch_fn)
         here = (what, self._calls, micro_batches)
