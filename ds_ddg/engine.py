@@ -95,6 +95,7 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
             StopIteration: on every rank, if the data ends inside this call; nothing of the call has been trained on.
             StageError: another stage failed, left or was lost.
         """
+        self.versions.refuse_changes(self.module, self.stage_id)
         if self._ddg_from is not None and self.global_steps >= self._ddg_from:
             self.schedule = "ddg"
         self._settle_slack()
@@ -105,6 +106,7 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
             raise
         finally:
             self._speak()
+        self.versions.leave()
         if self._schedule == "ddg":
             self._report_call()
         elif self.ddg.enabled:
@@ -138,9 +140,13 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
         """Finish every backward pass in flight. Nothing is left in flight or retained; twice does nothing.
 
         Steps the optimizer whenever M gradients have accumulated and once for the rest, at the present learning rate.
+
+        To be called before a script writes into weights, replaces or freezes them: with micro-batches in flight the
+        next call refuses that, but for writes through ``.data``, which ``WeightVersions.refuse_changes`` says more of.
         """
         if self._parked:
             return
+        self.versions.refuse_changes(self.module, self.stage_id)
         end = self._calls * self.micro_batches
         if self._schedule == "ddg" and end > self._filled_at:
             self.module.train()
