@@ -6,13 +6,19 @@ means that data which ends, is malformed or changes shape stops the call before 
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from deepspeed.utils.logging import log_dist_once
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ds_ddg.local import StagePeers
+from ds_ddg.outputs import described
+from ds_ddg.profiling.isolation import tensors
 from ds_ddg.staging import Staging
 from ds_ddg.wire import StageError
 
@@ -38,7 +44,9 @@ class Feed:
         self.labels = True
         """Whether the last stage needs labels."""
         self.fixed_shape = True
-        """Whether inputs must keep the shape of the first ones."""
+        """Whether all micro-batches must have as many samples as the first."""
+        self.as_deepspeed = False
+        """Whether the data is for DeepSpeed's own schedule in a run of its own: whatever that can run is right."""
         self._batches: deque[Any] = deque()
 
     def fetch(self, data_iter: Iterator[Any] | None, count: int, batch_fn: Callable[[Any], Any] | None) -> bool:
@@ -52,13 +60,23 @@ class Feed:
         if not (self._first or self._last):
             return True
         pulled: list[Any] = []
+        given: list[tuple[Tensor, int]] = []
 
         def pull() -> None:
             if data_iter is None and batch_fn is None:
                 raise ValueError(
                     "no data: pass an iterator to train_batch(data_iter=...), or training_data=... to initialize()"
                 )
-            pulled.extend([None if data_iter is None else next(data_iter) for _ in range(count)])
+            for _ in range(count):
+                batch = None if data_iter is None else next(data_iter)
+                # DeepSpeed is done with a micro-batch before it pulls the next, so an iterator may use memory again.
+                pulled.append(tree_map_only(Tensor, Tensor.clone, batch) if self.as_deepspeed else batch)
+                given.extend((t, t._version) for t in tensors(pulled[-1]) if not t.is_inference())
+            if any(t._version != version for t, version in given):
+                raise ValueError(
+                    f"the data iterator has written into a micro-batch that it had given before; all {count} of a "
+                    "call are fetched first, so let it give new tensors, such as tensor.clone()"
+                )
 
         def prepare() -> None:
             self._batches.extend([self._checked(b if batch_fn is None else batch_fn(b)) for b in pulled])
@@ -110,25 +128,52 @@ class Feed:
         return state == _READY
 
     def _checked(self, batch: Any) -> Any:
-        if not isinstance(batch, (tuple, list)) or not batch:
-            raise TypeError(f"a micro-batch must be a tuple (inputs, labels), got {type(batch).__name__}")
-        inputs, labels = batch[0], batch[1] if len(batch) > 1 else None
-        if self._last and self.labels and labels is None:
-            raise ValueError(
-                "labels are missing: the last stage needs (inputs, labels) for its loss_fn, "
-                f"got a micro-batch of {len(batch)} element(s)"
-            )
+        """What this stage needs of a micro-batch, as ``(inputs, labels)``."""
+        inputs = self._entry(batch, 0) if self._first else None
+        labels = self._entry(batch, 1) if self._last else None
         if self._first:
-            tensors = [inputs] if torch.is_tensor(inputs) else inputs
-            if not isinstance(tensors, (tuple, list)) or not all(map(torch.is_tensor, tensors)):
-                raise TypeError(f"inputs must be a tensor or a tuple of tensors, got {type(inputs).__name__}")
-            shape = [tuple(t.shape) for t in tensors]
-            if self.fixed_shape:
-                if self._shape not in (None, shape):
-                    raise ValueError(
-                        f"the inputs changed shape from {self._shape} to {shape}; "
-                        "make every micro-batch the same shape (drop_last=True, padding), build the PipelineModule "
-                        "with dynamic_shape=True, or call engine.reset_activation_shape() before the shape changes"
-                    )
-                self._shape = shape
-        return inputs if self._first else None, labels if self._last else None
+            self._check_inputs(inputs)
+            if isinstance(batch, (tuple, list, Tensor)) and len(batch) > 2:
+                log_dist_once(
+                    f"a micro-batch has {len(batch)} entries, of which only the first two are used, as inputs and "
+                    "labels; give several of either as a tuple: ((x, mask), (y, weight))",
+                    ranks=[0],
+                    level=logging.WARNING,
+                )
+        if isinstance(labels, (tuple, list)) and not all(map(torch.is_tensor, labels)):
+            raise TypeError(
+                f"labels must be a tensor, a tuple of tensors, or what is neither tuple nor list, got "
+                f"{described(labels)}; put what is nested or no tensor into a dict, which reaches loss_fn as it is"
+            )
+        return inputs, labels
+
+    def _entry(self, batch: Any, index: int) -> Any:
+        """Entry `index` of a micro-batch, which to DeepSpeed may be anything that has entries."""
+        try:
+            if not torch.is_tensor(batch) or self.as_deepspeed:  # a batch of inputs alone has entries, too
+                return batch[index]
+        except (IndexError, KeyError, TypeError) as error:
+            if index == 1 and isinstance(batch, (tuple, list)) and batch:
+                if not self.labels:
+                    return None
+                raise ValueError(
+                    "labels are missing: the last stage needs (inputs, labels) for its loss_fn, "
+                    f"got a micro-batch of {len(batch)} element(s); if it needs none, give (inputs, None)"
+                ) from error
+        raise TypeError(f"a micro-batch must be a tuple (inputs, labels), got {described(batch)}")
+
+    def _check_inputs(self, inputs: Any) -> None:
+        parts = [inputs] if torch.is_tensor(inputs) else inputs
+        if not isinstance(parts, (tuple, list)) or not all(map(torch.is_tensor, parts)):
+            raise TypeError(f"inputs must be a tensor or a tuple of tensors, got {described(inputs)}")
+        if not self.fixed_shape or self.as_deepspeed:
+            return
+        # What else changes need not reach the next stage: behind a pooling, say. Whether it does, the stages see.
+        shape = [tuple(part.shape) for part in parts]
+        if self._shape is not None and [s[:1] for s in self._shape] != [s[:1] for s in shape]:
+            raise ValueError(
+                f"the inputs changed shape from {self._shape} to {shape}; "
+                "make every micro-batch the same shape (drop_last=True, padding), build the PipelineModule "
+                "with dynamic_shape=True, or call engine.reset_activation_shape() before the shape changes"
+            )
+        self._shape = shape

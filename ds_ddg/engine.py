@@ -102,6 +102,7 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
             StopIteration: on every rank, if the data ends inside this call; nothing of the call has been trained on.
             StageError: another stage failed, left or was lost.
         """
+        self.versions.refuse_changes(self.module, self.stage_id)
         if self._ddg_from is not None and self.global_steps >= self._ddg_from:
             self.schedule = "ddg"
         self._settle_slack()
@@ -112,6 +113,7 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
             raise
         finally:
             self._speak()
+        self.versions.leave()
         if self._schedule == "ddg":
             self._report_call()
         elif self.ddg.enabled:
@@ -145,9 +147,13 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
         """Finish every backward pass in flight. Nothing is left in flight or retained; twice does nothing.
 
         Steps the optimizer whenever M gradients have accumulated and once for the rest, at the present learning rate.
+
+        To be called before a script writes into weights, replaces or freezes them: with micro-batches in flight the
+        next call refuses that, but for writes through ``.data``, which ``WeightVersions.refuse_changes`` says more of.
         """
         if self._parked:
             return
+        self.versions.refuse_changes(self.module, self.stage_id)
         end = self._calls * self.micro_batches
         if self._schedule == "ddg" and end > self._filled_at:
             self.module.train()
@@ -244,6 +250,7 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
         """Fetch the data of a call, then start it on every stage, or stop on every stage."""
         self._parked = False
         self._feed.labels = labelled and self.module.loss_fn is not None
+        self._feed.as_deepspeed = self._schedule == "1f1b" and not self.ddg.enabled
         self._feed.fixed_shape = self.num_stages > 1 and what == "train_batch" and not self.dynamic_shape
         ready = self._feed.fetch(data_iter, micro_batches, self.batch_fn)
         here = (what, self._calls, micro_batches)

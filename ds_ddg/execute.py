@@ -27,7 +27,7 @@ from torch.nn import Module
 from ds_ddg.again import Circumstances, PastBuffers, keeping_nothing, never_detached, with_past_buffers
 from ds_ddg.data import Feed
 from ds_ddg.links import Links, as_tuple
-from ds_ddg.outputs import refuse_activation, refuse_loss, with_own_memory
+from ds_ddg.outputs import FixedShape, refuse_activation, refuse_loss, with_checks, with_own_memory
 from ds_ddg.schedule import AdvanceClocks, UpdateWeights
 from ds_ddg.update import Updater
 
@@ -76,8 +76,6 @@ class Executor(Updater):
     num_pipe_buffers: int
     pipe_buffers: dict[str, list[Any]]
 
-    _activation_spec: Any = None
-
     def __setattr__(self, name: str, value: Any) -> None:
         """An engine is a Module, which examines each value for parameters; DeepSpeed sets 40 plain ones a call."""
         if name in self.__dict__ and not _registered(type(value)):  # type: ignore[arg-type]
@@ -105,17 +103,20 @@ class Executor(Updater):
 
     def _choose_instructions(self) -> None:
         """Those of the present schedule."""
-        self.__dict__.pop("_INSTRUCTION_MAP", None)
         if self.schedule == "ddg":
             self._INSTRUCTION_MAP = self._ddg_instruction_map()
-        elif self._ties.tied:
-            tied = {instructions.ReduceTiedGrads: Executor._exec_reduce_tied_grads}
-            self._INSTRUCTION_MAP = {**type(self)._INSTRUCTION_MAP, **tied}
+        else:
+            tied = {instructions.ReduceTiedGrads: Executor._exec_reduce_tied_grads} if self._ties.tied else {}
+            self._INSTRUCTION_MAP = {**with_checks(type(self)._INSTRUCTION_MAP), **tied}
 
     @property
     def _recomputes(self) -> bool:
         """Whether the graph is built only when the gradient is here; pointless where it comes in the same tick."""
         return self.ddg.activations == "recompute" and not self.is_last_stage()
+
+    @functools.cached_property
+    def _fixed_shape(self) -> FixedShape:
+        return FixedShape(self.stage_id)
 
     @functools.cached_property
     def _past_buffers(self) -> PastBuffers:
@@ -231,19 +232,11 @@ class Executor(Updater):
     def reset_activation_shape(self) -> None:
         """DeepSpeed's: from here on another shape. Messages say theirs, so what is in flight does not mind."""
         super().reset_activation_shape()
-        self._activation_spec = None
+        self._fixed_shape.reset()
         self._feed.reset_shape()
 
     def _check_activation(self, outputs: Any) -> None:
         """What leaves a stage is a tensor or a tuple of tensors, in training of one shape unless told otherwise."""
         refuse_activation(outputs, self.stage_id)
-        if self.dynamic_shape or not torch.is_grad_enabled():
-            return
-        spec = [(t.dtype, tuple(t.shape)) for t in as_tuple(outputs)]
-        if self._activation_spec not in (None, spec):
-            raise ValueError(
-                f"the activations of stage {self.stage_id} changed from {self._activation_spec} to {spec}; "
-                "make every micro-batch the same shape (drop_last=True, padding), build the PipelineModule with "
-                "dynamic_shape=True, or call engine.reset_activation_shape() on every rank before the shape changes"
-            )
-        self._activation_spec = spec
+        if torch.is_grad_enabled() and not self.dynamic_shape:
+            self._fixed_shape.check(as_tuple(outputs))

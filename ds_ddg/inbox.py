@@ -98,8 +98,8 @@ class Inbox:
     def _refuse(self, kind: Kind, expected: Sequence[Kind], what: str) -> None:
         if kind is Kind.LEAVE:
             raise StageError(
-                f"{self.wire.peer.name} has left: its script ended, or dropped its engine, while this stage waited "
-                f"for {what}; make the same number of calls on every rank"
+                f"{self.wire.peer.name} has left: its script ended or failed, or dropped its engine, while this stage "
+                f"waited for {what}; if its output tells of no failure, make the same number of calls on every rank"
             )
         raise RuntimeError(
             f"the ranks are out of step: expected {what} ({' or '.join(kind.name for kind in expected)}) from "

@@ -2,13 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from deepspeed.runtime.pipe.schedule import BackwardPass, SendActivation
+from torch import Tensor
 
 from ds_ddg.links import as_tuple
 
-__all__ = ["refuse_activation", "refuse_loss", "with_own_memory"]
+__all__ = ["FixedShape", "described", "refuse_activation", "refuse_loss", "with_checks", "with_own_memory"]
+
+
+class FixedShape:
+    """Holds what a stage sends to the shape of the first that it sent."""
+
+    def __init__(self, stage_id: int) -> None:
+        self._stage_id = stage_id
+        self._spec: list[Any] | None = None
+
+    def reset(self) -> None:
+        """The next may have another shape."""
+        self._spec = None
+
+    def check(self, tensors: tuple[Tensor, ...]) -> None:
+        """Raise ValueError for another shape."""
+        spec = [(t.dtype, tuple(t.shape)) for t in tensors]
+        if self._spec not in (None, spec):
+            raise ValueError(
+                f"the activations of stage {self._stage_id} changed from {self._spec} to {spec}; "
+                "make every micro-batch the same shape (drop_last=True, padding), build the PipelineModule with "
+                "dynamic_shape=True, or call engine.reset_activation_shape() on every rank before the shape changes"
+            )
+        self._spec = spec
+
+
+def with_checks(instruction_map: Mapping[type, Callable[..., None]]) -> dict[type, Callable[..., None]]:
+    """DeepSpeed's own instructions, which then say what it would go wrong on, silently or without a name for it."""
+    send, backward = instruction_map[SendActivation], instruction_map[BackwardPass]
+
+    def send_checked(engine: Any, buffer_id: int) -> None:
+        outputs = engine.pipe_buffers["outputs"][buffer_id]
+        sent = outputs if isinstance(outputs, tuple) else (outputs,)
+        # Evaluation and training share one receive buffer, which another shape would not fit or only fill in part.
+        if not engine.dynamic_shape and all(map(torch.is_tensor, sent)):
+            engine._fixed_shape.check(sent)
+        send(engine, buffer_id)
+
+    def backward_checked(engine: Any, buffer_id: int) -> None:
+        if engine.is_last_stage():
+            refuse_loss(engine.loss, engine.module.loss_fn is None)
+        backward(engine, buffer_id)
+
+    return {**instruction_map, SendActivation: send_checked, BackwardPass: backward_checked}
 
 
 def refuse_activation(outputs: Any, stage_id: int) -> None:
@@ -16,7 +62,7 @@ def refuse_activation(outputs: Any, stage_id: int) -> None:
     tensors = outputs if isinstance(outputs, tuple) else (outputs,)
     if not all(torch.is_tensor(t) and _is_dense(t) for t in tensors):
         raise TypeError(
-            f"the last layer of stage {stage_id} returned {_described(outputs)}; "
+            f"the last layer of stage {stage_id} returned {described(outputs)}; "
             "what goes to the next stage must be a tensor or a tuple of tensors, all of them dense"
         )
 
@@ -25,14 +71,19 @@ def refuse_loss(loss: Any, of_layer: bool, error: Exception | None = None) -> No
     """Raise TypeError, because of `error`, for what is no loss.
 
     Args:
-        loss: what training is to start from.
+        loss: what a backward pass is to start from.
         of_layer: it is what the last layer returned, in a model without a loss_fn.
         error: what came of it, if it was taken for one.
     """
-    if torch.is_tensor(loss) and loss.numel() == 1:
-        return
     whose = "the last layer, whose output is the loss as there is no loss_fn," if of_layer else "loss_fn"
-    got = f"a tensor of shape {tuple(loss.shape)}" if torch.is_tensor(loss) else _described(loss)
+    if torch.is_tensor(loss) and loss.numel() == 1:
+        if loss.grad_fn is not None:
+            return
+        raise TypeError(
+            f"{whose} returned a loss without a gradient, cut off from what the model put out; compute it without "
+            "detach(), item(), no_grad() and rounding, from outputs of layers that are to be trained"
+        ) from error
+    got = described(loss)
     raise TypeError(f"{whose} returned {got}; it must be a tensor of one number, such as a mean") from error
 
 
@@ -50,11 +101,16 @@ def _is_dense(tensor: torch.Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_nested
 
 
-def _described(value: Any) -> str:
-    """What `value` is, for an error message."""
-    if isinstance(value, tuple):
+def described(value: Any) -> str:
+    """What `value` is, for an error message: of a tuple or list, its first entry that is no dense tensor."""
+    if isinstance(value, (tuple, list)):
+        kind = "tuple" if isinstance(value, tuple) else "list"
         odd = [index for index, entry in enumerate(value) if not (torch.is_tensor(entry) and _is_dense(entry))]
-        return f"a tuple whose entry {odd[0]} is {_described(value[odd[0]])}" if odd else f"a tuple of {len(value)}"
+        if not odd:
+            return f"a {kind} of {len(value)}"
+        return f"a {kind} whose entry {odd[0]} is {described(value[odd[0]])}"
     if torch.is_tensor(value):
-        return "a nested tensor" if value.is_nested else f"a tensor of layout {value.layout}"
+        if value.is_nested:
+            return "a nested tensor"
+        return f"a tensor of shape {tuple(value.shape)}" if _is_dense(value) else f"a tensor of layout {value.layout}"
     return "None" if value is None else f"a {type(value).__name__}"

@@ -65,8 +65,8 @@ class Printer(Executor):
         timer.stop()
         timer.event_timers.pop()
 
-    def _print(self, newest: Loss, step: int) -> None:
-        """DeepSpeed's line with the newest loss, and which step it belongs to."""
+    def _print(self, newest: Loss, call: int) -> None:
+        """DeepSpeed's line with the newest loss, and the number of its `call`; "steps" is how many were made."""
         timer = self.timers(TRAIN_BATCH_TIMER)
         calls = max(1, len(timer.event_timers))
         seconds = timer.elapsed(reset=True) / 1000.0 / calls
@@ -74,7 +74,7 @@ class Printer(Executor):
             return
         losses = [("loss", newest.mean), *(newest.additional or ())]
         parts = [f"steps: {self.global_steps}", *(f"{name}: {value:0.4f}" for name, value in losses)]
-        parts.insert(2, f"(of step {step + 1})")
+        parts.insert(2, f"(of call {call}, counted from 0)")
         rate = self.train_batch_size() / max(seconds, 1e-9)
         print(*parts, f"iter time (s): {seconds:0.3f} samples/sec: {rate:0.3f}")
         if self.wall_clock_breakdown():

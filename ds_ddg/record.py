@@ -198,20 +198,17 @@ class Recorded(Executor):
     @contextmanager
     def _watched(self, recorder: Recorder | None) -> Iterator[None]:
         """Inside, instructions are wrapped."""
-        own = self.__dict__.get("_INSTRUCTION_MAP")
+        own = self._INSTRUCTION_MAP
         profiled = torch._C._autograd._profiler_enabled()
-        key = self._INSTRUCTION_MAP, profiled, recorder
+        key = own, profiled, recorder
         if self._watched_map[0] != key:
-            watched = {step: _watched(step, run, recorder, profiled) for step, run in self._INSTRUCTION_MAP.items()}
+            watched = {step: _watched(step, run, recorder, profiled) for step, run in own.items()}
             self._watched_map = key, watched
         self._INSTRUCTION_MAP = self._watched_map[1]
         try:
             yield
         finally:
-            if own is None:
-                del self._INSTRUCTION_MAP  # the class's own is there again
-            else:
-                self._INSTRUCTION_MAP = own
+            self._INSTRUCTION_MAP = own
 
 
 def _watched(step: type, run: Callable[..., None], recorder: Recorder | None, profiled: bool) -> Callable[..., None]:

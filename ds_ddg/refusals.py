@@ -25,7 +25,8 @@ def refuse_unsupported(config: Any, module: Any, enabled: bool = True) -> None:
     Raises:
         ValueError: one line per refusal, each with what to do instead.
     """
-    _refuse(_refusals(config, module) if enabled else _sending_refusals(module), enabled)
+    found = _refusals(config, module) if enabled else _sending_refusals(module)
+    _refuse([*_refusals_of_any_pipeline(config), *found], enabled)
 
 
 def refuse_experts(config: Any, module: Any, sizes: Sequence[int]) -> None:
@@ -51,6 +52,22 @@ def _refuse(found: Iterable[tuple[bool, str, str]], enabled: bool) -> None:
         raise ValueError(f"{name} cannot train this set-up:\n" + "\n".join(refusals) + other)
 
 
+def _refusals_of_any_pipeline(config: Any) -> Iterable[tuple[bool, str, str]]:
+    stage = int(config.zero_config.stage)
+    yield stage >= 2, f"ZeRO stage {stage}", _ANY_PIPELINE + '; set "zero_optimization": {"stage": 0}'
+    period = config._param_dict.get("steps_per_print")
+    yield (
+        period is not None and (not isinstance(period, (int, float)) or period == 0),
+        f'"steps_per_print": {period!r}',
+        f"{_ANY_PIPELINE}; give a number of calls, 1 or more, or leave it out to have nothing printed",
+    )
+    yield (
+        period is None and bool(config._param_dict.get("wall_clock_breakdown")),
+        '"wall_clock_breakdown" without "steps_per_print"',
+        f"{_ANY_PIPELINE}; say how many calls to print it after",
+    )
+
+
 def _refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
     from deepspeed.accelerator import get_accelerator
 
@@ -60,13 +77,13 @@ def _refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
         f"accelerator {device!r}",
         'not supported; run on "cuda" or on CPU (environment DS_ACCELERATOR=cpu)',
     )
-    stage = int(config.zero_config.stage)
-    yield stage >= 2, f"ZeRO stage {stage}", _ANY_PIPELINE + '; set "zero_optimization": {"stage": 0}'
     offload = config.zero_config.offload_optimizer
     yield (
-        stage == 1 and offload is not None and str(getattr(offload.device, "value", offload.device)) != "none",
+        int(config.zero_config.stage) == 1
+        and offload is not None
+        and str(getattr(offload.device, "value", offload.device)) != "none",
         "ZeRO's offload_optimizer",
-        f"{_ANY_PIPELINE}; remove the block",
+        "not supported yet; remove the block",
     )
     yield (
         bool(config.expert_parallel_config.enabled),
@@ -156,7 +173,10 @@ def _sending_refusals(module: Any) -> Iterable[tuple[bool, str, str]]:
     from deepspeed.accelerator import get_accelerator
 
     yield (
-        module.num_stages > 1 and get_accelerator().device_name() != "cpu" and dist.get_backend() == "gloo",
+        module.num_stages > 1
+        and get_accelerator().device_name() != "cpu"
+        and dist.is_initialized()  # or it is no run yet
+        and dist.get_backend() == "gloo",
         "1F1B of GPU stages over gloo, which cannot send from a device",
         'give every stage a GPU of its own and initialize "nccl", or leave DDG on throughout',
     )

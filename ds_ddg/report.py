@@ -137,7 +137,10 @@ class Reporter(Printer):
         return torch.tensor(value, dtype=dtype, device=self.device)
 
     def _restart_losses(self, known: dict[str, Any] | None) -> None:
-        """After a checkpoint, and with the loss that it knows, if any."""
+        """After a checkpoint, and with the loss that it knows, if any; calls count on from where it was saved."""
+        self._calls = self.global_steps
+        self._filled_at = self._calls * self.micro_batches
+        self._samples.clear()
         self._losses.restart(self._calls, known)
         if known is not None:
             self._publish_loss()

@@ -43,6 +43,7 @@ class WeightVersions:
         self._away = False
         self._seen: dict[int, int] = {}
         self._old: dict[int, list[Tensor]] = {}
+        self._left: list[tuple[int, int, bool]] = []
         self.version = 0
         """Number of updates that the weights have seen."""
 
@@ -99,10 +100,38 @@ class WeightVersions:
             yield
         self.version += 1
 
+    def leave(self) -> None:
+        """A call is over: what the script does to the weights from here on is its own."""
+        self._left = self._traces() if self._seen else []
+
+    def refuse_changes(self, module: torch.nn.Module, stage_id: int) -> None:
+        """Raise RuntimeError if the weights of `module` are not as they were left, with micro-batches in flight.
+
+        A write through ``.data`` leaves no trace. To the forward passes after it, it is part of the last update. Those
+        in flight keep the weights that they saw if that call ended with an update, so from the one on in which the
+        first gradient comes back; before that, and with "weights": "current" always, their backward passes see it
+        too. In bf16, fp16 and ZeRO-1 the next update takes it back, as the optimizer has weights of its own.
+        """
+        if not self._seen or not self._left or (traces := self._traces()) == self._left:
+            return
+        pairs = zip(self._left, traces, module.named_parameters(), strict=True)
+        changed = [name for then, now, (name, _) in pairs if then[:2] != now[:2] or then[2] > now[2]]
+        if changed:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise RuntimeError(
+                f"weights of stage {stage_id} were written into, replaced or frozen between two calls "
+                f"({', '.join(changed[:3])}{more}), while {len(self._seen)} micro-batch(es) are in flight whose "
+                "gradients belong to the weights as they were; call engine.drain() before that"
+            )
+
     def assert_empty(self) -> None:
         """Nothing in flight, one copy of the weights."""
         assert not self._seen, f"in flight: {self._seen}"
         assert not self._old, f"old versions: {list(self._old)}"
+
+    def _traces(self) -> list[tuple[int, int, bool]]:
+        """What a change leaves behind: the counter of writes, the place in memory, whether it is trained."""
+        return [(p._version, p.data_ptr(), p.requires_grad) for p in self.parameters]
 
     def _copies(self) -> list[Tensor]:
         return [p.data.clone() if p.requires_grad else p.data for p in self.parameters]

@@ -129,7 +129,7 @@ class Checkpoints:
         _, client_state = self._engine.load_checkpoint(str(directory), tag)
         calls, planned = client_state["progress"]["calls"], self._progress.total_calls
         if self._trains and calls > planned:
-            raise SystemExit(f"{directory / tag} is past the end of this run, call {planned}: raise --epochs")
+            raise SystemExit(f"{directory / tag} is past the end of this run of {planned} calls: raise --epochs")
         self._progress.load_state_dict(client_state["progress"])
         if dist.get_rank() == 0:
             tqdm.write(f"going on from {directory / tag}, after {calls} calls")

@@ -59,7 +59,7 @@ def draw_curves(
         below.plot(
             [call / unit for call in values], list(values.values()), marker="o", markersize=4, label=words(name)
         )
-    below.set(xlabel="epoch" if calls_per_epoch else "call", ylabel="held-out data")
+    below.set(xlabel="epoch" if calls_per_epoch else "calls made", ylabel="held-out data")
     drawn = [value for values in held_out.values() for value in values.values()]
     if drawn:
         below.legend()

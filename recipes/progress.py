@@ -92,8 +92,8 @@ class Progress:
         self._bar.update(self._engine.train_batch_size())
         if self.calls % READ_EVERY == 0 or self.calls == 1:
             newest = self.losses[loss_call]
-            self._bar.set_description(f"{self._now()} of {self._of(self.total_calls)}")
-            self._bar.set_postfix_str(f"loss {newest:.4f} (call {loss_call})")
+            self._bar.set_description(self._now(self.total_calls))
+            self._bar.set_postfix_str(f"loss {newest:.4f} (of call {loss_call}, counted from 0)")
 
     def evaluated(self, metrics: Mapping[str, float]) -> None:
         """After an evaluation: name -> value, such as ``{"test_accuracy": 0.98}``. They go to the monitors, too."""
@@ -103,7 +103,7 @@ class Progress:
             samples = self._engine.global_samples
             self._engine.monitor.write_events([(f"Eval/Samples/{n}", v, samples) for n, v in metrics.items()])
         if dist.get_rank() == 0:
-            tqdm.write(f"{self._now()}: " + ", ".join(f"{words(n)} {v:.4f}" for n, v in metrics.items()))
+            tqdm.write(f"after {self._now()}: " + ", ".join(f"{words(n)} {v:.4f}" for n, v in metrics.items()))
 
     @property
     def losses(self) -> dict[int, float]:
@@ -185,13 +185,12 @@ class Progress:
     def _window(self) -> int:
         return self.calls_per_epoch or max(1, self.total_calls // 10)
 
-    def _now(self) -> str:
+    def _now(self, of: int | None = None) -> str:
+        """How far the run is, `of` so many calls."""
         if self.calls_per_epoch is None:
-            return f"call {self.calls}"
-        return f"epoch {-(-self.calls // self.calls_per_epoch)}"
-
-    def _of(self, calls: int) -> int:
-        return calls if self.calls_per_epoch is None else calls // self.calls_per_epoch
+            return f"{self.calls} calls" if of is None else f"{self.calls} of {of} calls"
+        epoch = f"epoch {-(-self.calls // self.calls_per_epoch)}"
+        return epoch if of is None else f"{epoch} of {of // self.calls_per_epoch}"
 
 
 def fit(

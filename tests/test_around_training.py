@@ -409,18 +409,18 @@ def train_and_print(rank: int, world_size: int) -> tuple[str, list[float]]:
     return text.getvalue(), seconds
 
 
-def test_printed_lines_say_which_step_a_loss_belongs_to(ranks: GetRanks) -> None:
-    """With a learning rate of 0 the losses are DeepSpeed's own."""
+def test_printed_lines_say_which_call_a_loss_belongs_to(ranks: GetRanks) -> None:
+    """By the number that `engine.loss_step` has for it. With a learning rate of 0 the losses are DeepSpeed's own."""
     (text, seconds), *others = ranks(3).run(train_and_print)
-    losses = {t + 1: (loss, extra) for t, loss, extra in ranks(3).run(train_with_extras, 3, 1, 0.0, None)[0]}
-    pattern = r"steps: (\d+) loss: ([\d.]+)(?: \(of step (\d+)\))? aux: ([\d.]+) z: ([\d.]+)"
+    losses = {t: (loss, extra) for t, loss, extra in ranks(3).run(train_with_extras, 3, 1, 0.0, None)[0]}
+    pattern = r"steps: (\d+) loss: ([\d.]+)(?: \(of call (\d+), counted from 0\))? aux: ([\d.]+) z: ([\d.]+)"
     pattern += r" +iter time \(s\): ([\d.]+) samples/sec: ([\d.]+)"
     lines = re.findall(pattern, text)
     assert [(line[0], line[2]) for line in lines] == [
-        ("2", "1"), ("4", "2"), ("6", ""), ("8", ""), ("10", "9"), ("12", "10")
+        ("2", "0"), ("4", "1"), ("6", ""), ("8", ""), ("10", "8"), ("12", "9")
     ]  # fmt: skip
     for steps, loss, of, aux, z, duration, rate in lines[:3]:
-        expected, extras = losses[int(of or steps)]
+        expected, extras = losses[int(of) if of else int(steps) - 1]
         assert (loss, aux, z) == (f"{expected:.4f}", f"{extras['aux']:.4f}", f"{extras['z']:.4f}")
         mean = sum(seconds[int(steps) - 2 : int(steps)]) / 2
         assert 0.2 * mean - 0.001 < float(duration) < mean + 0.001

@@ -29,6 +29,7 @@ from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 from torch import Tensor, nn
 
 import ds_ddg
+import toy
 from distributed import Outcome, Ranks
 
 GetRanks = Callable[[int], Ranks]
@@ -240,6 +241,23 @@ REFUSALS: dict[str, tuple[dict[str, Any], str, list[str]]] = {
         ["offload_optimizer", "remove"],
     ),
     "ZeRO-2": ({"zero_optimization": {"stage": 2}}, "ValueError", ["ZeRO stage 2"]),
+    "ZeRO-2 on DeepSpeed's schedule": (
+        {"zero_optimization": {"stage": 2}, "ddg": {"enabled": False}},
+        "ValueError",
+        ["DeepSpeed's schedule cannot train this set-up", "ZeRO stage 2"],
+    ),
+    "lines every 0 calls": ({"steps_per_print": 0}, "ValueError", ['"steps_per_print": 0', "1 or more"]),
+    "lines every 0 calls of DeepSpeed's schedule": (
+        {"steps_per_print": 0, "ddg": {"enabled": False}},
+        "ValueError",
+        ['"steps_per_print": 0', "1 or more"],
+    ),
+    "lines every word": ({"steps_per_print": "ten"}, "ValueError", ["\"steps_per_print\": 'ten'"]),
+    "a breakdown without lines": (
+        {"steps_per_print": None, "wall_clock_breakdown": True},
+        "ValueError",
+        ['"wall_clock_breakdown" without "steps_per_print"'],
+    ),
     "ZeRO-3": ({"zero_optimization": {"stage": 3}}, "ValueError", ["ZeRO stage 3"]),
     "fp16 on CPU": ({"fp16": {"enabled": True}}, "ValueError", ["fp16", "not supported on your device"]),
     "autocast in fp16": (
@@ -355,8 +373,13 @@ def test_refuses_a_model_that_is_no_pipeline(ranks: GetRanks) -> None:
 
 DATA: dict[str, tuple[int, Callable[[Tensor, Tensor], Any], str, list[str]]] = {
     "smaller batch": (0, lambda x, y: (x[:-1], y[:-1]), "ValueError", ["changed shape", "(4, 6)", "(3, 6)"]),
-    "no labels": (2, lambda x, y: (x, None), "ValueError", ["labels are missing"]),
-    "inputs only": (2, lambda x, y: (x,), "ValueError", ["labels are missing", "1 element"]),
+    "inputs only": (2, lambda x, y: (x,), "ValueError", ["labels are missing", "1 element", "(inputs, None)"]),
+    "an array": (0, lambda x, y: ((x.numpy(), x), y), "TypeError", ["tuple of tensors", "entry 0 is a ndarray"]),
+    "an array behind": (0, lambda x, y: ([x, x.numpy()], y), "TypeError", ["a list whose entry 1 is a ndarray"]),
+    "inputs alone": (0, lambda x, y: x, "TypeError", ["tuple (inputs, labels)", "a tensor of shape (4, 6)"]),
+    "a number": (0, lambda x, y: 3, "TypeError", ["tuple (inputs, labels)", "a int"]),
+    "nested labels": (2, lambda x, y: (x, (y, [y])), "TypeError", ["labels", "a tuple whose entry 1 is a list of 1"]),
+    "labels of words": (2, lambda x, y: (x, ["a", "b"]), "TypeError", ["a list whose entry 0 is a str", "dict"]),
     "inputs in a dict": (0, lambda x, y: ({"x": x}, y), "TypeError", ["tensor or a tuple of tensors", "dict"]),
     "inputs in a string": (0, lambda x, y: ("x", y), "TypeError", ["tensor or a tuple of tensors", "str"]),
     "no tuple": (0, lambda x, y: {"x": x, "y": y}, "TypeError", ["tuple (inputs, labels)", "dict"]),
@@ -430,12 +453,24 @@ LOSSES: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "nothing": (lambda x, y: None, ["loss_fn returned None"]),
     "a dict": (lambda x, y: {"loss": x.mean()}, ["loss_fn returned a dict"]),
     "a tuple": (lambda x, y: (x.mean(), x), ["loss_fn returned a tuple of 2"]),
+    "a detached one": (lambda x, y: nn.functional.mse_loss(x.detach(), y), ["a loss without a gradient", "detach()"]),
     "no mean": (lambda x, y: (x - y).square(), [f"loss_fn returned a tensor of shape {(SIZE, WIDTH)}", "mean"]),
 }
 
 
 def train_on_no_loss(rank: int, world_size: int, what: str) -> End:
     return train(build(2, loss_fn=LOSSES[what][0]), batches())
+
+
+def train_on_no_loss_under_1f1b(rank: int, world_size: int) -> None:
+    build(2, loss_fn=LOSSES["a detached one"][0], ddg={"enabled": False}).train_batch(batches())
+
+
+def test_a_detached_loss_is_named_on_deepspeeds_schedule(ranks: GetRanks) -> None:
+    outcomes = ranks(2).run(train_on_no_loss_under_1f1b, timeout=TIMEOUT, expect_failure=True)
+    for outcome, kind in zip(outcomes, ("StageError", "TypeError"), strict=True):
+        assert outcome.exc_type == kind, outcome
+        assert "loss_fn returned a loss without a gradient" in outcome.message
 
 
 @pytest.mark.parametrize("what", LOSSES)
@@ -561,19 +596,10 @@ def test_data_of_the_last_stage_ends_before_that_of_the_first(ranks: GetRanks) -
 # -- not finite -------------------------------------------------------------------------------------------------------
 
 
-class Lines(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
 def train_to_infinity(rank: int, world_size: int) -> tuple[list[str], dict[int, float], bool]:
     from deepspeed.utils import logger
 
-    handler = Lines()
+    handler = toy.Lines(logging.ERROR)
     logger.addHandler(handler)
     engine = build(3, loss_fn=Misbehaves("to infinity", once=True))
     losses = {}
@@ -660,7 +686,7 @@ def train_replicas(rank: int, world_size: int, what: str, culprit: int) -> End:
     return train(engine, batches(bad=bad if rank == culprit else None))
 
 
-@pytest.mark.parametrize(("what", "culprit"), [("smaller batch", 1), ("no labels", 2)])
+@pytest.mark.parametrize(("what", "culprit"), [("smaller batch", 1), ("inputs only", 2)])
 def test_bad_micro_batch_on_one_replica(ranks: GetRanks, what: str, culprit: int) -> None:
     kind, parts = DATA[what][2:]
     ends = ranks(4).run(train_replicas, what, culprit, timeout=TIMEOUT)

@@ -416,7 +416,7 @@ def test_what_only_reports_may_change(alone: None, tmp_path: Path) -> None:
 def test_more_epochs_unless_the_scheduler_depends_on_them(alone: None, tmp_path: Path) -> None:
     engine = saved_run(tmp_path / "fixed", epochs=None, config=CONFIG)
     assert resume(tmp_path / "fixed", engine, calls=8, epochs=None, config=CONFIG).calls == 6
-    with pytest.raises(SystemExit, match=r"global_step6 is past the end of this run, call 4: raise --epochs"):
+    with pytest.raises(SystemExit, match=r"global_step6 is past the end of this run of 4 calls: raise --epochs"):
         resume(tmp_path / "fixed", engine, calls=4, epochs=None, config=CONFIG)
 
     engine = saved_run(tmp_path / "auto", epochs=3, config=CONFIG)
@@ -538,7 +538,7 @@ def documented_example() -> str:
 
 def test_the_example_in_the_documentation_learns(ranks: GetRanks) -> None:
     for printed in ranks(2).run(run_example, documented_example()):
-        step, loss = re.search(r"loss of step (\d+): ([\d.]+)$", printed.strip()).groups()  # type: ignore[union-attr]
+        step, loss = re.search(r"loss of call (\d+), counted from 0: ([\d.]+)$", printed.strip()).groups()  # type: ignore[union-attr]
         assert step == "98", "one call ago"
         assert float(loss) < 0.5
 

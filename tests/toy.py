@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -142,6 +143,18 @@ def reference(num_stages: int, optimizer: str = "sgd", tuples: bool = False, **s
     stages = [nn.Sequential(*net[a:b]) for a, b in itertools.pairwise(parts)]
     optimizers = [OPTIMIZERS[optimizer](stage.parameters()) for stage in stages]
     return Reference(stages, loss_fn, optimizers, **settings)
+
+
+class Lines(logging.Handler):
+    """The lines that a logger says."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep it."""
+        self.lines.append(record.getMessage())
 
 
 def state(module: nn.Module) -> list[Tensor]:

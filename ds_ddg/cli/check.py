@@ -114,7 +114,7 @@ def _effects(settings: DDGConfig, plan: DDGPlan, clipping: float) -> dict[str, s
     )
     weights = {
         "stash": f"a delayed backward sees the weights of its own forward, the paper's equation: up to "
-        f"{plan.versions(0)} version(s) of the weights on stage 0 (one more in bf16, fp16 and ZeRO-1)",
+        f"{plan.versions(0)} version(s) of the weights on stage 0 (and a copy of the newest in bf16, fp16 and ZeRO-1)",
         "current": "a delayed backward sees the newest weights: no copies, but not the paper's equation",
     }
     activations = {

@@ -81,13 +81,7 @@ def checked(values: dict[str, Any], settings: DDGConfig, num_stages: int, replic
         activation_checkpoint_interval=0,
         topology=lambda: PipeDataParallelTopology(num_pp=num_stages, num_dp=replicas),
     )
-    if settings.enabled:
-        refuse_unsupported(config, pipeline)
-    elif (stage := int(config.zero_config.stage)) >= 2:
-        raise ValueError(
-            f"DeepSpeed's schedule cannot train this set-up:\n- ZeRO stage {stage}: no pipeline can run it; set "
-            '"zero_optimization": {"stage": 0}'
-        )
+    refuse_unsupported(config, pipeline, settings.enabled)
     _check_optimizer(config)
     _check_scheduler(config)
     return int(config.gradient_accumulation_steps), float(config.gradient_clipping)

@@ -49,8 +49,8 @@ def _run(options: argparse.Namespace) -> str:
         [
             f"{title(run.plan)}: {len(run.stages[0])} operations of stage 0, steady for {end - begin:.3f} s",
             "",
-            f"measured, the last {min(options.ticks, len(run.recorded))} micro-batch(es) of stage 0, "
-            "a column per forward time",
+            f"measured, the last {min(options.ticks, len(run.recorded))} micro-batch(es) of stage 0, numbered from "
+            "where the recording began, a column per forward time",
             clock(measured, unit),
             "",
             "planned, with the times measured and links without latency",
