@@ -5,19 +5,21 @@ Each direction has a lane of its own, so that a receive pending in one never del
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
+from itertools import chain
 from typing import Any
 
 import torch.distributed as dist
 from deepspeed.constants import default_pg_timeout
 
+from ds_ddg.everyone import Everyone
 from ds_ddg.inbox import Inbox
 from ds_ddg.message import Kind
 from ds_ddg.outbox import Outbox
 from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.staging import Staging
-from ds_ddg.wire import Peer, StageError, Wire
+from ds_ddg.wire import Peer, StageError, Wire, name_of
 
 __all__ = ["Connections", "group_of_all", "own_group"]
 
@@ -65,11 +67,13 @@ class Connections:
         if self._group is not None:
             ranks = next(list(ranks) for ranks in pipelines if rank in ranks)
             self._open(ranks, ranks.index(rank), self._group, plan)
+        self.everyone = Everyone(self._everyone(pipelines, rank))
+        """All other ranks, of this pipeline and of its replicas."""
 
     def _open(self, ranks: list[int], stage: int, group: Any, plan: DDGPlan) -> None:
         for other in range(len(ranks)):
             if other != stage:
-                self._peers[other] = Peer(group, ranks[other], f"stage {other} (rank {ranks[other]})")
+                self._peers[other] = Peer(group, ranks[other], name_of(other, ranks[other]))
         self._stage = stage
         down, up, across = range(3)
         last = len(ranks) - 1
@@ -84,6 +88,14 @@ class Connections:
         else:
             self._losses_out = [Outbox(Wire(self._peers[k], across), depth=0) for k in range(last)]
         self.expect(plan)
+
+    def _everyone(self, pipelines: Sequence[Sequence[int]], rank: int) -> Iterator[Peer]:
+        yield from self._peers.values()
+        if len(pipelines) > 1:
+            group = own_group([sorted(chain.from_iterable(pipelines))], rank)
+            for ranks in pipelines:
+                if rank not in ranks:
+                    yield from (Peer(group, other, name_of(stage, other)) for stage, other in enumerate(ranks))
 
     def expect(self, plan: DDGPlan) -> None:
         """With nothing in flight: from here on `plan` says how many messages can be on their way."""
@@ -165,9 +177,9 @@ class Connections:
         if self._staging is not None:
             self._staging.keep_if_lost(*things)
 
-    def raise_last_words(self) -> None:
-        """StageError if another stage has said why it failed, and nobody has read it yet."""
-        for peer in self._peers.values():
+    def raise_last_words(self, peers: Iterable[Peer] | None = None) -> None:
+        """StageError if one of `peers` (default: all stages) has said why it failed, and nobody has read it yet."""
+        for peer in self._peers.values() if peers is None else peers:
             for said in peer.last_words:
                 said()
 

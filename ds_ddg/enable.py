@@ -27,12 +27,15 @@ _SEAMS = {
     PipelineEngine: (
         "_INSTRUCTION_MAP",
         "_aggregate_total_loss",
+        "_commit_decoupled_checkpoint",
         "_configure_optimizer",
         "_exec_backward_pass",
         "_exec_forward_pass",
         "_exec_optimizer_step",
         "_exec_reduce_tied_grads",
         "_exec_schedule",
+        "_get_ckpt_name",
+        "_get_zero_ckpt_name",
         "_next_batch",
         "_reduce_non_expert_gradients",
         "_take_model_step",
@@ -40,7 +43,9 @@ _SEAMS = {
         "clip_fp32_gradients",
         "reset_activation_shape",
     ),
+    PipelineModule: ("_synchronize_tied_weights", "ckpt_layer_path", "ckpt_layer_path_list"),
     deepspeed: ("PipelineEngine",),
+    deepspeed.comm: ("barrier",),
     torch.autograd.grad_mode: ("_unsafe_preserve_version_counter",),
 }
 

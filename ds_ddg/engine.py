@@ -102,6 +102,7 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
             StopIteration: on every rank, if the data ends inside this call; nothing of the call has been trained on.
             StageError: another stage failed, left or was lost.
         """
+        self._refuse_torn()
         self.versions.refuse_changes(self.module, self.stage_id)
         if self._ddg_from is not None and self.global_steps >= self._ddg_from:
             self.schedule = "ddg"
@@ -231,6 +232,7 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
     @together
     def _evaluate(self, data_iter: Any, return_logits: bool, compute_loss: bool, reduce: Any, *args: Any) -> Any:
         *_, count = args
+        self._refuse_torn()
         self._begin("eval_batch", data_iter, count, labelled=compute_loss)
         self._links.meet()  # in DeepSpeed's own barrier no stage could hear that another failed
         with self._buffers_of_its_own(), self._evaluating(compute_loss and reduce is not None):

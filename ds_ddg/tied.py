@@ -16,7 +16,8 @@ owner's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -171,14 +172,25 @@ class Ties:
             for parameter in self.held:
                 optimizer.state.pop(parameter, None)
 
-    def share_states(self, optimizer: torch.optim.Optimizer) -> None:
-        """Give held parameters their owner's state in `optimizer`. Collective over the stages of each tie."""
-        for owner, group, parameters in self._comms:
-            mine = dist.get_rank() == owner
-            told: list[Any] = [[_on_host(optimizer.state.get(p)) for p in parameters] if mine else None]
+    def share_states(self, optimizer: torch.optim.Optimizer, meet: Callable[[], Any]) -> None:
+        """Give held parameters their owner's state in `optimizer`. Collective over the stages of each tie.
+
+        Args:
+            optimizer: of this stage.
+            meet: called on every rank before the first stage waits for another, with all done that could fail.
+        """
+        here = dist.get_rank()
+        ours = {
+            index: pickle.dumps([_on_host(optimizer.state.get(p)) for p in parameters])
+            for index, (owner, _, parameters) in enumerate(self._comms)
+            if owner == here
+        }
+        meet()
+        for index, (owner, group, parameters) in enumerate(self._comms):
+            told: list[Any] = [ours.get(index)]
             dist.broadcast_object_list(told, src=owner, group=group)
-            if not mine:
-                known = zip(parameters, told[0], strict=True)
+            if owner != here:
+                known = zip(parameters, pickle.loads(told[0]), strict=True)
                 optimizer.state.update({parameter: state for parameter, state in known if state is not None})
 
 

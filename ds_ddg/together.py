@@ -7,6 +7,7 @@ import gc
 import multiprocessing.util
 import os
 import sys
+import time
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
@@ -16,15 +17,19 @@ from deepspeed.utils import logger
 
 from ds_ddg.execute import Executor
 from ds_ddg.links import Links
-from ds_ddg.wire import StageError
+from ds_ddg.wire import NOTICED_WITHIN, Peer, StageError, timed_out
 
-__all__ = ["OutOfDataError", "Together", "stay_until_the_others_leave", "together", "with_its_data"]
+__all__ = ["KnownToAllError", "OutOfDataError", "Together", "stay_until_the_others_leave", "together", "with_its_data"]
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 class OutOfDataError(Exception):
     """There is no data for another call, and every stage knows; users get a StopIteration."""
+
+
+class KnownToAllError(Exception):
+    """What every rank raises in the same call, so that all of them can go on; users get its argument."""
 
 
 def with_its_data(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -46,6 +51,8 @@ def together(method: _Method) -> _Method:
             return method(self, *args, **kwargs)
         except OutOfDataError:
             raise StopIteration from None
+        except KnownToAllError as known:
+            raise known.args[0] from known.__cause__
         except Exception as error:
             cause = self._understood(error)
             if self._failure is None:  # a call within a call has told already
@@ -92,24 +99,28 @@ class Together(Executor):
         """`error`, or what it means to users."""
         if isinstance(error, StageError) or "gloo/transport" not in str(error):
             return error
-        if self.schedule == "1f1b":
-            # Nobody has read it there; with nothing to read the channels are of no use afterwards (gloo).
-            try:
+        reason = str(error).splitlines()[0].partition(". This is typically")[0]
+        gone = [] if timed_out(reason) else self._gone()
+        try:
+            self._links.raise_last_words(gone)
+            if not gone and self.schedule == "1f1b":
+                # Nobody has read it there; with nothing to read the channels are of no use afterwards (gloo).
                 self._links.raise_last_words()
-            except StageError as said:
-                return said
-        place = self.grid.topology().get_axis_list("pipe", self.stage_id)
-        others = [rank for rank in place if rank != self.global_rank]
-        if self.schedule == "1f1b" and self.num_stages > 1:
-            what = "another rank"  # DeepSpeed's own messages go to the neighbours as well
-        elif self.grid.get_slice_parallel_world_size() == 1:
-            what = f"a data-parallel replica of stage {self.stage_id} (one of ranks {others})"
+        except StageError as said:
+            return said
+        if gone:
+            fate = f"{' and '.join(peer.name for peer in gone)} {'is' if len(gone) == 1 else 'are'} lost"
         else:
-            what = f"a replica or tensor slice of stage {self.stage_id} (one of ranks {others})"
-        return StageError(
-            f"{what} is lost: rank {self.global_rank} waited for it in call {self._calls} "
-            f"({str(error).splitlines()[0]})"
-        )
+            happened = "did not answer" if timed_out(reason) else "is lost, or gave up waiting"
+            fate = f"another rank {happened}; it is not known which"
+        return StageError(f"{fate}: rank {self.global_rank} waited for others in call {self._calls} ({reason})")
+
+    def _gone(self) -> list[Peer]:
+        """Whom a broken connection can mean; the groups of a process don't notice it at the same moment."""
+        deadline = time.monotonic() + NOTICED_WITHIN
+        while not (gone := self._links.everyone.gone()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return gone
 
     def _fail(self, error: Exception) -> None:
         here = f"stage {self.stage_id} (rank {self.global_rank}) failed in call {self._calls}"

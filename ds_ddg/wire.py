@@ -8,21 +8,43 @@ A work handle of gloo must be waited on exactly once (twice hangs).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NoReturn
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["HEADER_TAG", "LAST_WORDS_TAG", "ON_DEMAND_TAG", "STANDING_TAG", "Peer", "StageError", "Wire"]
+__all__ = [
+    "HEADER_TAG",
+    "LAST_WORDS_TAG",
+    "NOTICED_WITHIN",
+    "ON_DEMAND_TAG",
+    "STANDING_TAG",
+    "Peer",
+    "StageError",
+    "Wire",
+    "name_of",
+    "timed_out",
+]
 
 HEADER_TAG, STANDING_TAG, ON_DEMAND_TAG, LAST_WORDS_TAG = range(4)
 _TAGS = 8
+_PROBE_TAG = 2**31 - 1
+"""Nothing is ever sent with it."""
+NOTICED_WITHIN = 1.0
+"""Seconds in which every group of this process notices that another process has ended."""
 
 
 class StageError(RuntimeError):
     """Another stage failed, left or was lost; the message says which and why."""
+
+
+def name_of(stage: int, rank: int) -> str:
+    """What errors call a rank."""
+    return f"stage {stage} (rank {rank})"
 
 
 class Peer:
@@ -37,8 +59,40 @@ class Peer:
     def __init__(self, group: dist.ProcessGroup, rank: int, name: str) -> None:
         self.group, self.name = group, name
         self.rank = dist.get_group_rank(group, rank)
+        self._global_rank = rank
         self.last_words: list[Callable[[], None]] = []
         """Called when it turns out to be lost; each may raise what it said before."""
+
+    @property
+    def connected(self) -> bool:
+        """False once this group has noticed that the connection is broken. Waits for nothing."""
+        return _connected(self.group, self.rank)
+
+    def gave_up(self) -> bool:
+        """Of a broken connection: whether its process lives on, as after a wait that timed out there."""
+        # A process that ends closes the connections of all its groups; gloo those of one, where a wait has timed out.
+        if not dist.is_initialized() or dist.get_backend() != "gloo":
+            return False
+        world, deadline = dist.group.WORLD, time.monotonic() + NOTICED_WITHIN
+        assert world is not None
+        while _connected(world, self._global_rank):
+            if time.monotonic() > deadline:
+                return True
+            time.sleep(0.01)
+        return False
+
+
+def _connected(group: dist.ProcessGroup, rank: int) -> bool:
+    try:
+        group.recv([torch.empty(1, dtype=torch.uint8)], rank, _PROBE_TAG)  # gloo refuses it at once, or forgets it
+    except RuntimeError:
+        return False
+    return True
+
+
+def timed_out(reason: str) -> bool:
+    """Whether an error of gloo's says that a wait was too long, and so nothing of the other's fate."""
+    return "timed out" in reason.lower() or "timeout" in reason.lower()
 
 
 class Wire:
@@ -79,4 +133,8 @@ class Wire:
         for last_words in self.peer.last_words:
             last_words()
         reason = str(error).splitlines()[0].partition(". This is typically")[0]
-        raise StageError(f"{self.peer.name} is lost: {why} ({reason})") from error
+        if timed_out(reason):
+            fate = "has not answered (it is stuck, or waits for another stage itself)"
+        else:
+            fate = "has given up waiting for another stage" if self.peer.gave_up() else "is lost"
+        raise StageError(f"{self.peer.name} {fate}: {why} ({reason})") from error

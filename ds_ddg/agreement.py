@@ -1,0 +1,111 @@
+"""What all ranks do or none, in a call that waits for all of them anyway: saving and loading.
+
+DeepSpeed has barriers there, in which a rank could not hear that another has failed. They become exchanges: every rank
+says at each of them how it fares, and one that fails says so at its next one, whichever that is, and leaves. So all of
+them hear it in the same exchange, in the same call, and can go on together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from deepspeed import comm
+
+from ds_ddg.message import fit
+from ds_ddg.together import KnownToAllError, Together
+from ds_ddg.wire import StageError, name_of
+
+__all__ = ["Agreement", "replaced"]
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside this block the attribute `name` of `owner`, an object or a module, is `value`."""
+    own, before = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+class Agreement(Together):
+    """Mixed into a ``PipelineEngine``: calls that succeed on all ranks or fail on all."""
+
+    _parked: bool
+
+    def _begin_together(self, what: str) -> None:
+        """Every stage of the pipeline begins `what`, or hears that another stage is doing something else."""
+        self._parked = False
+        self._links.begin((what, self._calls, self.micro_batches), ready=True, with_data=False)
+        self._links.meet()  # in an exchange no stage could hear it
+
+    @contextmanager
+    def _all_or_none(self, what: str, consequence: str = "") -> Iterator[None]:
+        """If this block fails on one rank, it does on all, and users get the reason on each.
+
+        Args:
+            what: the call, as users know it.
+            consequence: what a failure has come to, on all of them; if nothing, a rank raises its own error as it is.
+        """
+        barrier = comm.barrier
+
+        def meet(group: Any = None, *args: Any, **kwargs: Any) -> Any:
+            return self._meet(what, consequence) if group is None else barrier(group, *args, **kwargs)
+
+        try:
+            with replaced(comm, "barrier", meet):
+                yield
+            self._meet(what, consequence)
+        except KnownToAllError:
+            raise
+        except Exception as error:
+            self._leave(error, what, consequence)
+
+    def _meet(self, what: str, consequence: str = "", **told: Any) -> list[dict[str, Any]]:
+        """Wait for all ranks, and hear how they fare and what they tell."""
+        heard = self._links.everyone.exchange(what, call=self._calls, **told)
+        for other in heard:
+            if other.get("fatal"):
+                raise StageError(other["failure"])
+        for other in heard:
+            if "failure" in other:
+                raise KnownToAllError(StageError(_and(other["failure"], consequence)))
+        others = {(other["what"], other["call"]) for other in heard} - {(what, self._calls)}
+        if others:
+            there = " and ".join(f"{name} of call {call}" for name, call in sorted(others))
+            raise StageError(
+                f"the ranks are out of step: rank {self.global_rank} is in {what} of call {self._calls}, others are "
+                f"in {there}; make the same calls in the same order on every rank"
+            )
+        return heard
+
+    def _agree_on(self, what: str, name: str, value: Any) -> None:
+        """Wait for all ranks; ValueError on each if they have not the same `value`."""
+        by_rank = {str(value): [self.global_rank]}
+        for other in self._meet(what, value=value, rank=self.global_rank):
+            by_rank.setdefault(str(other["value"]), []).append(other["rank"])
+        if len(by_rank) > 1:
+            listed = ", ".join(f"{value!r} on ranks {sorted(ranks)}" for value, ranks in sorted(by_rank.items()))
+            raise KnownToAllError(ValueError(f"{what} needs the same {name} on every rank, got {listed}"))
+
+    def _leave(self, error: Exception, what: str, consequence: str) -> None:
+        """Tell all ranks that this one has failed, as they would wait for it, and raise."""
+        here = f"{name_of(self.stage_id, self.global_rank)} failed in {what}: {type(error).__name__}: {error}"
+        if self._failure is not None or isinstance(error, StageError) or "gloo/transport" in str(error):
+            self._links.everyone.tell(what=what, fatal=True, failure=fit(self._failure or here))
+            raise error
+        heard = self._links.everyone.exchange(what, call=self._calls, failure=fit(here))
+        for other in heard:
+            if other.get("fatal"):
+                raise StageError(other["failure"]) from error
+        raise KnownToAllError(StageError(_and(here, consequence)) if consequence else error) from error
+
+
+def _and(failure: str, consequence: str) -> str:
+    return f"{failure}; {consequence}" if consequence else failure

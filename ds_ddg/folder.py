@@ -1,0 +1,65 @@
+"""A folder of checkpoints: which of them is the latest, and whether its files are whole.
+
+DeepSpeed names the newest checkpoint in a file, ``latest``, which readers take for whole.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+__all__ = ["damage", "flush", "latest", "tag_to_load", "write_latest"]
+
+LATEST = "latest"
+
+
+def latest(directory: str | Path) -> str | None:
+    """The tag that it names; None if there is none."""
+    path = Path(directory) / LATEST
+    return path.read_text().strip() if path.is_file() else None
+
+
+def write_latest(directory: str | Path, tag: str) -> None:
+    """From now on `tag` is the latest: at once, or if this is interrupted not at all."""
+    path = Path(directory) / LATEST
+    written = path.with_name(f"{LATEST}.new")
+    with written.open("w") as file:
+        file.write(tag)
+        file.flush()
+        os.fsync(file.fileno())
+    written.replace(path)
+
+
+def flush(paths: Iterable[str | Path]) -> None:
+    """Wait until files are on the disk. OSError if they cannot be: a full disk may only be noticed then."""
+    for path in paths:
+        with Path(path).open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def tag_to_load(directory: str | Path, tag: str | None) -> str | None:
+    """`tag`, or else the latest; None if nothing says so.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+    """
+    named = latest(directory) if tag is None else tag
+    if named is not None and not (named and (Path(directory) / named).is_dir()):
+        who = "" if tag is not None else f"{Path(directory) / LATEST} names {named!r}: "
+        raise FileNotFoundError(f"{who}there is no checkpoint {named!r} in {directory}; name another by its tag")
+    return named
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a file of tensors, if anything does not look right without reading all of it."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    with path.open("rb") as file:
+        start = file.read(2)
+    # PyTorch's files are ZIP archives, whose contents are listed at the end; its old ones, an option of DeepSpeed's,
+    # are pickles.
+    if zipfile.is_zipfile(path) or start[:1] == b"\x80":
+        return None
+    return f"{path.name} is damaged ({path.stat().st_size} bytes, cut off or never written)"
