@@ -19,6 +19,7 @@ from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
 from ds_ddg.agreement import Agreement, replaced
+from ds_ddg.experts import expert_files
 from ds_ddg.folder import LATEST, damage, flush, latest, tag_to_load, write_latest
 from ds_ddg.report import Reporter
 from ds_ddg.tied import left_out_of_checkpoints
@@ -185,6 +186,9 @@ class Checkpoints(Agreement, Reporter):
             path = Path(self._get_zero_ckpt_name(str(directory), tag))
             old = path.with_name(path.name.replace("_optim_states.pt", "optim_states.pt"))
             yield old if old.is_file() else path
+        if self.has_moe_layers:  # then DeepSpeed saves the stage as a whole, and experts one by one
+            yield from map(Path, expert_files(self, str(directory), tag, optimizer))
+            return
         for index, layer in enumerate(self.module.forward_funcs):
             if hasattr(layer, "load_state_dict"):
                 folder = str(directory / tag)

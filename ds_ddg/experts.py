@@ -8,13 +8,13 @@ optimizers would sum them over the pipe axis, which ``StageLocalGrid`` hides fro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["create_expert_groups", "expert_sizes"]
+__all__ = ["create_expert_groups", "expert_files", "expert_sizes"]
 
 _LARGEST = 4096
 
@@ -76,3 +76,20 @@ def create_expert_groups(sizes: Sequence[int], config: Any, module: Any) -> None
                     f'stage, ranks {stage}; put "pipe" first among the axes of the topology, and do not build '
                     "engines of different layouts in one process"
                 )
+
+
+def expert_files(engine: Any, directory: str, tag: str, optimizer: bool) -> Iterator[str]:
+    """Yield the files of a checkpoint that the stage of `engine` reads for its experts, named as DeepSpeed does it."""
+    from deepspeed.moe.layer import MoE
+    from deepspeed.utils import groups
+
+    layers = [layer for layer in engine.module.modules() if isinstance(layer, MoE)]
+    for index, layer in enumerate(layers):
+        first = groups._get_expert_parallel_rank(layer.expert_group_name) * layer.num_local_experts
+        for number in range(first, first + layer.num_local_experts):
+            yield engine._get_expert_ckpt_name(
+                directory, index, number, tag, checkpoint_mp_rank=engine.checkpoint_mp_rank
+            )
+    if optimizer and not engine.zero_optimization():
+        place = groups._get_expert_parallel_rank(groups._get_max_expert_size_name())
+        yield engine._get_optimizer_ckpt_name(directory, tag, place)

@@ -408,3 +408,33 @@ def refused(rank: int, world_size: int, what: str) -> str:
 def test_refuses_on_every_rank(ranks: GetRanks, what: str, said: str) -> None:
     for heard in ranks(4).run(refused, what):
         assert said in heard
+
+
+def load_without(rank: int, world_size: int, directory: str, pattern: str) -> str:
+    """What a rank hears of a load, after the files of that name have been lost."""
+    import torch.distributed as dist
+
+    engine = Layout(optimizer=adamw).engine()
+    data = data_of(engine)
+    engine.train_batch(data)
+    engine.save_checkpoint(directory)
+    if rank == 0:
+        found = list(Path(directory).glob(f"global_step1/{pattern}"))
+        assert found, "nothing is lost"
+        for path in found:
+            path.unlink()
+    dist.barrier()
+    before = toy.state(engine.module)
+    try:
+        engine.load_checkpoint(directory)
+    except (ValueError, RuntimeError) as error:
+        assert all(map(torch.equal, before, toy.state(engine.module)))
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("pattern", ["layer_0_expert_3_mp_rank_01_model_states.pt", "expp_rank_1_mp_rank_00*"])
+def test_a_lost_file_of_experts_is_named(ranks: GetRanks, tmp_path: Path, pattern: str) -> None:
+    for heard in ranks(4).run(load_without, str(tmp_path), pattern):
+        assert pattern.rstrip("*") in heard
+        assert "is missing" in heard
