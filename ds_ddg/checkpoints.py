@@ -116,7 +116,7 @@ class Checkpoints(Agreement, Reporter):
                 **kwargs,
             )
             if path is not None and self.has_moe_layers:
-                broadcast_once_all_are_here()  # a stage with experts is loaded as a whole, where DeepSpeed leaves it out
+                broadcast_once_all_are_here()  # DeepSpeed loads a stage with experts as a whole, without that
             if path is not None:
                 self._take_over(client_state)
         self._torn = before if path is None else before - loaded
