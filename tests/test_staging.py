@@ -299,7 +299,7 @@ def test_data_is_placed_without_waiting() -> None:
 def test_pinned_data_is_waited_for_once_a_call() -> None:
     """Its loader may write into it as soon as the call is over."""
     with device() as made, mock.patch.object(torch.Tensor, "is_pinned", return_value=True):
-        feed = Feed(True, True, [], StandIn(made))
+        feed = Feed(True, True, StagePeers([]), StandIn(made))
         for call in (1, 2):
             assert feed.fetch(iter([(torch.ones(2), torch.zeros(1))] * 3), 3, None)
             for _ in range(3):
