@@ -48,6 +48,8 @@ class Feed:
         self.as_deepspeed = False
         """Whether the data is for DeepSpeed's own schedule in a run of its own: whatever that can run is right."""
         self._batches: deque[Any] = deque()
+        self._lent = False
+        """Whether the device may still be copying from memory that belongs to the script."""
 
     def fetch(self, data_iter: Iterator[Any] | None, count: int, batch_fn: Callable[[Any], Any] | None) -> bool:
         """Pull `count` micro-batches; False if the data ends before, here or on another rank of this stage.
@@ -91,9 +93,29 @@ class Feed:
         batch = self._batches.popleft()
         return batch if self._staging is None else tuple(map(self._placed, batch))
 
+    def settle(self) -> None:
+        """The schedule of the call has been executed: from here on a loader may write into the batches again.
+
+        Raises:
+            RuntimeError: some of them have not been taken.
+        """
+        if self._batches:
+            left = len(self._batches)
+            self.clear()
+            raise RuntimeError(
+                f"{left} micro-batches of this call were fetched and not trained on: the engine's LoadMicroBatch must "
+                "take them from self._next_batch(), not from the iterator"
+            )
+        if self._lent and self._staging is not None:
+            self._staging.settle()
+        self._lent = False
+
     def _placed(self, part: Any) -> Any:
         """Inputs or labels on the device: DeepSpeed's own copy makes the main thread wait for all work there."""
         assert self._staging is not None
+        tensors = part if isinstance(part, (tuple, list)) else (part,)
+        # Of other memory torch has made a copy of its own by the time that it returns.
+        self._lent |= any(torch.is_tensor(tensor) and tensor.is_pinned() for tensor in tensors)
         if torch.is_tensor(part):
             return self._staging.to_device([part])[0]
         if isinstance(part, (tuple, list)) and all(map(torch.is_tensor, part)):

@@ -2,22 +2,30 @@
 
 initialize(...)      instead of ``deepspeed.initialize``: one line of a script changes
 with swap(): ...     around code that calls ``deepspeed.initialize`` itself (``ds_ddg.run`` does it for a script)
-ddg_engine(Base)     on top of a project's own ``PipelineEngine`` subclass
+ddg_engine(Base)     on top of a project's own ``PipelineEngine`` subclass (what it may override: ``host.py``)
+
+A project that has put its own class in the place of ``deepspeed.PipelineEngine``, or does so later, keeps it: the
+first two put the schedule on top of that.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.utils import logger
 
 try:
     from ds_ddg.engine import DDGEngine, DDGMixin
+    from ds_ddg.host import Beneath
 except ImportError as error:
     raise RuntimeError(f"ds_ddg needs deepspeed 0.19.8, not {deepspeed.__version__}: {error}") from error
 
@@ -39,7 +47,6 @@ _SEAMS = {
         "_next_batch",
         "_reduce_non_expert_gradients",
         "_take_model_step",
-        "_train_schedule",
         "clip_fp32_gradients",
         "reset_activation_shape",
     ),
@@ -71,6 +78,11 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
             f"ds_ddg trains pipelines: model must be a deepspeed.pipe.PipelineModule, got {type(model).__name__}; "
             "wrap its layers in PipelineModule(layers=[...], num_stages=K, loss_fn=...)"
         )
+    if isinstance(model, DualPipeVModule):
+        raise TypeError(
+            "a DualPipeVModule has a schedule of its own, which deepspeed.initialize runs; "
+            "for DDG make a PipelineModule of its layers"
+        )
     with swap():
         engine, optimizer, loader, scheduler = deepspeed.initialize(*args, **kwargs)
     return engine, optimizer, loader, scheduler
@@ -80,31 +92,104 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
 def swap(engine_class: type = DDGEngine) -> Iterator[None]:
     """Inside this block ``deepspeed.initialize`` makes `engine_class` of a ``PipelineModule``.
 
-    It looks ``PipelineEngine`` up in its module when it is called; the name is restored, even on error.
+    It looks ``PipelineEngine`` up in its module when it is called; the name is restored, even on error. If a project's
+    own class is there, or is put there inside the block, the schedule goes on top of that.
 
     Raises:
+        TypeError: a project's own class is there, and `engine_class` would drop it, or the schedule cannot be put on
+            it.
         RuntimeError: this DeepSpeed lacks something that the engine is built on.
     """
     _check_seams()
-    saved = deepspeed.PipelineEngine
-    deepspeed.PipelineEngine = engine_class
+    there, kind = deepspeed.PipelineEngine, deepspeed.__class__
+    chosen = _chosen(engine_class, there)
+    put: list[type] = []
+    deepspeed.__class__ = _watched(put)
+    vars(deepspeed)["PipelineEngine"] = chosen
     try:
-        yield
+        with _naming_others() if kind is ModuleType else nullcontext():  # else a swap around this one does
+            yield
     finally:
-        deepspeed.PipelineEngine = saved
+        deepspeed.__class__ = kind
+        vars(deepspeed)["PipelineEngine"] = there
+        if put:
+            deepspeed.PipelineEngine = put[-1]
 
 
+@functools.cache
 def ddg_engine(base: type) -> type:
     """The delayed schedule on top of `base`, a project's own ``PipelineEngine`` subclass.
 
-    Its additions to the instruction map are kept: the map is built when an engine is constructed.
+    Its overrides take effect, its additions to the instruction map among them: the map is built when an engine is
+    constructed. Its ``train_batch`` need not call DeepSpeed's: a ``TrainSchedule`` that it executes gives way to the
+    delayed one.
+
+    Returns:
+        A subclass of ``DDGEngine`` and of `base`.
 
     Raises:
-        TypeError: `base` is not a ``PipelineEngine``, or has the schedule already.
+        TypeError: `base` is not a ``PipelineEngine``, or has the schedule already; or it overrides what would be
+            without effect.
     """
-    if not issubclass(base, PipelineEngine) or issubclass(base, DDGMixin):
-        raise TypeError(f"ddg_engine needs a subclass of deepspeed's PipelineEngine without DDG, got {base.__name__}")
-    return type(f"DDG{base.__name__}", (DDGMixin, base), {"__module__": base.__module__})
+    if not (isinstance(base, type) and issubclass(base, PipelineEngine)) or issubclass(base, DDGMixin):
+        name = getattr(base, "__name__", repr(base))
+        raise TypeError(f"ddg_engine needs a subclass of deepspeed's PipelineEngine without DDG, got {name}")
+    if base is PipelineEngine:
+        return DDGEngine
+    return type(f"DDG{base.__name__}", (DDGEngine, base, Beneath), {"__module__": base.__module__})
+
+
+def _chosen(wanted: type, there: type) -> type:
+    """The engine's class in a swap for `wanted`, where `there` is DeepSpeed's own, a project's or that of a swap."""
+    if wanted is DDGEngine:
+        return _delayed(there)
+    if not issubclass(there, DDGMixin) and not issubclass(wanted, there):
+        raise TypeError(
+            f"deepspeed.PipelineEngine is {there.__name__}, whose overrides {wanted.__name__} does not have; "
+            f"pass ddg_engine({there.__name__}), or derive {wanted.__name__} from it"
+        )
+    return _delayed(wanted)
+
+
+def _delayed(engine_class: type) -> type:
+    """With the schedule on top, if it is not there already."""
+    there = isinstance(engine_class, type) and issubclass(engine_class, DDGMixin)
+    return engine_class if there else ddg_engine(engine_class)
+
+
+def _watched(put: list[type]) -> type[ModuleType]:
+    """For DeepSpeed's module: who puts another engine there finds the schedule on top; `put` knows it as it was."""
+
+    class Swapped(ModuleType):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "PipelineEngine":
+                given, value = value, _delayed(value)
+                put[:] = [] if given is value else [given]
+            super().__setattr__(name, value)
+
+    return Swapped
+
+
+@contextmanager
+def _naming_others() -> Iterator[None]:
+    """Inside, a warning names each engine without the schedule: scripts can build theirs past DeepSpeed's function."""
+    construct = PipelineEngine.__init__
+
+    @functools.wraps(construct)
+    def named(self: Any, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(self, DDGMixin):
+            kind = type(self).__name__
+            logger.warning(
+                f"{kind} is built without the delayed schedule, as deepspeed.initialize does not make it of a "
+                f"PipelineModule here; for DDG build ds_ddg.ddg_engine({kind}) in its place"
+            )
+        construct(self, *args, **kwargs)
+
+    PipelineEngine.__init__ = named
+    try:
+        yield
+    finally:
+        PipelineEngine.__init__ = construct
 
 
 def _check_seams() -> None:

@@ -21,14 +21,15 @@ from typing import Any
 import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
+from ds_ddg.calls import Calls
 from ds_ddg.checkpoints import Checkpoints
 from ds_ddg.clock import clock_for
 from ds_ddg.config import DDGConfig
 from ds_ddg.connections import group_of_all, own_group
 from ds_ddg.data import Feed
 from ds_ddg.experts import create_expert_groups, expert_sizes
+from ds_ddg.host import refuse_overrides, warn_of_patches
 from ds_ddg.local import StagePeers
-from ds_ddg.message import Kind
 from ds_ddg.record import Recorded
 from ds_ddg.refusals import refuse_experts, refuse_switch, refuse_unsupported
 from ds_ddg.schedule import DDGSchedule
@@ -41,11 +42,18 @@ from ds_ddg.watch import WatchedLinks
 __all__ = ["DDGEngine", "DDGMixin"]
 
 
-class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
+class DDGMixin(Calls, AutoSlack, Checkpoints, Recorded, Together):
     """The delayed schedule on top of any ``PipelineEngine``; see the module's docstring."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        refuse_overrides(cls, DDGMixin)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.ddg = DDGConfig.parse(kwargs["config_class"]._param_dict.get("ddg"))
+        if self.ddg.enabled:
+            refuse_overrides(type(self), DDGMixin)  # maps may have changed since
+            warn_of_patches()
         refuse_unsupported(kwargs["config_class"], kwargs["model"], self.ddg.enabled)
         sizes = expert_sizes(kwargs["model"])
         if self.ddg.enabled:
@@ -89,11 +97,12 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
     # -- life of a call ---------------------------------------------------------------------------------------------
 
     @together
-    def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
+    def train_batch(self, data_iter: Iterator[Any] | None = None, **more: Any) -> torch.Tensor:
         """One call: M ticks and at most one update. DeepSpeed's signature and, but for its age, its result.
 
         Args:
             data_iter: yields micro-batches ``(inputs, labels)``; exactly M are pulled on the first and last stage.
+            **more: for a project's own ``train_batch``, if it takes more; its result is what this returns.
 
         Returns:
             0-dim tensor, the same on every rank: the mean loss of call number ``loss_step``.
@@ -107,19 +116,28 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
         if self._ddg_from is not None and self.global_steps >= self._ddg_from:
             self.schedule = "ddg"
         self._settle_slack()
-        try:
-            loss = with_its_data(super().train_batch, data_iter)
-        except OutOfDataError:
-            self._forget_time()
-            raise
-        finally:
-            self._speak()
+        given = () if data_iter is None else (data_iter,)
+        with self._calling("train_batch") as call:
+            try:
+                loss: torch.Tensor = with_its_data(super().train_batch, *given, **more)
+            except OutOfDataError:
+                self._forget_time()
+                raise
+            finally:
+                self._speak()
         self.versions.leave()
+        if call.executed:  # a project's own may have nothing to do
+            self._close_call()
+        return loss
+
+    def _close_call(self) -> None:
         if self._schedule == "ddg":
             self._report_call()
-        elif self.ddg.enabled:
+            return
+        if self._losses.newest.call < self._calls - 1:  # a project's own train_batch does without DeepSpeed's loss
+            self._losses.restart(self._calls, None)
+        if self.ddg.enabled:
             self._share_tied_weights()
-        return loss
 
     def eval_batch(
         self,
@@ -140,8 +158,15 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
             raise NotImplementedError(f'reduce_output must be "avg" or None, got {reduce_output!r}')
         if reduce_output is None and compute_loss and bcast_loss:
             raise ValueError("reduce_output=None gives a list, and only a mean is sent to all: pass bcast_loss=False")
-        count = self.micro_batches if num_micro_batches is None else num_micro_batches
-        return self._evaluate(data_iter, return_logits, compute_loss, reduce_output, bcast_loss, count)
+        # A project's own eval_batch may know no other arguments than it is given.
+        defaults = {"return_logits": False, "compute_loss": True, "reduce_output": "avg", "bcast_loss": True}
+        values = return_logits, compute_loss, reduce_output, bcast_loss
+        asked: dict[str, Any] = {
+            name: value for (name, usual), value in zip(defaults.items(), values, strict=True) if value != usual
+        }
+        if num_micro_batches is not None:
+            asked["num_micro_batches"] = num_micro_batches
+        return self._evaluate(data_iter, asked, compute_loss, compute_loss and reduce_output is not None)
 
     @together
     def drain(self) -> None:
@@ -201,26 +226,6 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
             links.leave()
         super().destroy()
 
-    def _train_schedule(self) -> Any:
-        """The last thing that DeepSpeed asks for before it executes: the call begins here, its preparations done."""
-        self._begin("train_batch", self.data_iterator, self.micro_batches)
-        if self._schedule == "1f1b":
-            return super()._train_schedule()
-        self._begin_report()
-        ops = self.plan.call(self.stage_id, self._calls, self._filled_at)
-        return DDGSchedule(self.plan, self.stage_id, ops)
-
-    def _next_batch(self) -> Any:
-        return self._feed.take()
-
-    def _aggregate_total_loss(self) -> torch.Tensor:
-        call, self._calls = self._calls, self._calls + 1
-        if self._schedule == "1f1b":
-            loss = super()._aggregate_total_loss()
-            self._note_loss(call, loss)
-            return loss
-        return self._end_call(call)
-
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """DeepSpeed's, after a drain: another number of micro-batches per call is another plan."""
         self.drain()
@@ -230,13 +235,16 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
     # -- between the stages -----------------------------------------------------------------------------------------
 
     @together
-    def _evaluate(self, data_iter: Any, return_logits: bool, compute_loss: bool, reduce: Any, *args: Any) -> Any:
-        *_, count = args
+    def _evaluate(self, data_iter: Any, asked: dict[str, Any], labelled: bool, has_mean: bool) -> Any:
         self._refuse_torn()
-        self._begin("eval_batch", data_iter, count, labelled=compute_loss)
-        self._links.meet()  # in DeepSpeed's own barrier no stage could hear that another failed
-        with self._buffers_of_its_own(), self._evaluating(compute_loss and reduce is not None):
-            return with_its_data(super().eval_batch, data_iter, return_logits, compute_loss, reduce, *args)
+        iterator = self.data_iterator
+        with self._calling("eval_batch"), self._buffers_of_its_own(), self._evaluating(has_mean):
+            try:
+                if self._only_deepspeed:
+                    self._begin_evaluation(data_iter, asked.get("num_micro_batches", self.micro_batches), labelled)
+                return with_its_data(super().eval_batch, data_iter, **asked)
+            finally:
+                self.data_iterator = iterator  # if it ended early, DeepSpeed has not put it back
 
     def _peers_of_stage(self) -> list[Any]:
         """Groups that together join all ranks of this stage, for tensors on the CPU. Collective."""
@@ -247,26 +255,6 @@ class DDGMixin(AutoSlack, Checkpoints, Recorded, Together):
             *([self.mpu.get_data_parallel_group()] if self.is_data_parallel else []),
             *([self.mpu.get_slice_parallel_group()] if self.is_model_parallel else []),
         ]
-
-    def _begin(self, what: str, data_iter: Iterator[Any] | None, micro_batches: int, labelled: bool = True) -> None:
-        """Fetch the data of a call, then start it on every stage, or stop on every stage."""
-        self._parked = False
-        self._feed.labels = labelled and self.module.loss_fn is not None
-        self._feed.as_deepspeed = self._schedule == "1f1b" and not self.ddg.enabled
-        self._feed.fixed_shape = self.num_stages > 1 and what == "train_batch" and not self.dynamic_shape
-        ready = self._feed.fetch(data_iter, micro_batches, self.batch_fn)
-        here = (what, self._calls, micro_batches)
-        # Evaluation has a barrier before its first activation, and DeepSpeed's schedule sends its own.
-        with_data = what == "train_batch" and self._schedule == "ddg"
-        kind = self._links.begin(here, ready, with_data)
-        if kind is Kind.END:
-            self._feed.clear()
-            raise OutOfDataError
-        if not ready:
-            raise RuntimeError(
-                f"the data of the last stage ended in call {self._calls}, that of the first stage did not; "
-                "give both the same number of micro-batches"
-            )
 
 
 class DDGEngine(DDGMixin, PipelineEngine):

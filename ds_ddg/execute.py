@@ -26,6 +26,7 @@ from torch.nn import Module
 
 from ds_ddg.again import Circumstances, PastBuffers, keeping_nothing, never_detached, with_past_buffers
 from ds_ddg.data import Feed
+from ds_ddg.host import METHODS
 from ds_ddg.links import Links, as_tuple
 from ds_ddg.outputs import FixedShape, refuse_activation, refuse_loss, with_checks, with_own_memory
 from ds_ddg.schedule import AdvanceClocks, UpdateWeights
@@ -89,14 +90,7 @@ class Executor(Updater):
         self.is_pipe_partitioned = self.is_grad_partitioned = False
         return {
             **type(self)._INSTRUCTION_MAP,
-            instructions.ForwardPass: Executor._exec_forward_pass,
-            instructions.BackwardPass: Executor._exec_backward_pass,
-            instructions.SendActivation: Executor._exec_send_activations,
-            instructions.RecvActivation: Executor._exec_recv_activations,
-            instructions.SendGrad: Executor._exec_send_grads,
-            instructions.RecvGrad: Executor._exec_recv_grads,
-            instructions.ReduceGrads: Executor._exec_reduce_grads,
-            instructions.OptimizerStep: Executor._exec_optimizer_step,
+            **{instruction: getattr(type(self), name) for instruction, name in METHODS.items()},
             AdvanceClocks: Executor._exec_advance_clocks,
             UpdateWeights: Executor._exec_update_weights,
         }
@@ -127,12 +121,15 @@ class Executor(Updater):
         """Whether parts of a forward run again within the backward."""
         return bool(self.module.activation_checkpoint_interval > 0)
 
+    def _exec_load_micro_batch(self, buffer_id: int) -> None:
+        self._beneath(instructions.LoadMicroBatch, buffer_id)
+
     def _exec_recv_activations(self, buffer_id: int) -> None:
         self.pipe_buffers["inputs"][buffer_id] = self._links.recv_activations()
 
     def _exec_forward_pass(self, buffer_id: int) -> None:
         if not torch.is_grad_enabled():
-            super()._exec_forward_pass(buffer_id)
+            self._beneath(instructions.ForwardPass, buffer_id)
             return
         self.versions.remember(buffer_id)
         if self._recomputes or self._checkpoints:
@@ -149,7 +146,8 @@ class Executor(Updater):
         with never_detached(self.module) if self._reentrant_activation_checkpointing() else nullcontext():
             before = self.loss
             try:
-                super()._exec_forward_pass(buffer_id)
+                with self._summing_losses():
+                    self._beneath(instructions.ForwardPass, buffer_id)
             except (AttributeError, TypeError) as error:
                 if self.loss is not before:  # to DeepSpeed, what is no tensor is a list of them
                     refuse_loss(self.loss, self.module.loss_fn is None, error)
@@ -176,7 +174,7 @@ class Executor(Updater):
                 self.loss = self._scaled(self.loss)
             with with_past_buffers(self.module, past) if self._checkpoints else nullcontext():
                 if self.is_last_stage() or self._join_outputs(buffer_id):
-                    super()._exec_backward_pass(buffer_id)
+                    self._beneath(instructions.BackwardPass, buffer_id)
         if not self._trains:
             inputs = as_tuple(self.pipe_buffers["inputs"][buffer_id])
             self._watch_overflow([*(tensor.grad for tensor in inputs), *(held.grad for held in self._ties.held)])

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_ddg.message import INLINE_BYTES, Header, Kind, Room, bytes_of, fit, fits, larger, spec_of
-from ds_ddg.staging import Staging
+from ds_ddg.staging import Staging, refuse_other_devices
 from ds_ddg.wire import HEADER_TAG, LAST_WORDS_TAG, ON_DEMAND_TAG, STANDING_TAG, StageError, Wire
 
 __all__ = ["Outbox"]
@@ -93,9 +93,10 @@ class Outbox:
             **info: small plain values.
 
         Raises:
-            ValueError: a header cannot hold the types and shapes of `tensors`.
+            ValueError: a header cannot hold the types and shapes of `tensors`, or one is on another device.
             StageError: the receiver is lost, or an earlier message could not leave this stage's device.
         """
+        refuse_other_devices(tensors, self.staging)
         payload = [None if t is None else _plain(t.detach()) for t in tensors]
         copied = None
         if self.staging is not None:

@@ -31,6 +31,8 @@ class Printer(Executor):
     # The host's state that printing is about.
     monitor: Any
 
+    _only_deepspeed: bool = True
+    """Whether it is DeepSpeed's own method that runs, so that what it says of a loss is to be silenced."""
     _silenced: Any = None
     """The monitor, while it is out of DeepSpeed's reach."""
     _seconds_printed: Mapping[str, float] = MappingProxyType({})
@@ -62,13 +64,16 @@ class Printer(Executor):
     def _forget_time(self) -> None:
         """A call that did not happen took no time."""
         timer = self.timers(TRAIN_BATCH_TIMER)
-        timer.stop()
-        timer.event_timers.pop()
+        if timer.started_:  # a project's own train_batch may do without it
+            timer.stop()
+            timer.event_timers.pop()
 
     def _print(self, newest: Loss, call: int) -> None:
         """DeepSpeed's line with the newest loss, and the number of its `call`; "steps" is how many were made."""
         timer = self.timers(TRAIN_BATCH_TIMER)
-        calls = max(1, len(timer.event_timers))
+        calls = len(timer.event_timers)
+        if not calls:
+            return  # a project's own train_batch has printed
         seconds = timer.elapsed(reset=True) / 1000.0 / calls
         if self.global_rank != 0:
             return

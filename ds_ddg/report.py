@@ -38,7 +38,6 @@ class Reporter(Printer):
     engine_timers: Any
     is_pipe_parallel: bool
     total_additional_losses: Any
-    total_loss: Any
 
     def _start_reports(self) -> None:
         self._losses = Losses(self._links)
@@ -84,7 +83,8 @@ class Reporter(Printer):
         loss = self._learn_loss(self._known_in(call))
         # What the stages measured in a call comes with the loss of the next.
         self._complete_steps(self._samples.get(self._losses.newest.call, 0) - 1)
-        self._silence()
+        if self._only_deepspeed:
+            self._silence()
         return loss
 
     def _known_in(self, call: int) -> int:

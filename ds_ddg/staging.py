@@ -18,6 +18,9 @@ the time of Python::
 There is one thread for all outboxes of a process: copies to the host are done in the order in which they were
 started, all on one stream, so no message waits for one that started later.
 
+What is sent is a copy that the compute stream makes at once: the memory of a captured graph's outputs is that of its
+next run, which does not wait for other streams.
+
 Host memory is pinned. It comes from torch's caching allocator, which keeps blocks by size and hands one out again only
 when the copies that use it are done, so no pool of our own is needed.
 """
@@ -28,6 +31,7 @@ import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -35,9 +39,10 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe import p2p
 from torch import Tensor
 
-__all__ = ["Staging", "staging_for", "without_greetings"]
+__all__ = ["Staging", "refuse_other_devices", "staging_for", "without_greetings"]
 
 _T = TypeVar("_T")
+_CPU = torch.device("cpu")
 
 
 class Staging:
@@ -45,7 +50,8 @@ class Staging:
 
     Args:
         device: where the stage computes.
-        streams: has ``Stream``, ``Event``, ``stream`` and ``current_stream``; default: torch's module for `device`.
+        streams: has ``Stream``, ``Event``, ``stream``, ``current_stream`` and ``set_device``; default: torch's module
+            for `device`.
         pin: whether host memory is pinned, without which no copy is asynchronous.
     """
 
@@ -54,7 +60,12 @@ class Staging:
         self._streams = torch.get_device_module(device) if streams is None else streams
         self._pin = pin
         self._to_host, self._to_device = (self._streams.Stream(device) for _ in range(2))
-        self._sender = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ds_ddg sender")
+        # A thread starts on device 0, where its first wait would open a context, hundreds of megabytes for each rank.
+        self._sender = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="ds_ddg sender",
+            initializer=partial(self._streams.set_device, device),
+        )
 
     def room(self, size: int) -> Tensor:
         """Bytes of host memory to receive into."""
@@ -67,17 +78,18 @@ class Staging:
             The tensors in host memory, and what to ``synchronize`` with before they are read; that is None, and the
             tensors are as they were, if none is on the device.
         """
-        there = [t for t in tensors if t is not None and t.device.type == self.device.type]
-        if not there:
+        if not any(t is not None and t.device == self.device for t in tensors):
             return list(tensors), None
+        there = [t if t is None or t.device != self.device else t.clone() for t in tensors]
         self._to_host.wait_stream(self._streams.current_stream(self.device))
         with self._streams.stream(self._to_host):
-            host = [None if t is None else self._host_copy(t) for t in tensors]
+            host = [None if t is None else self._host_copy(t) for t in there]
             # A thread that waits would otherwise spin, on a core that others need.
             copied = self._streams.Event(blocking=True)
             copied.record(self._to_host)
         for tensor in there:
-            tensor.record_stream(self._to_host)  # its memory is not to be used again before the copy is done
+            if tensor is not None and tensor.device == self.device:
+                tensor.record_stream(self._to_host)  # its memory is not to be used again before the copy is done
         return host, copied
 
     def to_device(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -91,6 +103,12 @@ class Staging:
             if tensor is not None:
                 tensor.record_stream(current)
         return arrived
+
+    def settle(self) -> None:
+        """Wait until what was copied to the device has left the host's memory: for copies, for no other work."""
+        copied = self._streams.Event(blocking=True)
+        copied.record(self._to_device)
+        copied.synchronize()
 
     def later(self, work: Callable[[], _T]) -> Future[_T]:
         """Run `work` on the sender's thread, after what it was given before."""
@@ -112,9 +130,27 @@ class Staging:
         return host.copy_(tensor, non_blocking=True)
 
 
+def refuse_other_devices(tensors: Sequence[Tensor | None], staging: Staging | None) -> None:
+    """Raise ValueError for what is neither on the device of this stage nor in host memory.
+
+    It would be copied by a device whose work nobody here waits for.
+    """
+    own = _CPU if staging is None else staging.device
+    for index, tensor in enumerate(tensors):
+        if tensor is not None and tensor.device not in (own, _CPU):
+            raise ValueError(
+                f"tensor {index} of those that leave this stage is on {tensor.device}, and the stage computes on "
+                f"{own}; move it there in the layer that makes it: .to({str(own)!r})"
+            )
+
+
 def staging_for(device: torch.device) -> Staging | None:
     """What a stage on `device` needs; None on the CPU, whose memory the messages can use."""
-    return None if device.type == "cpu" else Staging(device)
+    if device.type == "cpu":
+        return None
+    if device.index is None:  # what is there names the device that is current
+        device = torch.device(device.type, torch.get_device_module(device).current_device())
+    return Staging(device)
 
 
 @contextmanager

@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer, ZeROOptimizer
+from deepspeed.runtime.pipe.schedule import OptimizerStep, ReduceGrads, ReduceTiedGrads
 from torch import Tensor
 
 from ds_ddg.alone import alone_if_one
 from ds_ddg.config import DDGConfig
+from ds_ddg.host import Host
 from ds_ddg.local import StageLocalGrid, StagePeers, clip_stage_gradients
 from ds_ddg.losses import Update
 from ds_ddg.optimizers import (
@@ -34,15 +36,10 @@ from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.tied import Ties
 from ds_ddg.versions import WeightVersions
 
-if TYPE_CHECKING:
-    from typing import Any as _Host  # DeepSpeed's engine, untyped; it comes next in the MRO of DDGEngine
-else:
-    _Host = object
-
 __all__ = ["Updater"]
 
 
-class Updater(_Host):
+class Updater(Host):
     """Mixed into a ``PipelineEngine``: everything between a stage's gradients and its next weights."""
 
     ddg: DDGConfig
@@ -86,7 +83,7 @@ class Updater(_Host):
 
     def _exec_reduce_grads(self) -> None:
         with self._ties.hidden() if self._ties.owners else nullcontext():
-            super()._exec_reduce_grads()
+            self._beneath(ReduceGrads)
 
     def allreduce_gradients(self, *args: Any, **kwargs: Any) -> None:
         """DeepSpeed's, which also puts zeros where there is no gradient; often neither is needed."""
@@ -104,7 +101,7 @@ class Updater(_Host):
         for held in wrapped:
             if self.using_bf16_optimizer and held.grad is not None:
                 held._hp_grad = held.grad.to(self.optimizer.grad_acc_dtype)
-        super()._exec_reduce_tied_grads()
+        self._beneath(ReduceTiedGrads)
         for held in wrapped:
             held.grad = held._hp_grad = None
 
@@ -133,7 +130,7 @@ class Updater(_Host):
         """DeepSpeed's; if it skips the weights for an overflow of this stage, the clocks go on with the others'."""
         known = self.skipped_steps, self._step_applied
         with norm_unscaled(self), self._clipped_as_asked():
-            super()._exec_optimizer_step(lr_kwargs)
+            self._beneath(OptimizerStep, lr_kwargs)
         self._overflowed = self.skipped_steps > known[0]
         if self.num_stages > 1:
             self.skipped_steps, self._step_applied = known  # until all stages know more
@@ -195,7 +192,7 @@ class Updater(_Host):
     def _exec_advance_clocks(self) -> None:
         self._global_grad_norm, self._overflowed = None, False
         with idle_optimizer(self):
-            super()._exec_optimizer_step()
+            self._beneath(OptimizerStep)
 
     def _take_model_step(self, *args: Any, **kwargs: Any) -> None:
         """DeepSpeed's, on either schedule; its wrappers fail on a stage without a gradient."""

@@ -330,3 +330,129 @@ def test_stages_with_devices_of_their_own() -> None:
         launch(train_without_dropout, 2, "tied", device="cpu"),
     )
     assert_as_on_the_cpu(there, here, TOLERANCE[torch.float32])
+
+
+def alone_on_the_device(rank: int, world_size: int) -> list[int]:
+    """The devices on which this process has a context, when it has sent and received."""
+    torch.cuda.set_device(rank)
+    train_without_dropout(rank, world_size, "tied")
+    return [index for index in range(torch.cuda.device_count()) if torch._C._cuda_hasPrimaryContext(index)]
+
+
+def test_no_stage_has_a_context_on_the_device_of_another() -> None:
+    """It would take hundreds of megabytes of the first device for each stage."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    assert launch(alone_on_the_device, 2, backend="nccl") == [[0], [1]]
+
+
+class Elsewhere(nn.Module):
+    """Puts out what is on the other device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(f"cuda:{1 - x.device.index}")
+
+
+def send_from_elsewhere(rank: int, world_size: int) -> test_failures.End:
+    width = test_failures.WIDTH
+    layers = [nn.Linear(width, width), Elsewhere(), nn.Identity(), nn.Linear(width, width)]
+    engine = test_failures.build(world_size, layers)
+    return test_failures.catch(lambda: engine.train_batch(test_failures.batches()))
+
+
+def test_output_on_another_device_is_told_by_all() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    for end in launch(send_from_elsewhere, 2):
+        assert "is on cuda:1, and the stage computes on cuda:0" in end.text
+
+
+# -- memory that is used again ----------------------------------------------------------------------------------------
+
+WIDE = 2**20
+"""Floats of a message that is still on its way when the next one is made."""
+
+
+class Captured(nn.Module):
+    """Without gradients the run of a captured graph, whose output is always in the same memory."""
+
+    eager = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.eager or torch.is_grad_enabled():
+            return x * 3
+        if not hasattr(self, "graph"):
+            self.x = x.clone()
+            torch.cuda.synchronize()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.y = self.x * 3
+        self.x.copy_(x)
+        self.graph.replay()
+        return self.y
+
+
+class Narrow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :8] * self.factor + x[:, -8:]
+
+
+def wide_engine() -> Any:
+    from deepspeed.pipe import PipelineModule
+
+    import ds_ddg
+
+    net = PipelineModule(
+        [nn.Identity(), Captured(), Narrow(), nn.Identity()],
+        num_stages=2,
+        loss_fn=nn.functional.mse_loss,
+        partition_method="uniform",
+    )
+    settings = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "SGD", "params": {"lr": 1e-3}}}
+    parameters = [p for p in net.parameters() if p.requires_grad] or None
+    engine, *_ = ds_ddg.initialize(model=net, config={**toy.config(1), **settings}, model_parameters=parameters)
+    return engine
+
+
+def evaluate_captured(rank: int, world_size: int) -> list[list[float]]:
+    """Losses of many micro-batches, without and with a captured graph."""
+    engine = wide_engine()
+    losses = []
+    for Captured.eager in (True, False):
+        data = iter([(torch.full((1, WIDE), float(n)), torch.zeros(1, 8)) for n in range(30)])
+        outputs = engine.eval_batch(data, reduce_output=None, bcast_loss=False, num_micro_batches=30)
+        losses.append([float(loss) for loss in outputs or ()])
+    return losses
+
+
+@needs_kernels
+def test_output_of_a_captured_graph_is_sent_as_it_was() -> None:
+    _, (eager, captured) = launch(evaluate_captured, 2)
+    assert len(set(eager)) == 30
+    assert captured == eager
+
+
+def refill(rank: int, world_size: int) -> list[list[float]]:
+    """Losses with batches of their own, and with two in pinned memory that are filled again after each call."""
+    losses = []
+    for pinned in (False, True):
+        engine = wide_engine()
+        inputs = torch.zeros(1, WIDE, pin_memory=pinned)
+        seen = []
+        for call in range(30):
+            batch = inputs if pinned else inputs.clone()
+            batch.fill_(float(call % 7))
+            seen.append(float(engine.train_batch(iter([(batch, torch.zeros(1, 8))]))))
+        engine.drain()
+        losses.append(seen)
+    return losses
+
+
+@needs_kernels
+def test_pinned_batch_may_be_filled_again_after_its_call() -> None:
+    for own, pinned in launch(refill, 2):
+        assert pinned == own

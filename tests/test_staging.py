@@ -26,6 +26,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import test_channel as channel
 import test_tied as tied
@@ -38,7 +39,7 @@ from ds_ddg.local import StagePeers
 from ds_ddg.message import Header, Kind
 from ds_ddg.outbox import Outbox
 from ds_ddg.refusals import refuse_unsupported
-from ds_ddg.staging import Staging, without_greetings
+from ds_ddg.staging import Staging, staging_for, without_greetings
 from ds_ddg.wire import Peer, StageError, Wire
 from test_engine_exact import Case, Course, assert_exact, train_oracle
 from test_engine_exact import train_engine as train_exactly
@@ -66,7 +67,11 @@ class Device:
         """Copies: to, from; not yet claimed by an event."""
         self.freed_too_late = 0
         """Copies in host memory that were freed when it had a defect; torch would end the process."""
+        self.threads: dict[str, torch.device] = {}
+        """The device that is current in each, where that was set."""
         self.log: list[str] = []
+        self.waits = 0
+        """Of the host, for copies to the device alone."""
         self._names = iter(("down", "up"))
         self._current = ["compute"]
 
@@ -82,6 +87,9 @@ class Device:
         self._current.append(stream.name)
         yield
         self._current.pop()
+
+    def set_device(self, device: torch.device) -> None:
+        self.threads[threading.current_thread().name] = device
 
     def current_stream(self, device: torch.device) -> Stream:
         return Stream(self, self._current[-1])
@@ -113,9 +121,15 @@ class Event:
 
     def record(self, stream: Stream) -> None:
         self.device.note(f"event on {stream.name}")
+        self.stream = stream.name
+        if stream.name == "up":
+            return
         self.copies, self.device.started = self.device.started, []
 
     def synchronize(self) -> None:
+        if self.stream == "up":  # nothing on it waits for the compute stream
+            self.device.waits += 1
+            return
         assert threading.current_thread().name.startswith(SENDER), "the main thread must not wait for the device"
         assert self.device.may_copy.wait(TIMEOUT)
         time.sleep(self.device.seconds)
@@ -138,7 +152,7 @@ class StandIn(Staging):
         weakref.finalize(memory, self.stand_in.freed)
         host = torch.empty(0, dtype=tensor.dtype)
         host.set_(torch.from_numpy(memory).untyped_storage(), 0, tensor.shape)  # type: ignore[call-overload]
-        self.stand_in.started.append((host, tensor.clone()))
+        self.stand_in.started.append((host, tensor))  # read when it copies
         return host
 
 
@@ -195,6 +209,51 @@ def test_nothing_is_copied_where_nothing_is_on_the_device() -> None:
         assert not made.log
 
 
+def test_what_is_sent_may_be_overwritten_at_once() -> None:
+    """As the next run of a captured graph does, on the compute stream, which waits for no copy."""
+    with device() as made:
+        staging, outputs = StandIn(made), torch.ones(3)
+        made.may_copy.clear()
+        (host,), copied = staging.to_host([outputs])
+        outputs.fill_(7.0)
+        made.may_copy.set()
+        staging.later(copied.synchronize).result()
+    assert torch.equal(host, torch.ones(3))  # type: ignore[arg-type]
+
+
+def test_sender_is_on_the_device_of_its_stage() -> None:
+    """A thread starts on device 0, and whoever waits there opens a context."""
+    with device() as made:
+        staging = Staging(torch.device("cuda", 3), made, pin=False)
+        assert not made.threads, "the main thread's is not ours to set"
+        staging.later(lambda: None).result()
+    ((name, where),) = made.threads.items()
+    assert name.startswith(SENDER)
+    assert where == torch.device("cuda", 3)
+
+
+def test_device_without_a_number_is_the_one_that_is_current() -> None:
+    module = mock.Mock()
+    module.current_device.return_value = 2
+    with mock.patch.object(torch, "get_device_module", return_value=module):
+        staging = staging_for(torch.device("cuda"))
+    assert staging is not None
+    assert staging.device == torch.device("cuda", 2)
+
+
+@pytest.mark.parametrize("other", ["cuda:1", "meta"])
+@pytest.mark.parametrize("own", ["cuda:0", "cpu"])
+def test_tensor_on_another_device_is_refused_by_name(own: str, other: str) -> None:
+    """What copies it would be the other device, whose work nobody here waits for."""
+    staging = None if own == "cpu" else Staging(torch.device(own), Device(), pin=False)
+    wire = mock.Mock()
+    with FakeTensorMode():
+        tensors = [torch.ones(2), None, torch.ones(2, device=other)]
+        with pytest.raises(ValueError, match=rf"tensor 2 .* on {other}, .* computes on {own}; .*\.to\('{own}'\)"):
+            Outbox(wire, 8, staging).post(Kind.DATA, tensors)
+    assert not wire.send.called
+
+
 def test_sender_keeps_the_order_and_ends_with_its_owner() -> None:
     before = senders()
     staging = StandIn(Device())
@@ -230,9 +289,25 @@ def test_data_is_placed_without_waiting() -> None:
         assert feed.fetch(iter(rows), 2, None)
         first, second = feed.take(), feed.take()
         assert [line for line in made.log if "waits" in line] == ["compute: compute waits for up"] * 3
+        feed.settle()
+        assert made.waits == 0, "torch has copied from memory that is not pinned by the time that it returns"
     assert torch.equal(first[0], torch.ones(2))
     assert isinstance(second[0], tuple)
     assert second[1] == {"other": 1}, "not ours to move"
+
+
+def test_pinned_data_is_waited_for_once_a_call() -> None:
+    """Its loader may write into it as soon as the call is over."""
+    with device() as made, mock.patch.object(torch.Tensor, "is_pinned", return_value=True):
+        feed = Feed(True, True, StagePeers([]), StandIn(made))
+        for call in (1, 2):
+            assert feed.fetch(iter([(torch.ones(2), torch.zeros(1))] * 3), 3, None)
+            for _ in range(3):
+                feed.take()
+            assert made.waits == call - 1
+            feed.settle()
+            feed.settle()
+            assert made.waits == call
 
 
 # -- messages ---------------------------------------------------------------------------------------------------------
@@ -522,6 +597,47 @@ def test_drain_leaves_nothing(ranks: GetRanks) -> None:
     made = ranks(3).run(drain_and_evaluate, timeout=TIMEOUT)
     assert [row[:3] for row in made] == [(0, 1, 1)] * 3
     assert len({row[3] for row in made}) == 1
+
+
+def wait_for_pinned(rank: int, world_size: int) -> int:
+    """How often the host waited for its data in five calls of training and one of evaluation."""
+    with staged() as made, mock.patch.object(torch.Tensor, "is_pinned", return_value=True):
+        engine = toy.engine(world_size, 2)
+        data = toy.batches(10)
+        for _ in range(5):
+            engine.train_batch(data)
+        engine.eval_batch(toy.batches(2))
+        engine.drain()
+    return made.waits
+
+
+def test_stages_with_data_wait_for_it(ranks: GetRanks) -> None:
+    assert ranks(3).run(wait_for_pinned, timeout=TIMEOUT) == [6, 0, 6]
+
+
+class Elsewhere(torch.nn.Module):
+    """Puts out what is on another device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to("meta")
+
+
+def send_from_elsewhere(rank: int, world_size: int) -> str:
+    layers = [torch.nn.Flatten(), Elsewhere(), *toy_head()]
+    with mock.patch.object(toy, "layers", return_value=layers):
+        engine = toy.engine(world_size, 1)
+    with pytest.raises((ValueError, StageError)) as caught:
+        engine.train_batch(toy.batches(1))
+    return str(caught.value)
+
+
+def toy_head() -> list[torch.nn.Module]:
+    return [torch.nn.Linear(48, 5), torch.nn.Identity()]
+
+
+def test_output_on_another_device_ends_every_stage(ranks: GetRanks) -> None:
+    for said in ranks(2).run(send_from_elsewhere, timeout=TIMEOUT):
+        assert "tensor 0 of those that leave this stage is on meta, and the stage computes on cpu" in said
 
 
 def break_the_device(rank: int, world_size: int, broken: int) -> tuple[str, bool]:
