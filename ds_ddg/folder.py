@@ -10,9 +10,10 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["damage", "flush", "latest", "tag_to_load", "write_latest"]
+__all__ = ["LATEST", "damage", "flush", "latest", "tag_to_load", "write_latest", "write_whole"]
 
 LATEST = "latest"
+"""The name of that file."""
 
 
 def latest(directory: str | Path) -> str | None:
@@ -22,11 +23,15 @@ def latest(directory: str | Path) -> str | None:
 
 
 def write_latest(directory: str | Path, tag: str) -> None:
-    """From now on `tag` is the latest: at once, or if this is interrupted not at all."""
-    path = Path(directory) / LATEST
-    written = path.with_name(f"{LATEST}.new")
-    with written.open("w") as file:
-        file.write(tag)
+    """From now on `tag` is the latest."""
+    write_whole(Path(directory) / LATEST, tag)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Put a file in the place of the one that was there: at once, or if this is interrupted not at all."""
+    written = path.with_name(f"{path.name}.new")
+    with written.open("w", encoding="utf-8") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     written.replace(path)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from deepspeed import comm as dist
 from tqdm import tqdm
 
 import ds_ddg
+from ds_ddg.folder import LATEST, damage, latest, write_whole
 from recipes.common import gather, on_every_rank, seed_from
 from recipes.progress import Progress
 from recipes.settings import differences, recorded
@@ -72,9 +73,7 @@ class Checkpoints:
             if self._trains and dist.get_rank() == 0:
                 # Also those of a run that goes on: earlier versions kept less, and it may be longer than planned.
                 self._directory.mkdir(parents=True, exist_ok=True)
-                written = self._directory / f"{SETTINGS}.new"
-                written.write_text(json.dumps(self._settings, indent=2) + "\n")
-                written.replace(self._directory / SETTINGS)
+                write_whole(self._directory / SETTINGS, json.dumps(self._settings, indent=2) + "\n")
         self._reseed()
 
     def save_if_due(self) -> None:
@@ -84,23 +83,25 @@ class Checkpoints:
             return
         self._engine.save_checkpoint(str(self._directory), client_state={"progress": self._progress.state_dict()})
         if dist.get_rank() == 0:
-            for old in _saved(self._directory)[:-KEPT_CHECKPOINTS]:
+            # One of a later call is of a run that was given up, and torn perhaps: it is none of the newest.
+            for old in _saved(self._directory, until=calls)[:-KEPT_CHECKPOINTS]:
                 shutil.rmtree(old)
         self._reseed()
 
     def _newest(self, directory: Path) -> str | None:
         """The tag of the checkpoint to load. ValueError or OSError if that cannot be what the user wants."""
-        latest = directory / "latest"
-        if not latest.is_file():
+        tag = latest(directory)
+        if tag is None:
             return None
-        tag = latest.read_text().strip()
         if not self._resume:
             raise ValueError(
                 f"{directory} holds checkpoints of an earlier run ({tag}): add --resume to go on from there, or name "
                 "another --checkpoint-dir"
             )
         if not tag or not (directory / tag).is_dir():
-            raise FileNotFoundError(f"{latest} names {tag!r}, which is not there; {_others(directory, tag)}")
+            raise FileNotFoundError(
+                f"{directory / LATEST} names {tag!r}, which is not there; {_others(directory, tag)}"
+            )
         try:
             then = json.loads((directory / SETTINGS).read_text())
         except (OSError, ValueError) as error:
@@ -121,11 +122,11 @@ class Checkpoints:
         return tag
 
     def _load(self, directory: Path, tag: str) -> None:
-        # A rank that fails inside load_checkpoint leaves the others waiting for it there.
+        # As load_checkpoint looks at them, but saying what to do in terms of the recipe.
         with on_every_rank():
-            damage = [damaged for path in self._files(directory, tag) if (damaged := _damage(path))]
-            if damage:
-                raise ValueError(f"cannot load {directory / tag}: {', '.join(damage[:4])}; {_others(directory, tag)}")
+            wrong = [found for path in self._files(directory, tag) if (found := damage(path))]
+            if wrong:
+                raise ValueError(f"cannot load {directory / tag}: {', '.join(wrong[:4])}; {_others(directory, tag)}")
         _, client_state = self._engine.load_checkpoint(str(directory), tag)
         calls, planned = client_state["progress"]["calls"], self._progress.total_calls
         if self._trains and calls > planned:
@@ -148,10 +149,10 @@ class Checkpoints:
         torch.manual_seed(seed_from(self._seed, self._progress.calls, dist.get_rank()))
 
 
-def _saved(directory: Path) -> list[Path]:
-    """The checkpoints in it, oldest first."""
+def _saved(directory: Path, until: float = math.inf) -> list[Path]:
+    """The checkpoints in it, oldest first, but for those after call number `until`."""
     calls_of = {path: path.name.removeprefix(TAG) for path in directory.glob(f"{TAG}*")}
-    found = [path for path, calls in calls_of.items() if calls.isdecimal()]
+    found = [path for path, calls in calls_of.items() if calls.isdecimal() and int(calls) <= until]
     return sorted(found, key=lambda path: int(calls_of[path]))
 
 
@@ -160,17 +161,4 @@ def _others(directory: Path, tag: str) -> str:
     others = [path.name for path in _saved(directory) if path.name != tag]
     if not others:
         return "there is no other, start anew in another --checkpoint-dir"
-    return f"there is also {others[-1]}: to go on from it, write its name into {directory / 'latest'}"
-
-
-def _damage(path: Path) -> str | None:
-    """What is wrong with a file of tensors, if anything does not look right without reading all of it."""
-    if not path.is_file():
-        return f"{path.name} is missing"
-    with path.open("rb") as file:
-        start = file.read(2)
-    # PyTorch's files are ZIP archives, whose contents are listed at the end; its old ones, an option of DeepSpeed's,
-    # are pickles.
-    if zipfile.is_zipfile(path) or start[:1] == b"\x80":
-        return None
-    return f"{path.name} is damaged ({path.stat().st_size} bytes, cut off or never written)"
+    return f"there is also {others[-1]}: to go on from it, write its name into {directory / LATEST}"

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ds_ddg
+from ds_ddg.folder import write_whole
 from recipes.plots import draw_curves, words
 
 READ_EVERY = 10
@@ -165,7 +166,7 @@ class Progress:
             "seconds": round(self.seconds, 1),
         }
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "metrics.json").write_text(json.dumps(line, indent=2) + "\n")
+        write_whole(output_dir / "metrics.json", json.dumps(line, indent=2) + "\n")
         self._write_losses(output_dir / "losses.csv")
         shown = {name: self.held_out.get(name, {}) for name in draw}
         stages = self.settings["stages"]

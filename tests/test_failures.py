@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -146,12 +147,14 @@ def build(
     return ds_ddg.initialize(model=net, config=config(**more), model_parameters=net.parameters())[0]
 
 
-def misbehaving(num_stages: int, stage: int, deed: str, other: str = "", **options: Any) -> Any:
+def misbehaving(
+    num_stages: int, stage: int, deed: str, other: str = "", ddg: dict[str, Any] | None = None, **options: Any
+) -> Any:
     """An engine whose `stage` does its `deed` in its last layer, and all others do `other` in theirs."""
     layers = [Misbehaves() for _ in range(2 * num_stages)]
     for k in range(num_stages):
         layers[2 * k + 1] = Misbehaves(deed if k == stage else other, **options)
-    return build(num_stages, layers)
+    return build(num_stages, layers, **({} if ddg is None else {"ddg": ddg}))
 
 
 def batches(count: int | None = None, bad: Callable[[Tensor, Tensor], Any] | None = None) -> Iterator[Any]:
@@ -767,6 +770,80 @@ def lose_a_stage_in_evaluation(rank: int, world_size: int, stage: int) -> None:
 def test_killed_rank_in_evaluation(ranks: GetRanks) -> None:
     outcomes = ranks(3).run(lose_a_stage_in_evaluation, 1, timeout=TIMEOUT, grace=SOON, expect_failure=True)
     assert_lost(outcomes, 1)
+
+
+def evaluate_and_lose(rank: int, world_size: int, num_stages: int, schedule: str, culprit: int, where: str) -> None:
+    deed = "die later" if rank == culprit and where == "forward" else ""
+    stage, ddg = culprit // (world_size // num_stages), {"enabled": schedule != "not enabled"}
+    engine = misbehaving(num_stages, stage, deed, ddg=ddg)
+    if schedule == "1f1b":
+        engine.schedule = schedule
+    for _ in range(BAD_CALL):
+        engine.train_batch(batches())
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == culprit and where == "barrier":
+            patch.setattr("deepspeed.comm.barrier", die_later)
+        engine.eval_batch(batches())
+
+
+LOST_IN_EVALUATION = [
+    ("ddg", "barrier", 2, 2, 0),
+    ("ddg", "barrier", 3, 3, 1),
+    ("ddg", "barrier", 4, 2, 3),
+    ("1f1b", "barrier", 3, 3, 1),
+    ("1f1b", "forward", 2, 2, 0),
+    ("1f1b", "forward", 3, 3, 1),
+    ("not enabled", "barrier", 4, 2, 3),
+    ("not enabled", "forward", 3, 3, 1),
+]
+
+
+@pytest.mark.parametrize(("schedule", "where", "num_ranks", "num_stages", "culprit"), LOST_IN_EVALUATION)
+def test_a_rank_lost_in_evaluation_is_named(
+    ranks: GetRanks, schedule: str, where: str, num_ranks: int, num_stages: int, culprit: int
+) -> None:
+    """In DeepSpeed's barrier and messages, too, of which any rank may be the one that is waited for."""
+    outcomes = ranks(num_ranks).run(
+        evaluate_and_lose, num_stages, schedule, culprit, where, timeout=TIMEOUT, grace=SOON, expect_failure=True
+    )
+    stage = culprit // (num_ranks // num_stages)
+    named = re.compile(rf"stage {stage} \(rank {culprit}\)( and .*)? (is|are) lost: ")
+    report = "\n".join(map(str, outcomes))
+    for outcome in outcomes:
+        assert "one of ranks" not in outcome.message, report
+        if outcome.rank != culprit:
+            assert (outcome.state, outcome.exc_type) == ("raised", "StageError"), report
+            assert named.search(outcome.message), report
+
+
+def evaluate_while_one_is_stuck(rank: int, world_size: int, schedule: str, culprit: int) -> End:
+    import deepspeed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ds_ddg.connections.default_pg_timeout", timedelta(seconds=3))
+        engine = misbehaving(world_size, 0, "", ddg={"enabled": schedule != "not enabled"})
+        if schedule == "1f1b":
+            engine.schedule = schedule
+        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=3))
+        if rank == culprit:
+            patch.setattr(deepspeed.comm, "barrier", lambda: time.sleep(8.0))
+        return catch(lambda: engine.eval_batch(batches()))
+
+
+@pytest.mark.parametrize("schedule", ["ddg", "1f1b", "not enabled"])
+@pytest.mark.parametrize(("num_ranks", "culprit"), [(2, 1), (3, 1)])
+def test_a_rank_stuck_in_evaluation_is_not_taken_for_another(
+    ranks: GetRanks, schedule: str, num_ranks: int, culprit: int
+) -> None:
+    """Nobody is lost, and who waits in vain cannot know for whom."""
+    ends = ranks(num_ranks).run(evaluate_while_one_is_stuck, schedule, culprit, timeout=TIMEOUT)
+    for rank, end in enumerate(ends):
+        if rank != culprit:
+            assert end.kind == "StageError", ends
+            assert re.match("another rank (did not answer|is lost, or gave up waiting); it is not known", end.text), (
+                ends
+            )
+            assert "one of ranks" not in end.text, ends
 
 
 def fail_on_deepspeeds_schedule(rank: int, world_size: int) -> None:

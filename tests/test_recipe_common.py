@@ -473,6 +473,18 @@ def test_a_damaged_checkpoint_is_not_loaded(
         resume(tmp_path, engine)
 
 
+def test_what_a_later_call_of_another_time_left_is_not_among_the_newest(alone: None, tmp_path: Path) -> None:
+    """A save that was cut off, before the run went on from an earlier one; two whole ones are kept all the same."""
+    engine = FakeEngine()
+    progress = Progress(engine, 20, 5)  # type: ignore[arg-type]
+    (tmp_path / "global_step99").mkdir()
+    checkpoints = Checkpoints(arguments(tmp_path), engine, progress, every=2)  # type: ignore[arg-type]
+    for _ in range(6):
+        make_calls(progress, 1)
+        checkpoints.save_if_due()
+    assert {path.name for path in tmp_path.glob("global_step*")} == {"global_step4", "global_step6", "global_step99"}
+
+
 def test_files_of_a_checkpoint_that_depend_on_the_config(alone: None, tmp_path: Path) -> None:
     engine = saved_run(tmp_path)
     file = tmp_path / "global_step6" / "mp_rank_01_model_states.pt"
