@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ds_ddg import connections
-from ds_ddg.wire import Wire
+from ds_ddg.comm import channels
+from ds_ddg.comm.p2p import Wire
 
 
 class _Late:
@@ -60,8 +60,8 @@ def added_latency(seconds: float) -> Iterator[None]:
                     late.error = error
                 late.begun.set()
 
-    original, connections.Wire = connections.Wire, LateWire if seconds else Wire
+    original, channels.Wire = channels.Wire, LateWire if seconds else Wire
     try:
         yield
     finally:
-        connections.Wire = original
+        channels.Wire = original

@@ -89,7 +89,7 @@ class Bench:
         with added_latency(cell.latency * TICK):
             engine = self._engine(cell, {"slack": cell.slack})
             if cell.slack == "auto":
-                from ds_ddg.slack import trial_calls
+                from ds_ddg.engine.auto_slack import trial_calls
 
                 per_call(engine, self.data, trial_calls(engine.plan) + 1, 1)
             engine.drain()

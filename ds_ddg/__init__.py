@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from ds_ddg import partition as partition
     from ds_ddg import reference as reference
     from ds_ddg.config import DDGConfig
-    from ds_ddg.enable import ddg_engine, initialize, swap
-    from ds_ddg.engine import DDGEngine
+    from ds_ddg.engine.engine import DDGEngine
+    from ds_ddg.entry import ddg_engine, initialize, swap
 
 __all__ = ["DDGConfig", "DDGEngine", "ddg_engine", "initialize", "swap"]
 __version__ = "0.1.0"
@@ -22,9 +22,9 @@ __version__ = "0.1.0"
 _HOME = {
     "DDGConfig": "config",
     "DDGEngine": "engine",
-    "ddg_engine": "enable",
-    "initialize": "enable",
-    "swap": "enable",
+    "ddg_engine": "entry",
+    "initialize": "entry",
+    "swap": "entry",
 }
 _MODULES = ("models", "partition", "reference")
 

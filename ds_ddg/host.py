@@ -1,206 +1,131 @@
-"""What the delayed schedule is put on: DeepSpeed's ``PipelineEngine``, or a project's own class that derives from it.
+"""DeepSpeed's engine as our collaborators see it: the one place that says what they use of it.
 
-The classes of an engine, in the order in which Python looks for a method:
-
-    DDGMixin and its bases    what the schedule does differently; they call what is below wherever they can
-    the project's             takes effect where it is called from above, or by DeepSpeed; else refused by name
-    Beneath                   where DeepSpeed's own part of a call begins and ends
-    PipelineEngine
-
-An instruction is carried out by whatever the project's ``_INSTRUCTION_MAP`` names for it, as DeepSpeed would.
+``DDGEngine`` (``engine/engine.py``) holds every override of DeepSpeed's methods; whatever else we use of its engine is
+listed here. ``entry.py`` compares both lists with the DeepSpeed that is installed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
 
-from deepspeed.runtime.pipe import schedule as instructions
-from deepspeed.runtime.pipe.engine import PipelineEngine
-from deepspeed.utils import logger
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from typing import Any as _Host  # DeepSpeed's engine, untyped; it comes later in the MRO of DDGEngine
-else:
-    _Host = object
-
-__all__ = ["Beneath", "Host", "refuse_overrides", "warn_of_patches"]
-
-_LOSS = "a loss reaches the other stages without a collective; work on what train_batch returns"
-_PLACES = "the first stage has the inputs, the last one labels and loss"
-_MESSAGES = "messages between stages are the schedule's own; convert tensors in a layer"
-_REDUCING = "a stage without replicas skips it; override _exec_reduce_grads"
-
-WITHOUT_EFFECT = {
-    "__setattr__": "it is not asked for attributes that exist; use a property",
-    "_aggregate_total_loss": _LOSS,
-    "_bcast_pipe_scalar": _LOSS,
-    "_loss_stage_global_rank": _PLACES,
-    "is_first_stage": _PLACES,
-    "is_last_stage": _PLACES,
-    "_next_batch": "the data of a call is fetched before it begins; use set_batch_fn, or wrap the iterator",
-    "_train_schedule": "that is what is replaced; leave it out",
-    "allreduce_gradients": _REDUCING,
-    "_reduce_non_expert_gradients": _REDUCING,
-    "clip_fp32_gradients": 'stages clip as "clip" says, without waiting for each other; clip in _take_model_step',
-    "get_global_grad_norm": "the norm of the whole pipeline is that of an earlier call; give yours another name",
-    "_exec_reduce_tied_grads": "a tied weight is updated by its owner alone, without a collective",
-    "_exec_send_activations": _MESSAGES,
-    "_exec_recv_activations": _MESSAGES,
-    "_exec_send_grads": _MESSAGES,
-    "_exec_recv_grads": _MESSAGES,
-    "_send_tensor_meta": _MESSAGES,
-    "_recv_tensor_meta": _MESSAGES,
-    "_allocate_or_extend_buffers": _MESSAGES,
-    "_allocate_buffer": _MESSAGES,
-    "_allocate_zeros": _MESSAGES,
-}
-"""Methods of DeepSpeed's engine that the delayed one does not call, or not on every rank: why, and what to do."""
-
-METHODS = {
-    instructions.LoadMicroBatch: "_exec_load_micro_batch",
-    instructions.ForwardPass: "_exec_forward_pass",
-    instructions.BackwardPass: "_exec_backward_pass",
-    instructions.ReduceGrads: "_exec_reduce_grads",
-    instructions.OptimizerStep: "_exec_optimizer_step",
-    instructions.ReduceTiedGrads: "_exec_reduce_tied_grads",
-    instructions.SendActivation: "_exec_send_activations",
-    instructions.RecvActivation: "_exec_recv_activations",
-    instructions.SendGrad: "_exec_send_grads",
-    instructions.RecvGrad: "_exec_recv_grads",
-}
-"""Of the instructions that the delayed engine carries out in its own way."""
+__all__ = ["EngineHost", "Host"]
 
 
-class Host(_Host):
-    """Mixed into a ``PipelineEngine``, as the last of the mixins: the way to the engine beneath."""
+class Host(Protocol):
+    """What collaborators read, set and call of a ``PipelineEngine``, by DeepSpeed's names."""
 
+    # What it is made of
+    module: Any
+    device: torch.device
+    grid: Any
+    mpu: Any
+    optimizer: Any
+    lr_scheduler: Any
+    monitor: Any
+    timers: Any
+    engine_timers: Any
+    checkpoint_engine: Any
+    param_names: dict[Any, str]
+    seq_data_parallel_group: Any
+    global_rank: int
+    checkpoint_mp_rank: int
+    has_moe_layers: bool
+    is_data_parallel: bool
+    is_model_parallel: bool
+    is_pipe_parallel: bool
+    is_pipe_partitioned: bool
+    is_grad_partitioned: bool
+    using_bf16_optimizer: bool
+    dynamic_shape: bool
+    batch_fn: Any
+
+    # Where it is
+    micro_batches: int
+    global_steps: int
+    global_samples: int
+    skipped_steps: int
+    data_iterator: Any
+    pipe_buffers: dict[str, list[Any]]
+    num_pipe_buffers: int
     loss: Any
     total_loss: Any
+    total_additional_losses: Any
+    agg_train_loss: Any
+    agg_additional_losses: Any
+    grad_layer: Any
+    _INSTRUCTION_MAP: Any
+    _compute_loss: bool
+    _global_grad_norm: Any
+    _step_applied: bool
 
-    def _beneath(self, instruction: type, *args: Any) -> None:
-        """Carry out an instruction as the engine beneath would."""
-        run = super()._INSTRUCTION_MAP[instruction]
-        if _is_deepspeeds(run):  # then a project's method counts, in the map or not
-            getattr(super(), METHODS[instruction])(*args)
-        else:
-            run(self, *args)
+    # What it answers
+    def bfloat16_enabled(self) -> bool: ...
+    def fp16_enabled(self) -> bool: ...
+    def zero_optimization(self) -> bool: ...
+    def gradient_clipping(self) -> float: ...
+    def get_data_types(self) -> tuple[torch.dtype, torch.dtype]: ...
+    def load_universal_checkpoint(self) -> bool: ...
+    def steps_per_print(self) -> int | None: ...
+    def train_batch_size(self) -> int: ...
+    def wall_clock_breakdown(self) -> bool: ...
+    def _commit_decoupled_checkpoint(self) -> None: ...
+    def _exec_schedule(self, pipe_schedule: Any) -> None: ...
+    def _loss_stage_global_rank(self) -> int: ...
+    def _get_ckpt_name(self, checkpoints_path: str, tag: str) -> str: ...
+    def _get_expert_ckpt_name(
+        self, checkpoints_path: str, layer_id: int, expert_id: int, tag: str, *, checkpoint_mp_rank: int
+    ) -> str: ...
+    def _get_optimizer_ckpt_name(self, checkpoints_path: str, tag: str, expp_rank: int) -> str: ...
+    def _get_zero_ckpt_name(self, checkpoints_path: str, tag: str) -> str: ...
+    def _reentrant_activation_checkpointing(self) -> bool: ...
+    def reset_activation_shape(self) -> None: ...
 
-    @contextmanager
-    def _summing_losses(self) -> Iterator[None]:
-        """Around a forward: its loss is added to those of the call, which a project's own forward may leave out."""
-        before = id(self.total_loss), getattr(self.total_loss, "_version", 0)
-        yield
-        if self.is_last_stage() and before == (id(self.total_loss), getattr(self.total_loss, "_version", 0)):
-            loss = self.loss.detach()
-            self.total_loss = loss.clone() if self.total_loss is None else self.total_loss + loss
+    # What `EngineHost` adds
+    def carry_out(self, instruction: type, *args: Any) -> None:
+        """Carry out a pipeline instruction as the engine beneath the delayed one would."""
+
+    def choose_instructions(self) -> None:
+        """Carry out instructions as the present schedule wants it."""
+
+    def mean_loss(self) -> Tensor:
+        """DeepSpeed's mean over micro-batches and replicas, on the last stage, without its broadcast to the others."""
 
 
-class Beneath(PipelineEngine):
-    """Right above DeepSpeed's engine, below a project's own: here begins what is DeepSpeed's.
+class EngineHost:
+    """The `Host` of a real engine, to which it passes on all that is not its own.
 
-    What DeepSpeed says of a loss is silenced, as it takes it for that of another call; what a project says is not.
+    It does not keep the engine alive, so that an engine that is dropped is freed at once.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._only_deepspeed = False
+    _engine: Callable[[], Any]
 
-    def train_batch(self, data_iter: Any = None) -> Any:
-        """DeepSpeed's."""
-        self._only_deepspeed = True
+    def __init__(self, engine: Any) -> None:
+        object.__setattr__(self, "_engine", weakref.ref(engine))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._engine(), name, value)
+
+    def carry_out(self, instruction: type, *args: Any) -> None:
+        """See `Host`."""
+        self._engine()._carry_out(instruction, *args)
+
+    def choose_instructions(self) -> None:
+        """See `Host`."""
+        self._engine()._choose_instructions()
+
+    def mean_loss(self) -> Any:
+        """See `Host`."""
+        engine = self._engine()
+        pipe_parallel, engine.is_pipe_parallel = engine.is_pipe_parallel, False
         try:
-            return super().train_batch(data_iter)
+            return engine._beneath_aggregate_total_loss()
         finally:
-            self._only_deepspeed = False
-            self._speak()
-
-    def eval_batch(
-        self,
-        data_iter: Any,
-        return_logits: bool = False,
-        compute_loss: bool = True,
-        reduce_output: str | None = "avg",
-        bcast_loss: bool = True,
-        num_micro_batches: int | None = None,
-    ) -> Any:
-        """DeepSpeed's; the data is that which a project gives it."""
-        count = self.micro_batches if num_micro_batches is None else num_micro_batches
-        self._begin_evaluation(data_iter, count, compute_loss)
-        return super().eval_batch(data_iter, return_logits, compute_loss, reduce_output, bcast_loss, num_micro_batches)
-
-
-def refuse_overrides(engine: type, mixin: type) -> None:
-    """Raise for what a project's class overrides and the delayed engine would not call, or not on every rank.
-
-    Args:
-        engine: the class of an engine, or another mixin.
-        mixin: ``DDGMixin``.
-
-    Raises:
-        TypeError: one line for each, with what to do instead.
-    """
-    mro = engine.__mro__
-    if PipelineEngine not in mro:
-        return
-    ours = [cls for cls in mixin.__mro__ if cls is not object]
-    above, beneath = mro[: mro.index(mixin)], mro[1 + max(map(mro.index, ours)) : mro.index(PipelineEngine)]
-    project = [cls for cls in beneath if cls is not Beneath]
-    names = {name for cls in ours for name in vars(cls) if not name.startswith("__")}
-    found = [*_overrides(project, names), *_mapped_beneath(project), *_mapped_above(engine, above, project)]
-    if found:
-        whose = project[0].__name__ if project else engine.__name__
-        raise TypeError(f"the delayed schedule cannot be put on {whose}:\n" + "\n".join(f"- {line}" for line in found))
-
-
-def warn_of_patches() -> None:
-    """Say which methods of DeepSpeed's own class somebody has replaced to no effect."""
-    for name, reason in WITHOUT_EFFECT.items():
-        if not _is_deepspeeds(getattr(PipelineEngine, name)):
-            logger.warning(f"PipelineEngine.{name} has been replaced, and DDG does not call it: {reason}")
-
-
-def _overrides(project: Sequence[type], ours: set[str]) -> Iterator[str]:
-    for cls in project:
-        for name in vars(cls):
-            if name in WITHOUT_EFFECT:
-                yield f"{cls.__name__}.{name} would be without effect: {WITHOUT_EFFECT[name]}"
-            elif name in ours and not hasattr(PipelineEngine, name):
-                yield f"{cls.__name__}.{name} would hide behind one of DDG's own of that name: rename it"
-
-
-def _mapped_beneath(project: Sequence[type]) -> Iterator[str]:
-    """Functions that a map names for an instruction, in place of DeepSpeed's method."""
-    owner = _with_map(project)
-    for instruction, name in METHODS.items():
-        run = owner._INSTRUCTION_MAP[instruction]
-        # A method of that name has been found already.
-        if name in WITHOUT_EFFECT and not _is_deepspeeds(run) and not any(name in vars(cls) for cls in project):
-            yield (
-                f"{owner.__name__}._INSTRUCTION_MAP[{instruction.__name__}] would be without effect: "
-                f"{WITHOUT_EFFECT[name]}"
-            )
-
-
-def _mapped_above(engine: type, above: Sequence[type], project: Sequence[type]) -> Iterator[str]:
-    """Likewise of a class that derives from the delayed engine, whose methods take effect, by their names."""
-    known = _with_map(project)._INSTRUCTION_MAP
-    for cls in above:
-        for instruction, run in vars(cls).get("_INSTRUCTION_MAP", {}).items():
-            name = METHODS.get(instruction)
-            if name and not _is_deepspeeds(run) and run not in (getattr(engine, name), known.get(instruction)):
-                yield (
-                    f"{cls.__name__}._INSTRUCTION_MAP[{instruction.__name__}] would be without effect: "
-                    f"override {name}, and call its super()"
-                )
-
-
-def _with_map(project: Sequence[type]) -> Any:
-    """The class whose map the engine beneath has."""
-    return next((cls for cls in project if "_INSTRUCTION_MAP" in vars(cls)), PipelineEngine)
-
-
-def _is_deepspeeds(function: Any) -> bool:
-    """Whether it was defined there or in torch, whatever name it has by now."""
-    return str(getattr(function, "__globals__", {}).get("__name__", "")).startswith(("deepspeed.", "torch."))
+            engine.is_pipe_parallel = pipe_parallel

@@ -93,7 +93,7 @@ def _swap_once_imported(until_the_end: ExitStack) -> None:
     """Importing DeepSpeed before the script does would make what it sets before that, DS_ACCELERATOR say, too late."""
 
     def enter() -> None:
-        from ds_ddg.enable import swap
+        from ds_ddg.entry import swap
 
         until_the_end.enter_context(swap())
 

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from ds_ddg.config import DDGConfig
 from ds_ddg.schedules.ddg import DDGPlan
 
-__all__ = ["RunState", "Stage"]
+__all__ = ["RunState", "Stage", "name_of"]
+
+
+def name_of(stage_id: int, rank: int) -> str:
+    """What errors call a stage on one of its ranks."""
+    return f"stage {stage_id} (rank {rank})"
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Stage:
     @property
     def name(self) -> str:
         """What errors call the stage on this rank."""
-        return f"stage {self.stage_id} (rank {self.rank})"
+        return name_of(self.stage_id, self.rank)
 
 
 @dataclass

@@ -15,7 +15,7 @@ from deepspeed import comm as dist
 from tqdm import tqdm
 
 import ds_ddg
-from ds_ddg.folder import LATEST, damage, latest, write_whole
+from ds_ddg.checkpoint.folder import LATEST, damage, latest, write_whole
 from recipes.common import gather, on_every_rank, seed_from
 from recipes.progress import Progress
 from recipes.settings import differences, recorded

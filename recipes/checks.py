@@ -12,7 +12,7 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
 from ds_ddg.config import DDGConfig
-from ds_ddg.refusals import refuse_unsupported
+from ds_ddg.engine.compatibility import refuse_unsupported
 from recipes.common import on_every_rank
 
 

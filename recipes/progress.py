@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ds_ddg
-from ds_ddg.folder import write_whole
+from ds_ddg.checkpoint.folder import write_whole
 from recipes.plots import draw_curves, words
 
 READ_EVERY = 10

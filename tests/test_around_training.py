@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import toy
 from distributed import Ranks
 from ds_ddg.schedules.ddg import DDGPlan
-from ds_ddg.watch import Mark
+from ds_ddg.telemetry.stage_metrics import Mark
 
 # The oracle steps schedulers in warm-up calls too, as the engine does.
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*before:UserWarning")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import toy
-from ds_ddg.wire import StageError
+from ds_ddg.comm.p2p import StageError
 from versus import GetRanks, Setup, versus
 
 WIDTH = 6

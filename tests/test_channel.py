@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distributed import Outcome, Ranks
-from ds_ddg import outbox as outboxes
-from ds_ddg.inbox import Inbox
-from ds_ddg.links import Links
-from ds_ddg.message import INLINE_BYTES, Kind
-from ds_ddg.outbox import Outbox
+from ds_ddg.comm import sender as outboxes
+from ds_ddg.comm.message import INLINE_BYTES, Kind
+from ds_ddg.comm.p2p import Peer, StageError, Wire
+from ds_ddg.comm.receiver import Inbox
+from ds_ddg.comm.sender import Outbox
+from ds_ddg.comm.stage_links import Links
 from ds_ddg.schedules.ddg import DDGPlan
-from ds_ddg.wire import Peer, StageError, Wire
 
 GetRanks = Callable[[int], Ranks]
 TIMEOUT = 60.0

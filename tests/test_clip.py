@@ -15,7 +15,7 @@ from torch import Tensor
 
 import toy
 from distributed import Ranks
-from ds_ddg.optimizers import clipping_by
+from ds_ddg.weights.optimizer_wrappers import clipping_by
 from test_engine_resources import census
 
 pytestmark = pytest.mark.usefixtures("one_thread")

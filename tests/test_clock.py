@@ -19,12 +19,12 @@ import torch
 import toy
 from distributed import Ranks
 from ds_ddg.analysis.trace_reader import read
-from ds_ddg.clock import DeviceClock, HostClock, clock_for
-from ds_ddg.log import Log
-from ds_ddg.record import Recorder, _close
+from ds_ddg.engine.auto_slack import trial_calls
 from ds_ddg.schedules.ddg import DDGPlan
-from ds_ddg.slack import trial_calls
-from ds_ddg.watch import Gauge, Mark, WatchedLinks
+from ds_ddg.telemetry.clock import DeviceClock, HostClock, clock_for
+from ds_ddg.telemetry.jsonl import Log
+from ds_ddg.telemetry.stage_metrics import Gauge, Mark, WatchedLinks
+from ds_ddg.telemetry.trace_writer import Recorder, _close
 
 GetRanks = Callable[[int], Ranks]
 CPU = torch.device("cpu")
@@ -340,7 +340,7 @@ CALLS = 40
 
 def train(rank: int, world_size: int, folder: str) -> tuple[float, int, list[torch.Tensor]]:
     """Busy share, slack chosen, weights."""
-    with mock.patch("ds_ddg.engine.clock_for", side_effect=lambda device: DeviceClock(device, Late())):
+    with mock.patch("ds_ddg.engine.engine.clock_for", side_effect=lambda device: DeviceClock(device, Late())):
         engine = toy.engine(world_size, 1, "sgd", {"slack": "auto", "trace": folder})
     assert engine.plan.slack == 0
     data = toy.batches(CALLS)

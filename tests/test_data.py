@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import toy
 from distributed import spawn
-from ds_ddg.wire import StageError
+from ds_ddg.comm.p2p import StageError
 from versus import GetRanks, Setup, versus
 
 WIDTH = 6

@@ -141,7 +141,7 @@ def test_no_collective_crosses_stages(
 
 def messages_of_train_batch(rank: int, world_size: int, micro_batches: int, ddg: dict[str, Any]) -> list[int]:
     """Messages that this stage sends in each call of the filled pipeline."""
-    from ds_ddg.outbox import Outbox
+    from ds_ddg.comm.sender import Outbox
 
     engine = toy.engine(world_size, micro_batches, ddg=ddg)
     data = toy.batches(12 * micro_batches)

@@ -820,7 +820,7 @@ def evaluate_while_one_is_stuck(rank: int, world_size: int, schedule: str, culpr
     import deepspeed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ds_ddg.connections.default_pg_timeout", timedelta(seconds=3))
+        patch.setattr("ds_ddg.comm.channels.default_pg_timeout", timedelta(seconds=3))
         engine = misbehaving(world_size, 0, "", ddg={"enabled": schedule != "not enabled"})
         if schedule == "1f1b":
             engine.schedule = schedule

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_ddg import folder
+from ds_ddg.checkpoint import folder
 
 
 def test_latest_is_renamed_into_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,7 +198,7 @@ def test_checkpointing_switched_on_with_micro_batches_in_flight(ranks: GetRanks)
 
 
 def test_large_past_buffers_are_copied_once() -> None:
-    from ds_ddg.again import PastBuffers, with_past_buffers
+    from ds_ddg.weights.recompute import PastBuffers, with_past_buffers
 
     net, past = nn.Sequential(Counts(), nn.BatchNorm1d(WIDTH), toy.Residual(WIDTH)), PastBuffers()
     net[2].register_buffer("table", torch.zeros(300, 300))

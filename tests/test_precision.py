@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import toy
 from distributed import Ranks
 from ds_ddg import reference
-from ds_ddg.optimizers import with_a_parameter
+from ds_ddg.weights.optimizer_wrappers import with_a_parameter
 from test_engine_resources import census
 
 pytestmark = pytest.mark.usefixtures("one_thread")

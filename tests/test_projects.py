@@ -24,7 +24,7 @@ from torch import Tensor
 import ds_ddg
 import toy
 from distributed import Ranks
-from ds_ddg.host import WITHOUT_EFFECT
+from ds_ddg.engine.overrides import WITHOUT_EFFECT
 from ds_ddg.run import main
 from test_swap import Project, oracle
 
@@ -136,7 +136,7 @@ def train_own_loop(rank: int, world_size: int, ddg: dict[str, Any]) -> dict[str,
     returned, seen = [], []
     for _ in range(4):
         returned.append(engine.train_batch())
-        seen.append((engine.loss_step, float(engine._losses.newest.mean), float(engine.agg_train_loss)))
+        seen.append((engine.loss_step, float(engine._reporter.losses.newest.mean), float(engine.agg_train_loss)))
     evaluated = engine.eval_batch(toy.batches(2, seed=5))
     with pytest.raises(StopIteration):
         engine.train_batch()
@@ -387,7 +387,7 @@ def test_swap_drops_no_class_of_a_project() -> None:
 
 def build_past_deepspeed(rank: int, world_size: int) -> list[str]:
     """Warnings about an engine that a project's own function builds, and about the one that DeepSpeed's makes."""
-    with mock.patch("ds_ddg.enable.logger.warning") as warning, ds_ddg.swap():
+    with mock.patch("ds_ddg.entry.logger.warning") as warning, ds_ddg.swap():
         toy.engine(world_size, 2, initialize=deepspeed.initialize)
         assert not warning.called
         net = PipelineModule(toy.layers(), num_stages=world_size, loss_fn=toy.loss_fn)

@@ -17,11 +17,11 @@ import torch
 import toy
 from distributed import Ranks
 from ds_ddg.analysis.trace_reader import read
-from ds_ddg.log import Log
-from ds_ddg.record import Recorder
 from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.schedules.plan import Op
 from ds_ddg.schedules.synchronous import OneFOneBPlan
+from ds_ddg.telemetry.jsonl import Log
+from ds_ddg.telemetry.trace_writer import Recorder
 
 GetRanks = Callable[[int], Ranks]
 CALLS = 5

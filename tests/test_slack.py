@@ -15,11 +15,11 @@ import test_tied
 import toy
 from benchmarks.latency import added_latency
 from distributed import Ranks
+from ds_ddg.engine.auto_slack import MOST, smallest_slack, trial_calls
 from ds_ddg.reference import Reference
 from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.schedules.simulator import Cost, replay
-from ds_ddg.slack import MOST, smallest_slack, trial_calls
-from ds_ddg.watch import Mark
+from ds_ddg.telemetry.stage_metrics import Mark
 
 GetRanks = Callable[[int], Ranks]
 TICK = 0.09  # seconds
@@ -57,7 +57,7 @@ def measured(engine: Any, latency: float) -> None:
         assert ping(tensors) >= latency * (engine.stage_id < engine.num_stages - 1)
         return latency
 
-    links.mark = lambda keep: keep(Mark(TICK * engine.micro_batches * engine._calls, waited=0.0))
+    links.mark = lambda keep: keep(Mark(TICK * engine.micro_batches * engine._run.call, waited=0.0))
     links.ping = ping_at_least
 
 

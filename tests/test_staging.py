@@ -32,15 +32,15 @@ import test_channel as channel
 import test_tied as tied
 import toy
 from distributed import Ranks
-from ds_ddg.again import Circumstances
-from ds_ddg.data import Feed
-from ds_ddg.inbox import Inbox
-from ds_ddg.local import StagePeers
-from ds_ddg.message import Header, Kind
-from ds_ddg.outbox import Outbox
-from ds_ddg.refusals import refuse_unsupported
-from ds_ddg.staging import Staging, staging_for, without_greetings
-from ds_ddg.wire import Peer, StageError, Wire
+from ds_ddg.comm.host_staging import Staging, staging_for, without_greetings
+from ds_ddg.comm.message import Header, Kind
+from ds_ddg.comm.p2p import Peer, StageError, Wire
+from ds_ddg.comm.receiver import Inbox
+from ds_ddg.comm.sender import Outbox
+from ds_ddg.engine.compatibility import refuse_unsupported
+from ds_ddg.engine.data_feed import Feed
+from ds_ddg.weights.recompute import Circumstances
+from ds_ddg.weights.stage_groups import StagePeers
 from test_engine_exact import Case, Course, assert_exact, train_oracle
 from test_engine_exact import train_engine as train_exactly
 from test_failures import NOISE, launch
@@ -543,7 +543,7 @@ def test_lost_receiver_is_named(ranks: GetRanks) -> None:
 @contextmanager
 def staged(seconds: float = 0.001) -> Iterator[Device]:
     """Engines made inside this block keep what they compute on a stand-in for a device."""
-    with device(seconds) as made, mock.patch("ds_ddg.engine.staging_for", side_effect=lambda _: StandIn(made)):
+    with device(seconds) as made, mock.patch("ds_ddg.engine.engine.staging_for", side_effect=lambda _: StandIn(made)):
         yield made
 
 
@@ -724,7 +724,7 @@ def peers(rank: int, world_size: int) -> tuple[list[list[int]], list[int], float
     """Ranks of the groups in which the ranks of a stage agree, with GPUs; what one of them agrees on on the CPU."""
     from deepspeed.pipe import PipelineModule
 
-    from ds_ddg.engine import DDGEngine
+    from ds_ddg.engine.engine import DDGEngine
 
     net = PipelineModule(toy.layers(), num_stages=2, loss_fn=toy.loss_fn)
     engine = SimpleNamespace(device=torch.device("cuda:0"), grid=net.mpu(), global_rank=rank)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ds_ddg.versions import WeightVersions
+from ds_ddg.weights.versions import WeightVersions
 
 
 class DataEdit(torch.optim.Optimizer):

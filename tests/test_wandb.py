@@ -14,7 +14,7 @@ import pytest
 
 import toy
 from distributed import Ranks, spawn
-from ds_ddg.ordered import InOrder
+from ds_ddg.telemetry.wandb import InOrder
 from test_around_training import recorded
 
 GetRanks = Callable[[int], Ranks]

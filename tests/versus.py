@@ -80,8 +80,8 @@ class Setup:
         """The oracle, its layers shared out as DeepSpeed's "uniform" does."""
         from deepspeed.runtime.utils import partition_uniform
 
-        from ds_ddg.optimizers import with_a_parameter
         from ds_ddg.reference import Reference
+        from ds_ddg.weights.optimizer_wrappers import with_a_parameter
 
         net = self.layers()
         torch.manual_seed(11)

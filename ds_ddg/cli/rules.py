@@ -20,8 +20,8 @@ from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
 from ds_ddg.config import DDGConfig
-from ds_ddg.optimizers import needs_closure
-from ds_ddg.refusals import refuse_unsupported
+from ds_ddg.engine.compatibility import refuse_unsupported
+from ds_ddg.weights.optimizer_wrappers import needs_closure
 
 __all__ = ["automatic", "checked", "read"]
 

@@ -30,9 +30,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_ddg.message import INLINE_BYTES, Header, Kind, Room, bytes_of, fit, fits, larger, spec_of
-from ds_ddg.staging import Staging, refuse_other_devices
-from ds_ddg.wire import HEADER_TAG, LAST_WORDS_TAG, ON_DEMAND_TAG, STANDING_TAG, StageError, Wire
+from ds_ddg.comm.host_staging import Staging, refuse_other_devices
+from ds_ddg.comm.message import INLINE_BYTES, Header, Kind, Room, bytes_of, fit, fits, larger, spec_of
+from ds_ddg.comm.p2p import HEADER_TAG, LAST_WORDS_TAG, ON_DEMAND_TAG, STANDING_TAG, StageError, Wire
 
 __all__ = ["Outbox"]
 

@@ -19,7 +19,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.utils import is_optimized_parameter
 
-from ds_ddg.local import clip
+from ds_ddg.weights.stage_groups import clip
 
 __all__ = [
     "add_no_gradient",
@@ -95,13 +95,13 @@ def idle_optimizer(engine: Any) -> Iterator[None]:
         engine.optimizer = optimizer
 
 
-def norm_unscaled(engine: Any) -> AbstractContextManager[None]:
+def norm_unscaled(engine: Any, num_stages: int) -> AbstractContextManager[None]:
     """Around a step of `engine`, which leaves its norm without the loss scale: each stage has one of its own.
 
     DeepSpeed 0.19.8 unscales it itself with ZeRO; without it by the scale of the next step, or not at all.
     """
     optimizer = engine.optimizer
-    told_so = engine.num_stages == 1 or not engine.fp16_enabled() or isinstance(optimizer, ZeROOptimizer)
+    told_so = num_stages == 1 or not engine.fp16_enabled() or isinstance(optimizer, ZeROOptimizer)
     return nullcontext() if told_so else _scale_of_this_step(engine)
 
 

@@ -9,7 +9,7 @@ import torch
 from deepspeed.runtime.pipe.schedule import BackwardPass, SendActivation
 from torch import Tensor
 
-from ds_ddg.links import as_tuple
+from ds_ddg.comm.stage_links import as_tuple
 
 __all__ = ["FixedShape", "described", "refuse_activation", "refuse_loss", "with_checks", "with_own_memory"]
 
@@ -37,7 +37,9 @@ class FixedShape:
         self._spec = spec
 
 
-def with_checks(instruction_map: Mapping[type, Callable[..., None]]) -> dict[type, Callable[..., None]]:
+def with_checks(
+    instruction_map: Mapping[type, Callable[..., None]], fixed_shape: FixedShape
+) -> dict[type, Callable[..., None]]:
     """DeepSpeed's own instructions, which then say what it would go wrong on, silently or without a name for it."""
     send, backward = instruction_map[SendActivation], instruction_map[BackwardPass]
 
@@ -46,7 +48,7 @@ def with_checks(instruction_map: Mapping[type, Callable[..., None]]) -> dict[typ
         sent = outputs if isinstance(outputs, tuple) else (outputs,)
         # Evaluation and training share one receive buffer, which another shape would not fit or only fill in part.
         if not engine.dynamic_shape and all(map(torch.is_tensor, sent)):
-            engine._fixed_shape.check(sent)
+            fixed_shape.check(sent)
         send(engine, buffer_id)
 
     def backward_checked(engine: Any, buffer_id: int) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_ddg.connections import Connections
-from ds_ddg.message import Kind, Message
+from ds_ddg.comm.channels import Connections
+from ds_ddg.comm.message import Kind, Message
 
 __all__ = ["Here", "Links", "as_tuple"]
 

@@ -26,7 +26,6 @@ __all__ = [
     "Peer",
     "StageError",
     "Wire",
-    "name_of",
     "timed_out",
 ]
 
@@ -40,11 +39,6 @@ NOTICED_WITHIN = 1.0
 
 class StageError(RuntimeError):
     """Another stage failed, left or was lost; the message says which and why."""
-
-
-def name_of(stage: int, rank: int) -> str:
-    """What errors call a rank."""
-    return f"stage {stage} (rank {rank})"
 
 
 class Peer:

@@ -13,13 +13,14 @@ from typing import Any
 import torch.distributed as dist
 from deepspeed.constants import default_pg_timeout
 
-from ds_ddg.everyone import Everyone
-from ds_ddg.inbox import Inbox
-from ds_ddg.message import Kind
-from ds_ddg.outbox import Outbox
+from ds_ddg.comm.all_ranks import Everyone
+from ds_ddg.comm.host_staging import Staging
+from ds_ddg.comm.message import Kind
+from ds_ddg.comm.p2p import Peer, StageError, Wire
+from ds_ddg.comm.receiver import Inbox
+from ds_ddg.comm.sender import Outbox
 from ds_ddg.schedules.ddg import DDGPlan
-from ds_ddg.staging import Staging
-from ds_ddg.wire import Peer, StageError, Wire, name_of
+from ds_ddg.stage import name_of
 
 __all__ = ["Connections", "group_of_all", "own_group"]
 
@@ -145,7 +146,7 @@ class Connections:
             except StageError:
                 continue  # it is gone already, or has failed, which is for others to report
 
-    def farewell(self, patience: timedelta) -> None:
+    def shutdown(self, patience: timedelta) -> None:
         """At the end of the process: wait until the others leave too.
 
         A process takes with it what it has sent and others have not received, and what others send to it fails. The

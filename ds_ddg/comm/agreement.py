@@ -13,9 +13,11 @@ from typing import Any
 
 from deepspeed import comm
 
-from ds_ddg.message import fit
-from ds_ddg.together import KnownToAllError, Together
-from ds_ddg.wire import StageError, name_of
+from ds_ddg.comm.failures import FailureGuard, KnownToAllError
+from ds_ddg.comm.message import fit
+from ds_ddg.comm.p2p import StageError
+from ds_ddg.comm.stage_links import Links
+from ds_ddg.stage import RunState, Stage
 
 __all__ = ["Agreement", "replaced"]
 
@@ -34,19 +36,27 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             delattr(owner, name)
 
 
-class Agreement(Together):
-    """Mixed into a ``PipelineEngine``: calls that succeed on all ranks or fail on all."""
+class Agreement:
+    """Makes a call succeed on all ranks or fail on all.
 
-    _parked: bool
+    Args:
+        stage: this stage.
+        run: where it is in its run.
+        links: its links to all ranks.
+        failures: knows whether this stage has failed for good.
+    """
 
-    def _begin_together(self, what: str) -> None:
+    def __init__(self, stage: Stage, run: RunState, links: Links, failures: FailureGuard) -> None:
+        self._stage, self._run, self._links, self._failures = stage, run, links, failures
+
+    def begin(self, what: str) -> None:
         """Every stage of the pipeline begins `what`, or hears that another stage is doing something else."""
-        self._parked = False
-        self._links.begin((what, self._calls, self.micro_batches), ready=True, with_data=False)
+        self._run.begin()
+        self._links.begin((what, self._run.call, self._run.micro_batches), ready=True, with_data=False)
         self._links.meet()  # in an exchange no stage could hear it
 
     @contextmanager
-    def _all_or_none(self, what: str, consequence: str = "") -> Iterator[None]:
+    def all_or_none(self, what: str, consequence: str = "") -> Iterator[None]:
         """If this block fails on one rank, it does on all, and users get the reason on each.
 
         Args:
@@ -55,40 +65,40 @@ class Agreement(Together):
         """
         barrier = comm.barrier
 
-        def meet(group: Any = None, *args: Any, **kwargs: Any) -> Any:
-            return self._meet(what, consequence) if group is None else barrier(group, *args, **kwargs)
+        def exchange(group: Any = None, *args: Any, **kwargs: Any) -> Any:
+            return self.meet(what, consequence) if group is None else barrier(group, *args, **kwargs)
 
         try:
-            with replaced(comm, "barrier", meet):
+            with replaced(comm, "barrier", exchange):
                 yield
-            self._meet(what, consequence)
+            self.meet(what, consequence)
         except KnownToAllError:
             raise
         except Exception as error:
             self._leave(error, what, consequence)
 
-    def _meet(self, what: str, consequence: str = "", **told: Any) -> list[dict[str, Any]]:
+    def meet(self, what: str, consequence: str = "", **told: Any) -> list[dict[str, Any]]:
         """Wait for all ranks, and hear how they fare and what they tell."""
-        heard = self._links.everyone.exchange(what, call=self._calls, **told)
+        heard = self._links.everyone.exchange(what, call=self._run.call, **told)
         for other in heard:
             if other.get("fatal"):
                 raise StageError(other["failure"])
         for other in heard:
             if "failure" in other:
                 raise KnownToAllError(StageError(_and(other["failure"], consequence)))
-        others = {(other["what"], other["call"]) for other in heard} - {(what, self._calls)}
+        others = {(other["what"], other["call"]) for other in heard} - {(what, self._run.call)}
         if others:
             there = " and ".join(f"{name} of call {call}" for name, call in sorted(others))
             raise StageError(
-                f"the ranks are out of step: rank {self.global_rank} is in {what} of call {self._calls}, others are "
-                f"in {there}; make the same calls in the same order on every rank"
+                f"the ranks are out of step: rank {self._stage.rank} is in {what} of call {self._run.call}, others "
+                f"are in {there}; make the same calls in the same order on every rank"
             )
         return heard
 
-    def _agree_on(self, what: str, name: str, value: Any) -> None:
+    def agree_on(self, what: str, name: str, value: Any) -> None:
         """Wait for all ranks; ValueError on each if they have not the same `value`."""
-        by_rank = {str(value): [self.global_rank]}
-        for other in self._meet(what, value=value, rank=self.global_rank):
+        by_rank = {str(value): [self._stage.rank]}
+        for other in self.meet(what, value=value, rank=self._stage.rank):
             by_rank.setdefault(str(other["value"]), []).append(other["rank"])
         if len(by_rank) > 1:
             listed = ", ".join(f"{value!r} on ranks {sorted(ranks)}" for value, ranks in sorted(by_rank.items()))
@@ -96,11 +106,11 @@ class Agreement(Together):
 
     def _leave(self, error: Exception, what: str, consequence: str) -> None:
         """Tell all ranks that this one has failed, as they would wait for it, and raise."""
-        here = f"{name_of(self.stage_id, self.global_rank)} failed in {what}: {type(error).__name__}: {error}"
-        if self._failure is not None or isinstance(error, StageError) or "gloo/transport" in str(error):
-            self._links.everyone.tell(what=what, fatal=True, failure=fit(self._failure or here))
+        here = f"{self._stage.name} failed in {what}: {type(error).__name__}: {error}"
+        if self._failures.failure is not None or isinstance(error, StageError) or "gloo/transport" in str(error):
+            self._links.everyone.tell(what=what, fatal=True, failure=fit(self._failures.failure or here))
             raise error
-        heard = self._links.everyone.exchange(what, call=self._calls, failure=fit(here))
+        heard = self._links.everyone.exchange(what, call=self._run.call, failure=fit(here))
         for other in heard:
             if other.get("fatal"):
                 raise StageError(other["failure"]) from error

@@ -25,10 +25,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_ddg.inbox import Inbox
-from ds_ddg.links import Links
-from ds_ddg.message import Kind
-from ds_ddg.outbox import Outbox
+from ds_ddg.comm.message import Kind
+from ds_ddg.comm.receiver import Inbox
+from ds_ddg.comm.sender import Outbox
+from ds_ddg.comm.stage_links import Links
 from ds_ddg.schedules.ddg import DDGPlan
 
 __all__ = ["Ties", "left_out_of_checkpoints"]

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 from deepspeed.runtime.pipe.engine import PIPE_RECV_GRAD_TIMER, PIPE_RECV_INPUT_TIMER
 from torch import Tensor
 
-from ds_ddg.clock import Clock, HostClock
-from ds_ddg.links import Here, Links
-from ds_ddg.losses import Row, Update
-from ds_ddg.message import Kind
-from ds_ddg.versions import WeightVersions
+from ds_ddg.comm.loss_exchange import Row, Update
+from ds_ddg.comm.message import Kind
+from ds_ddg.comm.stage_links import Here, Links
+from ds_ddg.telemetry.clock import Clock, HostClock
+from ds_ddg.weights.versions import WeightVersions
 
 __all__ = ["MEASURED", "Gauge", "Mark", "WatchedLinks"]
 

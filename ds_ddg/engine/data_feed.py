@@ -16,11 +16,11 @@ from deepspeed.utils.logging import log_dist_once
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ds_ddg.local import StagePeers
-from ds_ddg.outputs import described
+from ds_ddg.comm.host_staging import Staging
+from ds_ddg.comm.p2p import StageError
+from ds_ddg.engine.output_checks import described
 from ds_ddg.profiling.isolation import tensors
-from ds_ddg.staging import Staging
-from ds_ddg.wire import StageError
+from ds_ddg.weights.stage_groups import StagePeers
 
 __all__ = ["Feed"]
 

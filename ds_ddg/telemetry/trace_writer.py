@@ -22,13 +22,15 @@ from typing import Any, TypeVar
 import torch
 from deepspeed.runtime.pipe import schedule as instructions
 
-from ds_ddg.clock import Clock, HostClock
-from ds_ddg.execute import Executor
-from ds_ddg.log import Log
-from ds_ddg.schedule import DDGSchedule, UpdateWeights
+from ds_ddg.host import Host
+from ds_ddg.instructions import DDGSchedule, UpdateWeights
 from ds_ddg.schedules.plan import BACKWARD, FORWARD, UPDATE, Op
+from ds_ddg.stage import RunState, Stage
+from ds_ddg.telemetry.clock import Clock, HostClock
+from ds_ddg.telemetry.jsonl import Log
+from ds_ddg.telemetry.stage_metrics import WatchedLinks
 
-__all__ = ["Recorded", "Recorder"]
+__all__ = ["Recorder", "TraceWriter", "start_recorder"]
 
 _OPERATIONS: dict[type, str] = {
     instructions.ForwardPass: FORWARD,
@@ -142,73 +144,90 @@ class Recorder:
         self._spent = {}
 
 
-class Recorded(Executor):
-    """Mixed into a ``PipelineEngine``: records its training calls if asked to, and names instructions in profiles."""
+class TraceWriter:
+    """Records the training calls of one rank if it is asked to, and names instructions in profiles.
 
-    schedule: str
-    _everyone: Any
+    Args:
+        stage: this stage.
+        run: where it is in its run.
+        host: DeepSpeed's engine, whose instructions are wrapped for the time of a call.
+        recorder: makes the records; None: no trace is wanted.
+    """
 
-    _recorder: Recorder | None = None
-    _watched_map: tuple[Any, Any] = (None, None)
-    """Instructions wrapped, behind what they were wrapped from and for."""
+    def __init__(self, stage: Stage, run: RunState, host: Host, recorder: Recorder | None) -> None:
+        self._stage, self._run, self._host, self._recorder = stage, run, host, recorder
+        self._watched_map: tuple[Any, Any] = (None, None)
+        """Instructions wrapped, behind what they were wrapped from and for."""
 
-    def _start_recording(self) -> None:
-        """Collective, if a trace is wanted."""
-        if self.ddg.trace is None:
-            return
-        run = [time.time_ns()]  # tells this run's files from older ones in the same folder
-        torch.distributed.broadcast_object_list(run, src=0, group=self._everyone)
-        place = self.grid.topology().get_coord(self.global_rank)._asdict()
-        replica, part = place.get("data", 0), place.get("model", 0)
-        name = f"stage{self.stage_id}-replica{replica}-slice{part}"
-        about = {"run": run[0], "stages": self.num_stages, "replica": replica, "slice": part}
-        try:
-            log = Log(Path(self.ddg.trace) / name)
-        except OSError as error:
-            raise ValueError(f'"ddg": {{"trace": {self.ddg.trace!r}}} cannot be written: {error}') from error
-        feed: Any = self._feed
-        links: Any = self._links
-        recorder = self._recorder = Recorder(log, self.stage_id, links.clock, **about)
-        feed.fetch = recorder.beginning(recorder.waiting("data", feed.fetch))
-        links.begin = recorder.waiting("activation", links.begin)  # a call's first one announces it
-        for name in ("next_loss", "share"):
-            setattr(links, name, recorder.waiting("loss", getattr(links, name)))
+    def close(self) -> None:
+        """What is recorded is on its way to the disk."""
+        if self._recorder is not None:
+            self._recorder.end(flush=True)
 
-    def destroy(self) -> None:
-        """DeepSpeed's; what is recorded is on its way to the disk."""
-        try:
-            if self._recorder is not None:
-                self._recorder.end(flush=True)
-        finally:
-            super().destroy()  # a device that failed has no times to tell
-
-    def _exec_schedule(self, pipe_schedule: Any) -> None:
+    def execute(self, execute: Callable[[Any], None], pipe_schedule: Any) -> None:
+        """Have DeepSpeed `execute` a schedule, recorded and named where that is wanted."""
         recorder = self._recorder if torch.is_grad_enabled() else None
         if recorder is None and not torch._C._autograd._profiler_enabled():
-            super()._exec_schedule(pipe_schedule)
+            execute(pipe_schedule)
             return
         if recorder is not None:
-            slack = self.plan.slack if self.schedule == "ddg" else 0
-            recorder.under(schedule=self.schedule, micro_batches=self.micro_batches, slack=slack)
-        with self._watched(recorder):
-            super()._exec_schedule(pipe_schedule)
+            run = self._run
+            slack = run.slack if run.delayed else 0
+            recorder.under(schedule=run.schedule, micro_batches=run.micro_batches, slack=slack)
+        with self._watching(recorder):
+            execute(pipe_schedule)
         if recorder is not None:
             recorder.end(flush=isinstance(pipe_schedule, DDGSchedule) and pipe_schedule.draining)
 
     @contextmanager
-    def _watched(self, recorder: Recorder | None) -> Iterator[None]:
-        """Inside, instructions are wrapped."""
-        own = self._INSTRUCTION_MAP
+    def _watching(self, recorder: Recorder | None) -> Iterator[None]:
+        """Inside this block instructions are wrapped."""
+        host = self._host
+        own = host._INSTRUCTION_MAP
         profiled = torch._C._autograd._profiler_enabled()
         key = own, profiled, recorder
         if self._watched_map[0] != key:
             watched = {step: _watched(step, run, recorder, profiled) for step, run in own.items()}
             self._watched_map = key, watched
-        self._INSTRUCTION_MAP = self._watched_map[1]
+        host._INSTRUCTION_MAP = self._watched_map[1]
         try:
             yield
         finally:
-            self._INSTRUCTION_MAP = own
+            host._INSTRUCTION_MAP = own
+
+
+def start_recorder(stage: Stage, host: Host, links: WatchedLinks, feed: Any, everyone: Any) -> Recorder | None:
+    """Open the trace of this rank, if one is wanted. Collective then.
+
+    Args:
+        stage: this stage.
+        host: DeepSpeed's engine.
+        links: its receives are timed.
+        feed: its fetching of data is timed.
+        everyone: a group of all ranks; None: the default one.
+
+    Raises:
+        ValueError: the folder cannot be written.
+    """
+    folder = stage.config.trace
+    if folder is None:
+        return None
+    run = [time.time_ns()]  # tells this run's files from older ones in the same folder
+    torch.distributed.broadcast_object_list(run, src=0, group=everyone)
+    place = host.grid.topology().get_coord(stage.rank)._asdict()
+    replica, part = place.get("data", 0), place.get("model", 0)
+    about = {"run": run[0], "stages": stage.num_stages, "replica": replica, "slice": part}
+    try:
+        log = Log(Path(folder) / f"stage{stage.stage_id}-replica{replica}-slice{part}")
+    except OSError as error:
+        raise ValueError(f'"ddg": {{"trace": {folder!r}}} cannot be written: {error}') from error
+    recorder = Recorder(log, stage.stage_id, links.clock, **about)
+    timed: Any = links
+    feed.fetch = recorder.beginning(recorder.waiting("data", feed.fetch))
+    timed.begin = recorder.waiting("activation", links.begin)  # a call's first one announces it
+    for name in ("next_loss", "share"):
+        setattr(links, name, recorder.waiting("loss", getattr(links, name)))
+    return recorder
 
 
 def _watched(step: type, run: Callable[..., None], recorder: Recorder | None, profiled: bool) -> Callable[..., None]:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_ddg.message import HEADER_BYTES, Header, Kind, Message, Room, from_parts, sizes_of, unpack
-from ds_ddg.staging import Staging
-from ds_ddg.wire import HEADER_TAG, LAST_WORDS_TAG, ON_DEMAND_TAG, STANDING_TAG, StageError, Wire
+from ds_ddg.comm.host_staging import Staging
+from ds_ddg.comm.message import HEADER_BYTES, Header, Kind, Message, Room, from_parts, sizes_of, unpack
+from ds_ddg.comm.p2p import HEADER_TAG, LAST_WORDS_TAG, ON_DEMAND_TAG, STANDING_TAG, StageError, Wire
 
 __all__ = ["Inbox"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ds_ddg.links import Links
+from ds_ddg.comm.stage_links import Links
 
 __all__ = ["Loss", "Losses", "Row", "Update"]
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import Tensor
 
-from ds_ddg.alone import alone_if_one
+from ds_ddg.weights.single_rank import alone_if_one
 
 __all__ = ["StageLocalGrid", "StagePeers", "clip", "clip_stage_gradients"]
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ds_ddg.message import HEADER_BYTES, Header, Kind
-from ds_ddg.wire import HEADER_TAG, Peer, StageError, Wire
+from ds_ddg.comm.message import HEADER_BYTES, Header, Kind
+from ds_ddg.comm.p2p import HEADER_TAG, Peer, StageError, Wire
 
 __all__ = ["Everyone"]
 

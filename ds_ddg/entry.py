@@ -24,37 +24,22 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.utils import logger
 
 try:
-    from ds_ddg.engine import DDGEngine, DDGMixin
-    from ds_ddg.host import Beneath
+    from ds_ddg.engine.engine import DDGEngine
+    from ds_ddg.engine.overrides import Beneath
+    from ds_ddg.host import EngineHost, Host
 except ImportError as error:
     raise RuntimeError(f"ds_ddg needs deepspeed 0.19.8, not {deepspeed.__version__}: {error}") from error
 
 __all__ = ["ddg_engine", "initialize", "swap"]
 
-_SEAMS = {
-    PipelineEngine: (
-        "_INSTRUCTION_MAP",
-        "_aggregate_total_loss",
-        "_commit_decoupled_checkpoint",
-        "_configure_optimizer",
-        "_exec_backward_pass",
-        "_exec_forward_pass",
-        "_exec_optimizer_step",
-        "_exec_reduce_tied_grads",
-        "_exec_schedule",
-        "_get_ckpt_name",
-        "_get_zero_ckpt_name",
-        "_next_batch",
-        "_reduce_non_expert_gradients",
-        "_take_model_step",
-        "clip_fp32_gradients",
-        "reset_activation_shape",
-    ),
+_MORE_SEAMS = {
+    PipelineEngine: ("_INSTRUCTION_MAP",),
     PipelineModule: ("_synchronize_tied_weights", "ckpt_layer_path", "ckpt_layer_path_list"),
     deepspeed: ("PipelineEngine",),
     deepspeed.comm: ("barrier",),
     torch.autograd.grad_mode: ("_unsafe_preserve_version_counter",),
 }
+"""What the engine is built on besides DeepSpeed's methods that it overrides or that a `Host` lists."""
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
@@ -131,7 +116,7 @@ def ddg_engine(base: type) -> type:
         TypeError: `base` is not a ``PipelineEngine``, or has the schedule already; or it overrides what would be
             without effect.
     """
-    if not (isinstance(base, type) and issubclass(base, PipelineEngine)) or issubclass(base, DDGMixin):
+    if not (isinstance(base, type) and issubclass(base, PipelineEngine)) or issubclass(base, DDGEngine):
         name = getattr(base, "__name__", repr(base))
         raise TypeError(f"ddg_engine needs a subclass of deepspeed's PipelineEngine without DDG, got {name}")
     if base is PipelineEngine:
@@ -143,7 +128,7 @@ def _chosen(wanted: type, there: type) -> type:
     """The engine's class in a swap for `wanted`, where `there` is DeepSpeed's own, a project's or that of a swap."""
     if wanted is DDGEngine:
         return _delayed(there)
-    if not issubclass(there, DDGMixin) and not issubclass(wanted, there):
+    if not issubclass(there, DDGEngine) and not issubclass(wanted, there):
         raise TypeError(
             f"deepspeed.PipelineEngine is {there.__name__}, whose overrides {wanted.__name__} does not have; "
             f"pass ddg_engine({there.__name__}), or derive {wanted.__name__} from it"
@@ -153,7 +138,7 @@ def _chosen(wanted: type, there: type) -> type:
 
 def _delayed(engine_class: type) -> type:
     """With the schedule on top, if it is not there already."""
-    there = isinstance(engine_class, type) and issubclass(engine_class, DDGMixin)
+    there = isinstance(engine_class, type) and issubclass(engine_class, DDGEngine)
     return engine_class if there else ddg_engine(engine_class)
 
 
@@ -177,7 +162,7 @@ def _naming_others() -> Iterator[None]:
 
     @functools.wraps(construct)
     def named(self: Any, *args: Any, **kwargs: Any) -> None:
-        if not isinstance(self, DDGMixin):
+        if not isinstance(self, DDGEngine):
             kind = type(self).__name__
             logger.warning(
                 f"{kind} is built without the delayed schedule, as deepspeed.initialize does not make it of a "
@@ -192,10 +177,17 @@ def _naming_others() -> Iterator[None]:
         PipelineEngine.__init__ = construct
 
 
+def _seams() -> Iterator[tuple[Any, str]]:
+    """Everything of DeepSpeed and torch that has to be there, by owner and name."""
+    overridden = [name for name, method in vars(DDGEngine).items() if getattr(method, "__override__", False)]
+    called = [name for name, method in vars(Host).items() if callable(method) and name not in vars(EngineHost)]
+    yield from ((PipelineEngine, name) for name in (*overridden, *called) if not name.startswith("__"))
+    for owner, names in _MORE_SEAMS.items():
+        yield from ((owner, name) for name in names)
+
+
 def _check_seams() -> None:
-    missing = [
-        f"{owner.__name__}.{name}" for owner, names in _SEAMS.items() for name in names if not hasattr(owner, name)
-    ]
+    missing = [f"{owner.__name__}.{name}" for owner, name in _seams() if not hasattr(owner, name)]
     if missing:
         raise RuntimeError(
             f"ds_ddg is built on parts of DeepSpeed and torch that deepspeed {deepspeed.__version__} with torch "

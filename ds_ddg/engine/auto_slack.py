@@ -13,6 +13,7 @@ to the number that was logged, from the start.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from itertools import count, pairwise
 from statistics import median
 from typing import Any
@@ -21,12 +22,11 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils.logging import print_dist
 
-from ds_ddg.links import as_tuple
-from ds_ddg.report import Reporter
 from ds_ddg.schedules.ddg import DDGPlan
-from ds_ddg.watch import Mark
+from ds_ddg.stage import RunState, Stage
+from ds_ddg.telemetry.stage_metrics import Mark, WatchedLinks
 
-__all__ = ["MOST", "AutoSlack", "smallest_slack", "trial_calls"]
+__all__ = ["MOST", "SlackTuner", "smallest_slack", "trial_calls"]
 
 _TOLERATED = 1.03
 """A tick may take so many times what it would without latency: a larger slack would cost staleness for nothing."""
@@ -46,55 +46,67 @@ def trial_calls(plan: DDGPlan) -> int:
     return plan.staleness(0) + 1 + max(3, -(-_MEASURED_TICKS // plan.micro_batches))
 
 
-class AutoSlack(Reporter):
-    """Mixed into a ``PipelineEngine``: the trial and the choice."""
+class SlackTuner:
+    """The trial and the choice; it does nothing where the slack is a number.
 
-    _marks: list[Mark] | None = None
-    """When the calls of the trial began, as far as that is known; None: there is none, or it is over."""
-    _tried: int = 0
-    """Calls of the trial that have begun."""
-    _sample: tuple[tuple[torch.dtype, torch.Size], ...] = ()
-    """What an activation is like."""
-    _slack: int
-    _everyone: Any
-    """A group of all ranks."""
+    Args:
+        stage: this stage.
+        run: where it is in its run.
+        links: to the other stages.
+        device: where the stage computes.
+        everyone: a group of all ranks; None: the default one.
+    """
 
-    def _start_trial(self, num_stages: int) -> None:
-        self._slack = 0 if self.ddg.slack == "auto" else self.ddg.slack
-        if self.ddg.slack == "auto" and num_stages > 1:
-            self._marks = []
+    def __init__(self, stage: Stage, run: RunState, links: WatchedLinks, device: torch.device, everyone: Any) -> None:
+        self._stage, self._run, self._links = stage, run, links
+        self._device, self._everyone = device, everyone
+        self._marks: list[Mark] | None = [] if stage.config.slack == "auto" and stage.num_stages > 1 else None
+        """When the calls of the trial began, as far as that is known; None: there is none, or it is over."""
+        self._tried = 0
+        """Calls of the trial that have begun."""
+        self._sample: tuple[tuple[torch.dtype, torch.Size], ...] = ()
+        """What an activation is like."""
 
-    def _settle_slack(self) -> None:
-        """Before a call of the delayed schedule: if the trial is over, choose. Collective then."""
-        if self._marks is None or self._schedule != "ddg":
-            return
+    @property
+    def trying(self) -> bool:
+        """Whether the trial is not over."""
+        return self._marks is not None
+
+    def observe(self, outputs: Sequence[torch.Tensor]) -> None:
+        """Take what leaves this stage as a sample of its activations."""
+        self._sample = tuple((t.dtype, t.shape) for t in outputs)
+
+    def settle(self, drain: Callable[[], None]) -> bool:
+        """Before a call of the delayed schedule: if the trial is over, choose. Collective then.
+
+        Args:
+            drain: empties the pipeline.
+
+        Returns:
+            Whether a slack has been chosen, so that the plan is another one.
+        """
+        if self._marks is None or not self._run.delayed:
+            return False
         self._links.mark(self._marks.append)
         self._tried += 1
-        if self._tried <= trial_calls(self.plan):
-            return
+        plan = self._run.plan
+        if self._tried <= trial_calls(plan):
+            return False
         self._links.clock.read(wait=True)
-        filling = self.plan.staleness(0) + 1
+        filling = plan.staleness(0) + 1
         work = [end.time - begin.time - (end.waited - begin.waited) for begin, end in pairwise(self._marks[filling:])]
         self._marks = None
-        self.drain()
-        latency = self._links.ping([torch.zeros(s, dtype=d, device=self.device) for d, s in self._sample])
-        self._agree(median(work) / self.micro_batches, latency)
-        self._sample = ()
+        drain()
+        latency = self._links.ping([torch.zeros(s, dtype=d, device=self._device) for d, s in self._sample])
+        self._agree(median(work) / self._run.micro_batches, latency)
+        return True
 
     def _agree(self, tick: float, latency: float) -> None:
         measured: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(measured, (tick, latency), self._everyone)
         tick, latency = (max(values) for values in zip(*measured, strict=True))
-        self._slack = smallest_slack(self.num_stages, tick, latency)
-        self._links.expect(self.plan)
-        self._ties.expect(self.plan)
-        self._new_gauge()
-        print_dist(_reason(self.plan, tick, latency), ranks=[0])
-
-    def _check_activation(self, outputs: Any) -> None:
-        super()._check_activation(outputs)
-        if self._marks is not None and torch.is_grad_enabled():
-            self._sample = tuple((t.dtype, t.shape) for t in as_tuple(outputs))
+        self._run.choose_slack(smallest_slack(self._stage.num_stages, tick, latency))
+        print_dist(_reason(self._run.plan, tick, latency), ranks=[0])
 
 
 def _reason(plan: DDGPlan, tick: float, latency: float) -> str:

@@ -1,0 +1,1 @@
+"""Saving and loading, on all ranks or on none."""

@@ -1,0 +1,150 @@
+"""If one stage fails, all of them stop, and each says why."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import multiprocessing.util
+import os
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from deepspeed.utils import logger
+
+from ds_ddg.comm.p2p import NOTICED_WITHIN, Peer, StageError, timed_out
+from ds_ddg.comm.stage_links import Links
+from ds_ddg.stage import RunState, Stage
+
+__all__ = ["FailureGuard", "KnownToAllError", "OutOfDataError", "guard_stop_iteration", "register_shutdown"]
+
+_T = TypeVar("_T")
+
+
+class OutOfDataError(Exception):
+    """There is no data for another call, and every stage knows; users get a StopIteration."""
+
+
+class KnownToAllError(Exception):
+    """What every rank raises in the same call, so that all of them can go on; users get its argument."""
+
+
+def guard_stop_iteration(method: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
+    """Run DeepSpeed's part of a call, whose data is fetched at once: a StopIteration is somebody's mistake."""
+    try:
+        return method(*args, **kwargs)
+    except StopIteration as error:
+        raise RuntimeError("StopIteration raised inside a layer or loss_fn") from error
+
+
+class _Process:
+    """What has to outlive the engines of this process."""
+
+    def __init__(self) -> None:
+        self._open: list[Links] = []
+        # A forked child (a DataLoader's worker) has the connections of its parent. Were it to free an engine that the
+        # parent has dropped, gloo would take back receives that are pending there, over the parent's own sockets.
+        os.register_at_fork(after_in_child=gc.freeze)
+
+    def keep(self, links: Links) -> None:
+        """Keep `links`, as what they have sent must live on if their engine is dropped before the end."""
+        # Those whose process groups have been destroyed can send and receive nothing any more.
+        self._open[:] = [*(other for other in self._open if other.usable), links]
+
+
+@functools.cache
+def _process() -> _Process:
+    """The one of this process, from its first engine on."""
+    return _Process()
+
+
+def register_shutdown(links: Links) -> None:
+    """Keep `links` until the process ends, and the process until the other stages have no more use for it."""
+    _process().keep(links)
+    # atexit alone would miss the processes of torch.multiprocessing.
+    multiprocessing.util.Finalize(None, _shut_down, (weakref.ref(links),), exitpriority=10)
+
+
+def _shut_down(reference: weakref.ref[Links]) -> None:
+    """Leave together at exit, except after an error, when the launcher must hear of it at once."""
+    links = reference()
+    if links is not None:
+        failed = getattr(sys, "last_value", None) is not None
+        links.shutdown(timedelta(seconds=5 if failed else 300))
+
+
+class FailureGuard:
+    """Runs what a script calls; if it fails on this stage, the others hear of it before it is raised.
+
+    Args:
+        stage: this stage.
+        run: where it is in its run.
+        links: its links to the other stages.
+        owner: the engine, which is never freed if its device has failed.
+    """
+
+    def __init__(self, stage: Stage, run: RunState, links: Links, owner: weakref.ref[Any]) -> None:
+        self._stage, self._run, self._links, self._owner = stage, run, links, owner
+        self.failure: str | None = None
+        """Why this stage, or another one, has failed; None if all goes well."""
+
+    def run(self, method: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
+        """Call `method`; if this stage fails, tell the others before raising, so that no rank is left waiting.
+
+        Raises:
+            StopIteration: the data ended, and every stage knows.
+            StageError: another stage failed, left or was lost.
+        """
+        if self.failure is not None:
+            raise StageError(self.failure)
+        try:
+            return method(*args, **kwargs)
+        except OutOfDataError:
+            raise StopIteration from None
+        except KnownToAllError as known:
+            raise known.args[0] from known.__cause__
+        except Exception as error:
+            cause = self._understood(error)
+            if self.failure is None:  # a call within a call has told already
+                self._fail(cause)
+            if cause is error:
+                raise
+            raise cause from error
+
+    def _understood(self, error: Exception) -> Exception:
+        """`error`, or what it means to users."""
+        if isinstance(error, StageError) or "gloo/transport" not in str(error):
+            return error
+        reason = str(error).splitlines()[0].partition(". This is typically")[0]
+        gone = [] if timed_out(reason) else self._gone()
+        try:
+            self._links.raise_last_words(gone)
+            if not gone and not self._run.delayed:
+                # Nobody has read it there; with nothing to read the channels are of no use afterwards (gloo).
+                self._links.raise_last_words()
+        except StageError as said:
+            return said
+        if gone:
+            fate = f"{' and '.join(peer.name for peer in gone)} {'is' if len(gone) == 1 else 'are'} lost"
+        else:
+            happened = "did not answer" if timed_out(reason) else "is lost, or gave up waiting"
+            fate = f"another rank {happened}; it is not known which"
+        return StageError(f"{fate}: rank {self._stage.rank} waited for others in call {self._run.call} ({reason})")
+
+    def _gone(self) -> list[Peer]:
+        """Whom a broken connection can mean; the groups of a process don't notice it at the same moment."""
+        deadline = time.monotonic() + NOTICED_WITHIN
+        while not (gone := self._links.everyone.gone()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return gone
+
+    def _fail(self, error: Exception) -> None:
+        here = f"{self._stage.name} failed in call {self._run.call}"
+        self.failure = str(error) if isinstance(error, StageError) else f"{here}: {type(error).__name__}: {error}"
+        # Logged at once: a launcher that has seen another rank die ends this one within a second.
+        logger.error(f"rank {self._stage.rank}: {self.failure}")
+        self._links.keep_if_lost(self._owner(), error)
+        self._links.tell_failure(self.failure)

@@ -1,0 +1,100 @@
+"""What is printed of a call, and when DeepSpeed is kept from doing so.
+
+DeepSpeed's own line, monitor and timers would present a loss as that of the call that returns it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
+
+from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
+from deepspeed.utils.logging import print_dist
+
+from ds_ddg.comm.loss_exchange import Loss
+from ds_ddg.host import Host
+from ds_ddg.stage import Stage
+
+__all__ = ["Console"]
+
+_NO_MONITOR = SimpleNamespace(enabled=False)
+
+
+class Console:
+    """The printed lines of one rank.
+
+    Args:
+        stage: this stage.
+        host: DeepSpeed's engine.
+    """
+
+    def __init__(self, stage: Stage, host: Host) -> None:
+        self._stage, self._host = stage, host
+        self.only_deepspeed = True
+        """Whether DeepSpeed's own method runs, so that what it says of a loss is muted; not if a project's does."""
+        self._muted: Any = None
+        """The monitor, while it is out of DeepSpeed's reach."""
+        self._seconds_printed: Mapping[str, float] = MappingProxyType({})
+        """Seconds waited until the last line, by what for."""
+
+    def period(self, own: int | None) -> int | None:
+        """DeepSpeed's `own` number of calls between two lines; practically never while the host is muted."""
+        return sys.maxsize if self._muted is not None and own is not None else own
+
+    def mute_host(self) -> None:
+        """From here on DeepSpeed neither prints nor records."""
+        self._muted, self._host.monitor = self._host.monitor, _NO_MONITOR
+
+    def unmute_host(self) -> None:
+        """From here on DeepSpeed prints and records again."""
+        if self._muted is not None:
+            self._muted, self._host.monitor = None, self._muted
+
+    @contextmanager
+    def host_muted(self) -> Iterator[None]:
+        """Inside this block DeepSpeed neither prints nor records."""
+        self.mute_host()
+        try:
+            yield
+        finally:
+            self.unmute_host()
+
+    def forget_time(self) -> None:
+        """A call that did not happen took no time."""
+        timer = self._host.timers(TRAIN_BATCH_TIMER)
+        if timer.started_:  # a project's own train_batch may do without it
+            timer.stop()
+            timer.event_timers.pop()
+
+    def print_call(self, newest: Loss, call: int, waited: Mapping[str, float]) -> None:
+        """Print DeepSpeed's line with the newest loss, and the number of its `call`; "steps" is how many were made.
+
+        Args:
+            newest: the loss.
+            call: the number of the call that it belongs to, from 0.
+            waited: seconds waited since the start, by what for.
+        """
+        host = self._host
+        timer = host.timers(TRAIN_BATCH_TIMER)
+        calls = len(timer.event_timers)
+        if not calls:
+            return  # a project's own train_batch has printed
+        seconds = timer.elapsed(reset=True) / 1000.0 / calls
+        if self._stage.rank != 0:
+            return
+        losses = [("loss", newest.mean), *(newest.additional or ())]
+        parts = [f"steps: {host.global_steps}", *(f"{name}: {value:0.4f}" for name, value in losses)]
+        parts.insert(2, f"(of call {call}, counted from 0)")
+        rate = host.train_batch_size() / max(seconds, 1e-9)
+        print(*parts, f"iter time (s): {seconds:0.3f} samples/sec: {rate:0.3f}")
+        if host.wall_clock_breakdown():
+            self._print_waits(waited)
+
+    def _print_waits(self, waited: Mapping[str, float]) -> None:
+        """In place of DeepSpeed's pipe timers: sends wait for nobody here, receives do."""
+        waits = [f" | {n}: {1000 * (s - self._seconds_printed.get(n, 0.0)):.2f}" for n, s in waited.items()]
+        print_dist("time (ms)" + "".join(waits), ranks=[0])
+        self._seconds_printed = dict(waited)

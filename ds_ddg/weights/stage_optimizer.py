@@ -1,0 +1,247 @@
+"""How a stage updates its weights: DeepSpeed's optimizer path, kept inside the stage.
+
+One call ends with ReduceGrads and OptimizerStep, or with AdvanceClocks while no gradient has come back yet; a drain
+ends with UpdateWeights. Learning rate and step counts go by calls, on every stage alike, whatever its optimizer does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer, ZeROOptimizer
+from deepspeed.runtime.pipe.schedule import OptimizerStep, ReduceGrads, ReduceTiedGrads
+from torch import Tensor
+
+from ds_ddg.comm.loss_exchange import Update
+from ds_ddg.host import Host
+from ds_ddg.stage import RunState, Stage
+from ds_ddg.weights.optimizer_wrappers import (
+    add_no_gradient,
+    anything_to_train,
+    clipping_by,
+    clocks_stopped,
+    fill_groups,
+    idle_optimizer,
+    norm_unscaled,
+    refuse_closure,
+    with_a_parameter,
+)
+from ds_ddg.weights.single_rank import alone_if_one
+from ds_ddg.weights.stage_groups import StageLocalGrid, StagePeers, clip_stage_gradients
+from ds_ddg.weights.tied import Ties
+from ds_ddg.weights.versions import WeightVersions
+
+__all__ = ["StageOptimizer"]
+
+_Method = Callable[..., Any]
+"""DeepSpeed's own method, or a project's, beneath the delayed engine's."""
+
+
+class StageOptimizer:
+    """Everything between the gradients of a stage and its next weights.
+
+    Args:
+        stage: this stage.
+        run: where it is in its run.
+        host: DeepSpeed's engine.
+        ties: the weights that this stage shares with others.
+    """
+
+    def __init__(self, stage: Stage, run: RunState, host: Host, ties: Ties) -> None:
+        self._stage, self._run, self._host, self._ties = stage, run, host, ties
+        self._peers = StagePeers([])
+        self.versions: WeightVersions
+        """Which weights a micro-batch saw; there from the first `configure` on."""
+        self.pipeline_norm: float | None = None
+        """The norm of the gradients of all stages, in the newest call for which all stages know it."""
+        self.last = Update()
+        """What the update of this stage came to in the call before, with the overflows of a drain since."""
+        self.trains = True
+        """Whether this stage has something of its own to train."""
+        self._overflowed = False
+        self._forwarded_overflow: Any = 0.0
+        """0 if the gradients that a stage with nothing to train has passed on since its last step were finite."""
+
+    # -- construction -----------------------------------------------------------------------------------------------
+
+    def connect(self, peers: StagePeers) -> None:
+        """From here on the ranks of this stage can agree on a number."""
+        self._peers = peers
+
+    def configure(self, configure: _Method, client_optimizer: Any, model_parameters: Any) -> None:
+        """Have DeepSpeed `configure` its optimizer inside the stage: without collectives that cross its border."""
+        host = self._host
+        grid, replicas = host.mpu, host.seq_data_parallel_group
+        host.mpu, host.seq_data_parallel_group = StageLocalGrid(grid), alone_if_one(replicas)
+        try:
+            configure(client_optimizer, with_a_parameter(model_parameters))
+        finally:
+            host.mpu, host.seq_data_parallel_group = grid, replicas
+        self.new_versions()  # some projects configure the optimizer only now
+
+    def adopt(self, optimizer: Any) -> None:
+        """Prepare an `optimizer` that DeepSpeed has not wrapped yet, whoever made it."""
+        host = self._host
+        refuse_closure(optimizer)
+        self._ties.remove_from(optimizer)
+        self.trains = anything_to_train(optimizer)
+        if host.fp16_enabled() or host.bfloat16_enabled() or host.zero_optimization():
+            fill_groups(optimizer, host.param_names, host.get_data_types()[0], host.device)
+
+    def new_versions(self) -> None:
+        """Remember weights as suits the optimizer: DeepSpeed's wrappers write into buffers of their own."""
+        delayed = not self._stage.is_last and self._stage.config.weights == "stash"
+        pinned = delayed and isinstance(self._host.optimizer, DeepSpeedOptimizer)
+        self.versions = WeightVersions(self._host.module.parameters(), stash=delayed, pinned=pinned)
+
+    # -- instructions -----------------------------------------------------------------------------------------------
+
+    def reduce_gradients(self) -> None:
+        """Average the gradients over the replicas of this stage, all but those of tied weights that it only holds."""
+        with self._ties.hidden() if self._ties.owners else nullcontext():
+            self._host.carry_out(ReduceGrads)
+
+    def step(self, lr_kwargs: Any = None) -> None:
+        """End a call: one update, and the tied weights of the next call."""
+        with self.versions.updating():
+            self._step(lr_kwargs)
+            run = self._run
+            updated = {k for k in self._ties.owners if run.plan.updates(k, run.call, run.filled_at)}
+            self._ties.recv_weights(updated)
+        self._ties.send_weights()
+
+    def advance_clocks(self) -> None:
+        """End a call in which no gradient has come back: learning rate and step counts move on, the weights stay."""
+        self._host._global_grad_norm, self._overflowed = None, False
+        with idle_optimizer(self._host):
+            self._host.carry_out(OptimizerStep)
+
+    def update_weights(self) -> None:
+        """Update within a drain: the weights move on, learning rate and step counts stay."""
+        with clocks_stopped(self._host), self.versions.updating():
+            self._step()
+        self.last = self.last.plus(Update(0.0, int(self._overflowed)))
+
+    def reduce_tied_gradients(self) -> None:
+        """DeepSpeed's, on its own schedule; its wrappers neither sum up nor clear gradients that are not theirs."""
+        host = self._host
+        for parameter in self._ties.tied:
+            if parameter.grad is None:  # a stage that does not use it; DeepSpeed would let the others wait for it
+                add_no_gradient(parameter, host.optimizer)
+        wrapped: list[Any] = self._ties.held if isinstance(host.optimizer, DeepSpeedOptimizer) else []
+        for held in wrapped:
+            if host.using_bf16_optimizer and held.grad is not None:
+                held._hp_grad = held.grad.to(host.optimizer.grad_acc_dtype)
+        host.carry_out(ReduceTiedGrads)
+        for held in wrapped:
+            held.grad = held._hp_grad = None
+
+    def share_tied_weights(self) -> None:
+        """Between two calls of DeepSpeed's schedule, or in a drain: tied copies become their owners' weights."""
+        self._ties.send_weights()
+        self._ties.recv_weights()
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss as its backward starts from it.
+
+        DeepSpeed 0.19.8 unscales the gradients of every fp16 optimizer, but scales the loss for those of ZeRO alone;
+        without ZeRO its learning rate is too small by that factor.
+        """
+        optimizer = self._host.optimizer
+        if not self._host.fp16_enabled() or isinstance(optimizer, ZeROOptimizer):
+            return loss
+        return loss.float() * float(optimizer.loss_scale)
+
+    def watch_overflow(self, gradients: Iterable[Tensor | None]) -> None:
+        """Note what a stage with nothing to train passes on: its loss scale goes by that, as it has no gradients."""
+        if not self.trains and self._host.fp16_enabled():
+            for gradient in gradients:
+                if gradient is not None:
+                    self._forwarded_overflow = self._forwarded_overflow + (gradient * 0.0).sum()
+
+    # -- beneath DeepSpeed's step -----------------------------------------------------------------------------------
+
+    def allreduce(self, allreduce: _Method, *args: Any, **kwargs: Any) -> None:
+        """DeepSpeed's, which also puts zeros where there is no gradient; often neither is needed."""
+        host = self._host
+        shared = host.is_data_parallel or host.is_model_parallel or isinstance(host.optimizer, DeepSpeedOptimizer)
+        needed = shared or not self._run.delayed
+        if needed or any(p.grad is None and p.requires_grad for p in self.versions.parameters):
+            allreduce(*args, **kwargs)
+
+    def reduce_non_experts(self, reduce: _Method, *args: Any) -> None:
+        """A stage without replicas has nothing to reduce; DeepSpeed would all-reduce with itself, 2 ms a call."""
+        if self._host.is_data_parallel or not self._run.delayed:
+            reduce(*args)
+
+    def clip(self) -> None:
+        """Clip fp32 gradients by the norm of this stage, or by the newest one known of all."""
+        host = self._host
+        known = self.pipeline_norm if self._stage.config.clip == "global" else None
+        host._global_grad_norm = clip_stage_gradients(
+            self.versions.parameters,
+            host.gradient_clipping(),
+            StageLocalGrid(host.mpu),
+            known,
+            host.device,
+            host.has_moe_layers,
+        )
+
+    def take_model_step(self, take_step: _Method, *args: Any, **kwargs: Any) -> None:
+        """DeepSpeed's, on either schedule; its wrappers fail on a stage without a gradient."""
+        host = self._host
+        if self.trains or not isinstance(host.optimizer, DeepSpeedOptimizer):
+            take_step(*args, **kwargs)
+            return
+        with idle_optimizer(host):
+            take_step(*args, **kwargs)
+        if host.fp16_enabled():
+            # Each replica has passed on other gradients.
+            overflow = self._peers.largest(int(not math.isfinite(float(self._forwarded_overflow))))
+            host.optimizer._update_scale(overflow > 0)
+            self._forwarded_overflow = 0.0
+
+    def _step(self, lr_kwargs: Any = None) -> None:
+        """DeepSpeed's; if it skips the weights for an overflow of this stage, the clocks go on with the others'."""
+        host = self._host
+        known = host.skipped_steps, host._step_applied
+        with norm_unscaled(host, self._stage.num_stages), self._clipped_as_asked():
+            host.carry_out(OptimizerStep, lr_kwargs)
+        self._overflowed = host.skipped_steps > known[0]
+        if self._stage.num_stages > 1:
+            host.skipped_steps, host._step_applied = known  # until all stages know more
+            if self._overflowed and host.lr_scheduler is not None:
+                host.lr_scheduler.step()
+
+    def _clipped_as_asked(self) -> AbstractContextManager[None]:
+        """By the newest norm known of all, where DeepSpeed's optimizer clips; by its own while there is none."""
+        optimizer = self._host.optimizer
+        known = self.pipeline_norm if self._stage.config.clip == "global" and self._run.delayed else None
+        if known is None or self._host.gradient_clipping() <= 0 or not isinstance(optimizer, DeepSpeedOptimizer):
+            return nullcontext()
+        return clipping_by(known, optimizer)
+
+    # -- what updates came to ---------------------------------------------------------------------------------------
+
+    def end_call(self) -> None:
+        """Note what this stage's update of the call that ends here came to.
+
+        With clipping, that is the one value that a stage reads back from its device in a call.
+        """
+        norm = self._host._global_grad_norm
+        self.last = Update(0.0 if norm is None or self._overflowed else float(norm) ** 2, int(self._overflowed))
+
+    def learn(self, update: Update) -> None:
+        """Take over what the updates of all stages came to, at the same call on every rank."""
+        if self._stage.num_stages > 1:
+            if not update.skipped:  # a stage that overflowed has no norm, so that of the pipeline stays unknown
+                self.pipeline_norm = math.sqrt(update.square) if update.square > 0 else None
+            self._host.skipped_steps += update.skipped > 0
+            self._host._step_applied = update.skipped == 0
+
+    def restart(self, norm: float | None = None, last: Sequence[Any] = ()) -> None:
+        """Forget what is known of updates, or take it from a checkpoint."""
+        self.pipeline_norm, self.last = norm, Update(*last)
