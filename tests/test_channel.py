@@ -427,6 +427,24 @@ def survivor(outcomes: list[Outcome]) -> Outcome:
     return first
 
 
+def give_up(rank: int, world_size: int) -> str:
+    """The second rank waits too briefly; the first, which had time, for one that listens no more."""
+    _, inbox = link(rank)
+    dist.barrier()
+    with pytest.raises(StageError) as caught:
+        inbox.take(Kind.DATA, what="a gradient", patience=timedelta(seconds=0.5 if rank == 1 else 30))
+    dist.barrier()
+    return str(caught.value)
+
+
+def test_who_waits_too_long_and_who_gives_up_are_not_called_lost(ranks: GetRanks) -> None:
+    first, second = ranks(2).run(give_up, timeout=30.0)
+    assert second.startswith("stage 0 (rank 0) has not answered (it is stuck, or waits for another stage itself): ")
+    assert first.startswith(
+        "stage 1 (rank 1) has given up waiting for another stage: this stage waited for a gradient"
+    )
+
+
 def ask_twice(rank: int, world_size: int) -> list[str]:
     """Of a stage that said why it left, then of one that is gone for good."""
     outbox, inbox = link(rank)
