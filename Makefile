@@ -17,7 +17,7 @@ help:
 	@echo 'make test    lint, then run the tests (ARGS="-k plan" to pass arguments on to pytest)'
 	@echo 'make matrix  write docs/support.md, what works with what, from the tests that prove it'
 	@echo 'make bench   measure DDG against other schedules and the simulator: docs/benchmarks.md (ARGS="--stages 4 --turns 1")'
-	@echo 'make lint    ruff and mypy'
+	@echo 'make lint    ruff, mypy, and who may import whom'
 	@echo 'make clean   remove caches, build files and runs/, keep $(VENV)'
 
 setup: $(STAMP)
@@ -55,6 +55,7 @@ lint: setup
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/python -m mypy
+	@$(BIN)/lint-imports --no-cache --no-logo
 
 clean:
 	rm -rf build dist runs *.egg-info .mypy_cache .pytest_cache .ruff_cache

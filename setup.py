@@ -15,7 +15,14 @@ RECIPES = [
     "tqdm>=4.66,<5",
     "transformers>=5.17,<6",
 ]
-TEST = ["mypy>=2.4,<3", "pytest>=9,<10", "pytest-timeout>=2.4,<3", "pytest-xdist>=3.6,<4", "ruff>=0.17,<0.18"]
+TEST = [
+    "import-linter>=2.17,<3",
+    "mypy>=2.4,<3",
+    "pytest>=9,<10",
+    "pytest-timeout>=2.4,<3",
+    "pytest-xdist>=3.6,<4",
+    "ruff>=0.17,<0.18",
+]
 
 setup(
     name="ds_ddg",
@@ -27,7 +34,7 @@ setup(
     packages=find_packages(include=["ds_ddg", "ds_ddg.*"]),
     package_data={"ds_ddg": ["py.typed"]},
     python_requires=">=3.10",
-    install_requires=["deepspeed>=0.19.8,<0.20", "pydantic>=2,<3", "torch>=2.11,<2.16"],
+    install_requires=["deepspeed>=0.19.8,<0.20", "pydantic>=2,<3", "torch>=2.11,<2.16", "typing_extensions>=4.4"],
     extras_require={"recipes": RECIPES, "test": RECIPES + TEST},
     entry_points={"console_scripts": ["ds-ddg = ds_ddg.cli:main"]},
     zip_safe=False,

@@ -24,8 +24,7 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.utils import logger
 
 try:
-    from ds_ddg.engine.engine import DDGEngine
-    from ds_ddg.engine.overrides import Beneath
+    from ds_ddg.engine.engine import Beneath, DDGEngine
     from ds_ddg.host import EngineHost, Host
 except ImportError as error:
     raise RuntimeError(f"ds_ddg needs deepspeed 0.19.8, not {deepspeed.__version__}: {error}") from error

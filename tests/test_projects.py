@@ -218,7 +218,7 @@ def test_an_override_without_effect_is_refused_by_name(name: str) -> None:
         ds_ddg.ddg_engine(base)
 
 
-@pytest.mark.parametrize("name", ["drain", "_step", "schedule", "_record"])
+@pytest.mark.parametrize("name", ["drain", "_choose_instructions", "schedule", "_links"])
 def test_a_name_of_our_own_is_refused(name: str) -> None:
     with pytest.raises(TypeError, match=rf"Base\.{name} would hide behind"):
         ds_ddg.ddg_engine(type("Base", (PipelineEngine,), {name: nothing}))

@@ -45,6 +45,7 @@ class CheckpointPart:
         ties: the weights that this stage shares with others.
         updates: what updates came to is saved and loaded.
         reporter: the newest loss is saved and loaded.
+        drain: empties the pipeline.
     """
 
     def __init__(
@@ -56,16 +57,16 @@ class CheckpointPart:
         ties: Ties,
         updates: StageOptimizer,
         reporter: Reporter,
+        drain: Callable[[], None],
     ) -> None:
         self._stage, self._run, self._host, self._agreement = stage, run, host, agreement
-        self._ties, self._updates, self._reporter = ties, updates, reporter
+        self._ties, self._updates, self._reporter, self._drain = ties, updates, reporter, drain
         self._torn: frozenset[str] = frozenset()
         """What of the engine's state a load has left half changed."""
 
     def save(
         self,
         save: Callable[..., Any],
-        drain: Callable[[], None],
         save_dir: str,
         tag: Any,
         client_state: dict[str, Any] | None,
@@ -73,12 +74,12 @@ class CheckpointPart:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Have DeepSpeed `save` after a `drain`: what is in flight belongs to no checkpoint."""
+        """Have DeepSpeed `save` after a drain: what is in flight belongs to no checkpoint."""
         self.refuse_torn()
         agreement = self._agreement
         agreement.begin("save_checkpoint")
         with agreement.all_or_none("save_checkpoint"):
-            drain()
+            self._drain()
             tied = {key: module.state_dict() for key, module in left_out_of_checkpoints(self._host.module).items()}
             update = self._updates.pipeline_norm, tuple(self._updates.last)
             mine = {"loss": self._reporter.losses.known(), "tied": tied, "update": update}
@@ -92,7 +93,6 @@ class CheckpointPart:
     def load(
         self,
         load: Callable[..., tuple[Any, Any]],
-        drain: Callable[[], None],
         load_dir: str,
         tag: Any,
         load_module_strict: bool,
@@ -102,13 +102,13 @@ class CheckpointPart:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Have DeepSpeed `load` after a `drain`: gradients in flight belong to the weights that are given up."""
+        """Have DeepSpeed `load` after a drain: gradients in flight belong to the weights that are given up."""
         host, agreement = self._host, self._agreement
         parts = {"optimizer": load_optimizer_states, "scheduler": load_lr_scheduler_states}
         loaded = frozenset(["module", *(part for part, on in parts.items() if on and not load_module_only)])
         agreement.begin("load_checkpoint")
         with agreement.all_or_none("load_checkpoint"):
-            drain()
+            self._drain()
             tag = self._to_load(load_dir, tag, "optimizer" in loaded)
         undefined = "the state of every engine is undefined now: load another checkpoint, or leave"
         before, self._torn = self._torn, self._torn | loaded

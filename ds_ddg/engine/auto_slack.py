@@ -55,11 +55,20 @@ class SlackTuner:
         links: to the other stages.
         device: where the stage computes.
         everyone: a group of all ranks; None: the default one.
+        drain: empties the pipeline.
     """
 
-    def __init__(self, stage: Stage, run: RunState, links: WatchedLinks, device: torch.device, everyone: Any) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        run: RunState,
+        links: WatchedLinks,
+        device: torch.device,
+        everyone: Any,
+        drain: Callable[[], None],
+    ) -> None:
         self._stage, self._run, self._links = stage, run, links
-        self._device, self._everyone = device, everyone
+        self._device, self._everyone, self._drain = device, everyone, drain
         self._marks: list[Mark] | None = [] if stage.config.slack == "auto" and stage.num_stages > 1 else None
         """When the calls of the trial began, as far as that is known; None: there is none, or it is over."""
         self._tried = 0
@@ -76,11 +85,8 @@ class SlackTuner:
         """Take what leaves this stage as a sample of its activations."""
         self._sample = tuple((t.dtype, t.shape) for t in outputs)
 
-    def settle(self, drain: Callable[[], None]) -> bool:
+    def settle(self) -> bool:
         """Before a call of the delayed schedule: if the trial is over, choose. Collective then.
-
-        Args:
-            drain: empties the pipeline.
 
         Returns:
             Whether a slack has been chosen, so that the plan is another one.
@@ -96,7 +102,7 @@ class SlackTuner:
         filling = plan.staleness(0) + 1
         work = [end.time - begin.time - (end.waited - begin.waited) for begin, end in pairwise(self._marks[filling:])]
         self._marks = None
-        drain()
+        self._drain()
         latency = self._links.ping([torch.zeros(s, dtype=d, device=self._device) for d, s in self._sample])
         self._agree(median(work) / self._run.micro_batches, latency)
         return True

@@ -2,7 +2,6 @@
 
     train         data for the whole call first, then the plan's operations, then the newest loss known without a wait
     evaluate      between two calls, with buffers of its own; what is in flight stays there
-    drain         the backward passes in flight, an update whenever M have accumulated; nothing is retained
     switch        to the other schedule, draining first
 
 DeepSpeed's methods and a project's make a schedule and have it executed, so that is where a call begins: its data is
@@ -21,10 +20,11 @@ from deepspeed.runtime.pipe import schedule as instructions
 from torch import Tensor
 
 from ds_ddg.checkpoint.save_load import CheckpointPart
-from ds_ddg.comm.failures import FailureGuard, OutOfDataError, guard_stop_iteration
+from ds_ddg.comm.failures import OutOfDataError, guard_stop_iteration
 from ds_ddg.comm.message import Kind
 from ds_ddg.engine.auto_slack import SlackTuner
 from ds_ddg.engine.data_feed import Feed
+from ds_ddg.engine.drain import Drain
 from ds_ddg.engine.micro_batch import MicroBatchRunner
 from ds_ddg.host import Host
 from ds_ddg.instructions import DDGSchedule
@@ -65,7 +65,7 @@ class Calls:
     runner: MicroBatchRunner
     reporter: Reporter
     console: Console
-    failures: FailureGuard
+    drain: Drain
     slack: SlackTuner
     checkpoint: CheckpointPart
     engine_name: str
@@ -82,7 +82,7 @@ class Calls:
         self.updates.versions.refuse_changes(self.host.module, self.stage.stage_id)
         if self.delayed_from is not None and self.host.global_steps >= self.delayed_from:
             self.switch("ddg")
-        if self.slack.settle(self.drain):
+        if self.slack.settle():
             self._adopt_plan()
         with self._calling("train_batch") as call:
             try:
@@ -119,10 +119,6 @@ class Calls:
                 return guard_stop_iteration(eval_batch, data_iter, **asked)
             finally:
                 host.data_iterator = iterator  # if it ended early, DeepSpeed has not put it back
-
-    def drain(self) -> None:
-        """Finish every backward pass in flight; see ``DDGEngine.drain``."""
-        self.failures.run(self._drain)
 
     def switch(self, name: str) -> None:
         """From the next call on run schedule `name`, draining first."""
@@ -233,26 +229,6 @@ class Calls:
             losses.restart(run.call, None)
         if self.stage.config.enabled:
             self.updates.share_tied_weights()
-
-    def _drain(self) -> None:
-        run = self.run
-        if run.drained:
-            return
-        versions = self.updates.versions
-        versions.refuse_changes(self.host.module, self.stage.stage_id)
-        end = run.next_micro_batch
-        if run.delayed and end > run.filled_at:
-            self.host.module.train()
-            ops = run.plan.drain(self.stage.stage_id, end, run.filled_at)
-            with torch.enable_grad(), self.console.host_muted():  # it may be called from evaluation code
-                self.host._exec_schedule(DDGSchedule(run.plan, self.stage.stage_id, ops, draining=True))
-                self.updates.share_tied_weights()
-            self.reporter.learn_losses(run.call - 1)
-            self.reporter.gauge.forget()
-        self.reporter.complete_steps()
-        self.links.park()
-        run.drain()
-        versions.assert_empty()
 
     def _adopt_plan(self) -> None:
         """With the pipeline empty, another slack has been chosen."""

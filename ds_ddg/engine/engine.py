@@ -21,12 +21,10 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from typing_extensions import override
 
 from ds_ddg.checkpoint.save_load import CheckpointPart
-from ds_ddg.comm.agreement import Agreement
-from ds_ddg.comm.channels import group_of_all, own_group
 from ds_ddg.comm.failures import FailureGuard, register_shutdown
 from ds_ddg.comm.host_staging import staging_for, without_greetings
 from ds_ddg.config import DDGConfig
-from ds_ddg.engine.auto_slack import SlackTuner
+from ds_ddg.engine.assembly import assemble, groups_of_stage
 from ds_ddg.engine.calls import Calls
 from ds_ddg.engine.compatibility import refuse_experts, refuse_switch, refuse_unsupported
 from ds_ddg.engine.data_feed import Feed
@@ -41,14 +39,14 @@ from ds_ddg.telemetry.clock import clock_for
 from ds_ddg.telemetry.console import Console
 from ds_ddg.telemetry.reporter import Reporter
 from ds_ddg.telemetry.stage_metrics import WatchedLinks
-from ds_ddg.telemetry.trace_writer import TraceWriter, start_recorder
+from ds_ddg.telemetry.trace_writer import TraceWriter
 from ds_ddg.weights.experts import create_expert_groups, expert_sizes
 from ds_ddg.weights.stage_groups import StagePeers
 from ds_ddg.weights.stage_optimizer import StageOptimizer
 from ds_ddg.weights.tied import Ties
 from ds_ddg.weights.versions import WeightVersions
 
-__all__ = ["DDGEngine"]
+__all__ = ["Beneath", "DDGEngine"]
 
 
 class DDGEngine(PipelineEngine):
@@ -107,58 +105,30 @@ class DDGEngine(PipelineEngine):
         self._updates.new_versions()
         pipelines = self.grid.topology().get_axis_comm_lists("pipe")
         clock = clock_for(self.device) if self.ddg.timed else None
-        peers, staging = StagePeers(self._groups_of_stage()), staging_for(self.device)
+        peers, staging = StagePeers(groups_of_stage(self._host)), staging_for(self.device)
         self._updates.connect(peers)
         self._links = WatchedLinks(pipelines, self.global_rank, self._run.plan, staging, clock=clock)
         register_shutdown(self._links)
         self._failures = FailureGuard(self._stage, self._run, self._links, weakref.ref(self))
         feed = Feed(self._stage.is_first, self._stage.is_last, peers, staging)
-        self._failures.run(self._finish_init, feed)
+        self._failures.run(self._finish_init, feed)  # from here on the other stages hear if it fails
 
     def _finish_init(self, feed: Feed) -> None:
-        """The rest of the construction: here the other stages hear if it fails."""
-        stage, run, host, links = self._stage, self._run, self._host, self._links
-        everyone = group_of_all(self.global_rank) if self.ddg.timed else None
-        self._reporter = Reporter(stage, run, host, links, self._updates, self._console)
-        self._tracer = TraceWriter(stage, run, host, start_recorder(stage, host, links, feed, everyone))
-        if self.fp16_enabled():
-            links.loss_scale = lambda: float(host.optimizer.loss_scale)
-        self._ties.connect(links, stage.stage_id, run.plan)
-        self._runner = MicroBatchRunner(stage, host, links, feed, self._ties, self._updates)
-        slack = SlackTuner(stage, run, links, self.device, everyone)
-        self._runner.observe = slack.observe if slack.trying else None
-        agreement = Agreement(stage, run, links, self._failures)
-        self._checkpoint = CheckpointPart(stage, run, host, agreement, self._ties, self._updates, self._reporter)
-        self._calls = Calls(
-            stage,
-            run,
-            host,
-            links,
+        self._calls, self._checkpoint, self._reporter, self._runner, self._tracer = assemble(
+            self._stage,
+            self._run,
+            self._host,
+            self._links,
             feed,
             self._ties,
             self._updates,
-            self._runner,
-            self._reporter,
             self._console,
             self._failures,
-            slack,
-            self._checkpoint,
             type(self).__name__,
-            self.ddg.sync_steps if self.ddg.enabled else None,
         )
         self._choose_instructions()
         if self._calls.delayed_from == 0:
             self.schedule = "ddg"
-
-    def _groups_of_stage(self) -> list[Any]:
-        """Groups that together join all ranks of this stage, for tensors on the CPU. Collective."""
-        if self.device.type != "cpu":
-            axes = map(self.grid.topology().get_axis_comm_lists, ("data", "model"))
-            return [group for lists in axes if (group := own_group(lists, self.global_rank)) is not None]
-        return [
-            *([self.mpu.get_data_parallel_group()] if self.is_data_parallel else []),
-            *([self.mpu.get_slice_parallel_group()] if self.is_model_parallel else []),
-        ]
 
     def _choose_instructions(self) -> None:
         """Carry out instructions as the present schedule wants it, a project's own additions included."""
@@ -322,7 +292,7 @@ class DDGEngine(PipelineEngine):
             StageError: the same, or worse, on another rank.
         """
         given = save_dir, tag, client_state, save_latest, *args
-        return self._failures.run(self._checkpoint.save, super().save_checkpoint, self._calls.drain, *given, **kwargs)
+        return self._failures.run(self._checkpoint.save, super().save_checkpoint, *given, **kwargs)
 
     @override
     def load_checkpoint(
@@ -346,7 +316,6 @@ class DDGEngine(PipelineEngine):
         return self._failures.run(
             self._checkpoint.load,
             super().load_checkpoint,
-            self._calls.drain,
             load_dir,
             tag,
             *which,
@@ -492,3 +461,37 @@ class DDGEngine(PipelineEngine):
 
     def _exec_update_weights(self) -> None:
         self._updates.update_weights()
+
+
+class Beneath(PipelineEngine):
+    """Right above DeepSpeed's engine, below a project's own: here begins what is DeepSpeed's.
+
+    What DeepSpeed says of a loss is muted, as it takes it for that of another call; what a project says is not.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._console.only_deepspeed = False
+
+    def train_batch(self, data_iter: Any = None) -> Any:
+        """DeepSpeed's."""
+        self._console.only_deepspeed = True
+        try:
+            return super().train_batch(data_iter)
+        finally:
+            self._console.only_deepspeed = False
+            self._console.unmute_host()
+
+    def eval_batch(
+        self,
+        data_iter: Any,
+        return_logits: bool = False,
+        compute_loss: bool = True,
+        reduce_output: str | None = "avg",
+        bcast_loss: bool = True,
+        num_micro_batches: int | None = None,
+    ) -> Any:
+        """DeepSpeed's; the data is that which a project gives it."""
+        count = self.micro_batches if num_micro_batches is None else num_micro_batches
+        self._calls.begin_evaluation(data_iter, count, compute_loss)
+        return super().eval_batch(data_iter, return_logits, compute_loss, reduce_output, bcast_loss, num_micro_batches)

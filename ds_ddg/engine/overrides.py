@@ -19,7 +19,7 @@ from deepspeed.runtime.pipe import schedule as instructions
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import logger
 
-__all__ = ["METHODS", "Beneath", "is_deepspeeds", "refuse_overrides", "warn_of_patches"]
+__all__ = ["METHODS", "is_deepspeeds", "refuse_overrides", "warn_of_patches"]
 
 _LOSS = "a loss reaches the other stages without a collective; work on what train_batch returns"
 _PLACES = "the first stage has the inputs, the last one labels and loss"
@@ -66,40 +66,6 @@ METHODS = {
 """Of the instructions that the delayed engine carries out in its own way."""
 
 
-class Beneath(PipelineEngine):
-    """Right above DeepSpeed's engine, below a project's own: here begins what is DeepSpeed's.
-
-    What DeepSpeed says of a loss is muted, as it takes it for that of another call; what a project says is not.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._console.only_deepspeed = False
-
-    def train_batch(self, data_iter: Any = None) -> Any:
-        """DeepSpeed's."""
-        self._console.only_deepspeed = True
-        try:
-            return super().train_batch(data_iter)
-        finally:
-            self._console.only_deepspeed = False
-            self._console.unmute_host()
-
-    def eval_batch(
-        self,
-        data_iter: Any,
-        return_logits: bool = False,
-        compute_loss: bool = True,
-        reduce_output: str | None = "avg",
-        bcast_loss: bool = True,
-        num_micro_batches: int | None = None,
-    ) -> Any:
-        """DeepSpeed's; the data is that which a project gives it."""
-        count = self.micro_batches if num_micro_batches is None else num_micro_batches
-        self._calls.begin_evaluation(data_iter, count, compute_loss)
-        return super().eval_batch(data_iter, return_logits, compute_loss, reduce_output, bcast_loss, num_micro_batches)
-
-
 def refuse_overrides(engine: type, ours: type) -> None:
     """Raise for what a project's class overrides and the delayed engine would not call, or not on every rank.
 
@@ -112,7 +78,7 @@ def refuse_overrides(engine: type, ours: type) -> None:
     """
     mro = engine.__mro__
     above, beneath = mro[: mro.index(ours)], mro[1 + mro.index(ours) : mro.index(PipelineEngine)]
-    project = [cls for cls in beneath if cls is not Beneath]
+    project = [cls for cls in beneath if cls.__module__ != ours.__module__]
     names = {name for name in (*vars(ours), *ours.__annotations__) if not name.startswith("__")}
     found = [*_overrides(project, names), *_mapped_beneath(project), *_mapped_above(engine, above, project)]
     if found:
