@@ -1,7 +1,7 @@
 """Bubble-free pipeline training for DeepSpeed: decoupled delayed gradients (DDG, Huo et al., ICML 2018).
 
-``ds_ddg.initialize`` takes the place of ``deepspeed.initialize``; the training loop stays as it is. Reading order of
-the modules, which is also their import order, is in the README; the algorithm itself is ``ds_ddg.schedules.plan``.
+``ds_ddg.initialize`` takes the place of ``deepspeed.initialize``; the training loop stays as it is. The
+algorithm itself is ``ds_ddg.schedules.ddg``; docs/architecture.md has the folders in reading order.
 """
 
 from __future__ import annotations
