@@ -724,11 +724,11 @@ def peers(rank: int, world_size: int) -> tuple[list[list[int]], list[int], float
     """Ranks of the groups in which the ranks of a stage agree, with GPUs; what one of them agrees on on the CPU."""
     from deepspeed.pipe import PipelineModule
 
-    from ds_ddg.engine.engine import DDGEngine
+    from ds_ddg.engine.assembly import groups_of_stage
 
     net = PipelineModule(toy.layers(), num_stages=2, loss_fn=toy.loss_fn)
-    engine = SimpleNamespace(device=torch.device("cuda:0"), grid=net.mpu(), global_rank=rank)
-    groups = DDGEngine._peers_of_stage(engine)  # type: ignore[arg-type]
+    host: Any = SimpleNamespace(device=torch.device("cuda:0"), grid=net.mpu(), global_rank=rank)
+    groups = groups_of_stage(host)
     total = torch.tensor(float(rank))
     dist.all_reduce(total, group=groups[0])
     replicas = dist.get_process_group_ranks(net.mpu().get_data_parallel_group())
