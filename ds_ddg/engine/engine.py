@@ -45,7 +45,7 @@ from ds_ddg.telemetry.trace_writer import TraceWriter, start_recorder
 from ds_ddg.weights.experts import create_expert_groups, expert_sizes
 from ds_ddg.weights.stage_groups import StagePeers
 from ds_ddg.weights.stage_optimizer import StageOptimizer
-from ds_ddg.weights.tied import Ties
+from ds_ddg.weights.tied import TiedWeights
 from ds_ddg.weights.versions import WeightVersions
 
 __all__ = ["DDGEngine"]
@@ -74,7 +74,7 @@ class DDGEngine(PipelineEngine):
     _run: RunState
     _runner: MicroBatchRunner
     _stage: Stage
-    _ties: Ties
+    _tied_weights: TiedWeights
     _tracer: TraceWriter
     _updates: StageOptimizer
 
@@ -98,8 +98,8 @@ class DDGEngine(PipelineEngine):
         self._host = cast(Host, EngineHost(self))
         self._stage = Stage(module.stage_id, module.num_stages, dist.get_rank(), self.ddg)
         self._run = RunState(module.num_stages, 1, 0 if self.ddg.slack == "auto" else self.ddg.slack)
-        self._ties = Ties(module, self.ddg.enabled)
-        self._updates = StageOptimizer(self._stage, self._run, self._host, self._ties)
+        self._tied_weights = TiedWeights(module, self.ddg.enabled)
+        self._updates = StageOptimizer(self._stage, self._run, self._host, self._tied_weights)
         self._console = Console(self._stage, self._host)
         with without_greetings() if self.ddg.enabled else nullcontext():
             super().__init__(*args, **kwargs)
@@ -123,19 +123,21 @@ class DDGEngine(PipelineEngine):
         self._tracer = TraceWriter(stage, run, host, start_recorder(stage, host, links, feed, everyone))
         if self.fp16_enabled():
             links.loss_scale = lambda: float(host.optimizer.loss_scale)
-        self._ties.connect(links, stage.stage_id, run.plan)
-        self._runner = MicroBatchRunner(stage, host, links, feed, self._ties, self._updates)
+        self._tied_weights.connect(links, stage.stage_id, run.plan)
+        self._runner = MicroBatchRunner(stage, host, links, feed, self._tied_weights, self._updates)
         slack = SlackTuner(stage, run, links, self.device, everyone)
         self._runner.observe = slack.observe if slack.trying else None
         agreement = Agreement(stage, run, links, self._failures)
-        self._checkpoint = CheckpointPart(stage, run, host, agreement, self._ties, self._updates, self._reporter)
+        self._checkpoint = CheckpointPart(
+            stage, run, host, agreement, self._tied_weights, self._updates, self._reporter
+        )
         self._calls = Calls(
             stage,
             run,
             host,
             links,
             feed,
-            self._ties,
+            self._tied_weights,
             self._updates,
             self._runner,
             self._reporter,
@@ -164,7 +166,9 @@ class DDGEngine(PipelineEngine):
         """Carry out instructions as the present schedule wants it, a project's own additions included."""
         known: Any = type(self)._INSTRUCTION_MAP
         if not self._run.delayed:
-            tied = {m: getattr(type(self), METHODS[m]) for m in METHODS if "Tied" in m.__name__ and self._ties.tied}
+            tied = {
+                m: getattr(type(self), METHODS[m]) for m in METHODS if "Tied" in m.__name__ and self._tied_weights.tied
+            }
             self._INSTRUCTION_MAP = {**with_checks(known, self._runner.fixed_shape), **tied}
             return
         # Each tensor slice sends whole activations to its own successor; DeepSpeed's default is a part and a gather.
