@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import toy
 from distributed import Ranks
 from ds_ddg.schedules.ddg import DDGPlan
-from ds_ddg.telemetry.stage_metrics import Mark
+from ds_ddg.telemetry.stage_metrics import Timestamp
 
 # The oracle steps schedulers in warm-up calls too, as the engine does.
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*before:UserWarning")
@@ -387,8 +387,8 @@ def test_ddg_stats(ranks: GetRanks, micro_batches: int, slack: int) -> None:
 
 
 def test_busy_is_the_share_without_waiting() -> None:
-    assert Mark(10.0, 2.0).busy(Mark(20.0, 6.0)) == 0.6
-    assert Mark(10.0, 2.0).busy(Mark(20.0, 2.0)) == 1.0
+    assert Timestamp(10.0, 2.0).busy(Timestamp(20.0, 6.0)) == 0.6
+    assert Timestamp(10.0, 2.0).busy(Timestamp(20.0, 2.0)) == 1.0
 
 
 # -- what is printed --------------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from distributed import Outcome, Ranks
 from ds_ddg.comm import sender as outboxes
 from ds_ddg.comm.message import INLINE_BYTES, Kind
 from ds_ddg.comm.p2p import Peer, StageError, Wire
-from ds_ddg.comm.receiver import Inbox
-from ds_ddg.comm.sender import Outbox
+from ds_ddg.comm.receiver import Receiver
+from ds_ddg.comm.sender import Sender
 from ds_ddg.comm.stage_links import Links
 from ds_ddg.schedules.ddg import DDGPlan
 
@@ -42,7 +42,7 @@ DTYPES = [
 ]
 
 
-def link(rank: int, depth: int = 8, inline: int = 0) -> tuple[Outbox, Inbox]:
+def link(rank: int, depth: int = 8, inline: int = 0) -> tuple[Sender, Receiver]:
     """This rank's two ends towards the other of two ranks: a lane for each direction, as between two stages.
 
     Tensors of up to `inline` bytes ride in the header; with 0, what is tested is how the others travel.
@@ -51,13 +51,13 @@ def link(rank: int, depth: int = 8, inline: int = 0) -> tuple[Outbox, Inbox]:
     group = dist.new_group([0, 1])
     other = 1 - rank
     peer = Peer(group, other, f"stage {other} (rank {other})")
-    return Outbox(Wire(peer, lane=rank), depth), Inbox(Wire(peer, lane=other))
+    return Sender(Wire(peer, lane=rank), depth), Receiver(Wire(peer, lane=other))
 
 
-def close(outbox: Outbox, inbox: Inbox) -> None:
+def close(outbox: Sender, inbox: Receiver) -> None:
     inbox.listen()
-    outbox.park()
-    inbox.take(Kind.PARK)
+    outbox.flush()
+    inbox.take(Kind.FLUSH)
     outboxes.INLINE_BYTES = INLINE_BYTES
 
 
@@ -136,7 +136,7 @@ def interleave_shapes(rank: int, world_size: int, most: int) -> None:
 
 
 @pytest.mark.parametrize("most", [4, 7, 9])
-def test_other_shapes_between_standing_ones_keep_their_order(ranks: GetRanks, most: int) -> None:
+def test_other_shapes_between_preposted_ones_keep_their_order(ranks: GetRanks, most: int) -> None:
     ranks(2).run(interleave_shapes, most, timeout=TIMEOUT)
 
 
@@ -217,7 +217,7 @@ def room_by_message(rank: int, world_size: int, messages: list[tuple[list[int], 
         outbox.post(Kind.DATA, sent, recurs)
         assert_same(inbox.take(Kind.DATA).tensors, sent)
         inbox.listen()
-        posted, _ = inbox._standing_receive or ([], [])
+        posted, _ = inbox._preposted or ([], [])
         seen.append(tuple(part.numel() for part in posted))
     close(outbox, inbox)
     return seen
@@ -295,7 +295,7 @@ def test_receiver_owns_what_it_took(ranks: GetRanks) -> None:
 def count_and_park(rank: int, world_size: int) -> list[int]:
     outbox, inbox = link(rank, depth=2)
     pending = [outbox.pending]
-    for shape in [(4,), (2, 2, 2)]:  # after a park the first message decides anew what is standing
+    for shape in [(4,), (2, 2, 2)]:  # after a flush the first message decides anew what is preposted
         for n in range(5):
             outbox.post(Kind.BEGIN, n=n)
             outbox.post(Kind.DATA, [torch.full(shape, float(n))])
@@ -304,13 +304,13 @@ def count_and_park(rank: int, world_size: int) -> list[int]:
             dist.barrier()
             pending.append(outbox.pending)
         inbox.listen()
-        assert inbox._standing_receive is not None, "a receive is posted ahead"
-        outbox.park()
+        assert inbox._preposted is not None, "a receive is posted ahead"
+        outbox.flush()
         pending.append(outbox.pending)
-        assert inbox.take(Kind.PARK).tensors == ()
-        assert inbox._standing_receive is None, "a parked inbox holds no buffers"
+        assert inbox.take(Kind.FLUSH).tensors == ()
+        assert inbox._preposted is None, "a flushed inbox holds no buffers"
         dist.barrier()
-    close(outbox, inbox)  # parked already: nothing to release, nothing to wait for
+    close(outbox, inbox)  # flushed already: nothing to release, nothing to wait for
     return pending
 
 
@@ -369,7 +369,7 @@ def get_out_of_step(rank: int, world_size: int) -> str:
     outbox, inbox = link(rank)
     outbox.post(Kind.BEGIN, what="train_batch")
     with pytest.raises(RuntimeError) as caught:
-        inbox.take(Kind.DATA, Kind.PARK, what="an activation")
+        inbox.take(Kind.DATA, Kind.FLUSH, what="an activation")
     assert not isinstance(caught.value, StageError)
     close(outbox, inbox)
     return str(caught.value)
@@ -377,7 +377,7 @@ def get_out_of_step(rank: int, world_size: int) -> str:
 
 def test_message_of_another_kind(ranks: GetRanks) -> None:
     for rank, message in enumerate(ranks(2).run(get_out_of_step, timeout=TIMEOUT)):
-        for part in ("out of step", "an activation", "DATA or PARK", f"stage {1 - rank}", "got BEGIN", "every rank"):
+        for part in ("out of step", "an activation", "DATA or FLUSH", f"stage {1 - rank}", "got BEGIN", "every rank"):
             assert part in message
 
 
@@ -489,7 +489,7 @@ def send_to_the_dead(rank: int, world_size: int) -> None:
     raise caught.value
 
 
-def test_whoever_sends_to_the_dead_hears_its_last_words(ranks: GetRanks) -> None:
+def test_whoever_sends_to_the_dead_hears_its_error_notice(ranks: GetRanks) -> None:
     first, _ = ranks(2).run(send_to_the_dead, timeout=30.0, expect_failure=True)
     assert (first.state, first.exc_type) == ("raised", "StageError"), str(first)
     assert first.message == "stage 1 (rank 1) failed: enough"

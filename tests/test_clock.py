@@ -23,7 +23,7 @@ from ds_ddg.engine.auto_slack import trial_calls
 from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.telemetry.clock import DeviceClock, HostClock, clock_for
 from ds_ddg.telemetry.jsonl import Log
-from ds_ddg.telemetry.stage_metrics import Gauge, Mark, WatchedLinks
+from ds_ddg.telemetry.stage_metrics import StageMeter, Timestamp, WatchedLinks
 from ds_ddg.telemetry.trace_writer import Recorder, _close
 
 GetRanks = Callable[[int], Ranks]
@@ -105,8 +105,8 @@ def test_a_lead_of_the_host_is_no_wait(device: Device) -> None:
         device.now += 2.0
         links.clock.then(links._waited, "recv_loss", start, links.clock.now())
         device.launch(1.0)
-        marks: list[Mark] = []
-        links.mark(marks.append)
+        marks: list[Timestamp] = []
+        links.timestamp(marks.append)
         assert not marks, "the device has not done it"
         links.clock.read()
         assert not marks
@@ -116,26 +116,26 @@ def test_a_lead_of_the_host_is_no_wait(device: Device) -> None:
         assert links.seconds["recv_loss"] == marks[0].waited == pytest.approx(waited)
 
 
-def gauge_of(device: Device) -> tuple[Gauge, Callable[[float, float], None], Callable[[], float]]:
-    """A gauge, a call that waits and works for so long, and the busy share by the gauge."""
+def meter_of(device: Device) -> tuple[StageMeter, Callable[[float, float], None], Callable[[], float]]:
+    """A meter, a call that waits and works for so long, and the busy share by the meter."""
     links = WatchedLinks([[0]], 0, DDGPlan(1), clock=DeviceClock(CPU, device))
     versions: Any = SimpleNamespace(version=0, alive=1, in_flight=0)
-    gauge = Gauge(0, links, 1)
+    meter = StageMeter(0, links, 1)
 
     def call(wait: float, work: float) -> None:
         start = links.clock.now()
         device.copy_arrives(max(device.now, device.free_at) + wait)
         links.clock.then(links._waited, "recv_loss", start, links.clock.now())
-        gauge.begin_call(0)
+        meter.begin_call(0)
         device.launch(work)
-        gauge.end_call()
+        meter.end_call()
 
-    return gauge, call, lambda: gauge.now(versions, 1)[2]
+    return meter, call, lambda: meter.now(versions, 1)[2]
 
 
 def test_busy_share_of_calls_that_are_known(device: Device) -> None:
     """The host is far ahead: what is told is that of the last call that the device has done, and never a mixture."""
-    _, call, busy = gauge_of(device)
+    _, call, busy = meter_of(device)
     for wait, work in ((0.0, 4.0), (1.0, 3.0), (3.0, 1.0), (2.0, 2.0)):
         call(wait, work)
     assert busy() == 0.0, "nothing is known"
@@ -149,35 +149,35 @@ def test_busy_share_of_calls_that_are_known(device: Device) -> None:
 
 def test_a_period_of_which_nothing_is_known_repeats_the_last_call(device: Device) -> None:
     """A monitor without steps_per_print makes every call a period, and the host may be a call ahead."""
-    gauge, call, _ = gauge_of(device)
+    meter, call, _ = meter_of(device)
     versions: Any = SimpleNamespace(version=0, alive=1, in_flight=0)
     for now in (0.0, 0.0, 8.0):
         device.now = now
         call(1.0, 3.0)
     shares = []
     for _ in range(3):
-        gauge.end_period(versions, 1)
-        assert gauge.row is not None
-        shares.append(gauge.row[2])
+        meter.end_period(versions, 1)
+        assert meter.row is not None
+        shares.append(meter.row[2])
         call(1.0, 3.0)
     assert shares == [pytest.approx(6 / 7, abs=1e-4), 0.75, 0.75], "two calls less the first wait, then the last one"
 
 
 def test_a_pause_is_not_counted(device: Device) -> None:
     """30 s between a drain and the next call, as for saving a checkpoint; the first message comes late besides."""
-    gauge, call, busy = gauge_of(device)
+    meter, call, busy = meter_of(device)
     call(1.0, 3.0)
     device.now = device.free_at
-    gauge.forget()
+    meter.forget()
     device.now += 30.0
     call(2.0, 1.0)
     call(1.0, 1.0)
     device.now = device.free_at
     call(0.0, 0.0)
     versions: Any = SimpleNamespace(version=0, alive=1, in_flight=0)
-    gauge.end_period(versions, 1)
-    assert gauge.row is not None
-    assert gauge.row[2] == pytest.approx(2 / 3, abs=1e-4), "two calls from the first message on: 1 s, 1 s waiting, 1 s"
+    meter.end_period(versions, 1)
+    assert meter.row is not None
+    assert meter.row[2] == pytest.approx(2 / 3, abs=1e-4), "two calls from the first message on: 1 s, 1 s waiting, 1 s"
     assert busy() == 1.0
 
 

@@ -18,7 +18,7 @@ from ds_ddg.engine.auto_slack import SlackTuner, trial_calls
 from ds_ddg.engine.micro_batch import MicroBatchRunner
 from ds_ddg.stage import RunState, Stage
 from ds_ddg.telemetry.console import Console
-from ds_ddg.telemetry.stage_metrics import Mark
+from ds_ddg.telemetry.stage_metrics import Timestamp
 from ds_ddg.weights.stage_optimizer import StageOptimizer
 
 
@@ -28,7 +28,7 @@ def stage(stage_id: int = 0, num_stages: int = 2, **settings: Any) -> Stage:
 
 def no_ties() -> Any:
     return SimpleNamespace(
-        owners=set(), held=[], recv_gradients=list, send_gradients=lambda: None, send_weights=lambda: None
+        owners=set(), borrowed=[], recv_gradients=list, send_gradients=lambda: None, send_weights=lambda: None
     )
 
 
@@ -195,7 +195,7 @@ def test_a_trial_takes_its_calls_and_then_drains(monkeypatch: pytest.MonkeyPatch
     run.switch("ddg")
     clock = iter(range(1000))
     links: Any = SimpleNamespace(
-        mark=lambda keep: keep(Mark(float(next(clock)), 0.0)),
+        timestamp=lambda keep: keep(Timestamp(float(next(clock)), 0.0)),
         clock=SimpleNamespace(read=lambda wait: None),
         ping=lambda tensors: seen.append([tuple(t.shape) for t in tensors]) or 0.5,
     )

@@ -141,11 +141,11 @@ def test_no_collective_crosses_stages(
 
 def messages_of_train_batch(rank: int, world_size: int, micro_batches: int, ddg: dict[str, Any]) -> list[int]:
     """Messages that this stage sends in each call of the filled pipeline."""
-    from ds_ddg.comm.sender import Outbox
+    from ds_ddg.comm.sender import Sender
 
     engine = toy.engine(world_size, micro_batches, ddg=ddg)
     data = toy.batches(12 * micro_batches)
-    counts, post = [0], Outbox.post
+    counts, post = [0], Sender.post
 
     def counting(*args: Any, **kwargs: Any) -> None:
         counts[-1] += 1
@@ -153,13 +153,13 @@ def messages_of_train_batch(rank: int, world_size: int, micro_batches: int, ddg:
 
     for _ in range(6):
         engine.train_batch(data)
-    Outbox.post = counting  # type: ignore[method-assign]
+    Sender.post = counting  # type: ignore[method-assign]
     try:
         for _ in range(6):
             engine.train_batch(data)
             counts.append(0)
     finally:
-        Outbox.post = post  # type: ignore[method-assign]
+        Sender.post = post  # type: ignore[method-assign]
     engine.drain()
     return counts[:-1]
 

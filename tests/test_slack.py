@@ -19,7 +19,7 @@ from ds_ddg.engine.auto_slack import MOST, smallest_slack, trial_calls
 from ds_ddg.reference import Reference
 from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.schedules.simulator import Cost, replay
-from ds_ddg.telemetry.stage_metrics import Mark
+from ds_ddg.telemetry.stage_metrics import Timestamp
 
 GetRanks = Callable[[int], Ranks]
 TICK = 0.09  # seconds
@@ -57,7 +57,7 @@ def measured(engine: Any, latency: float) -> None:
         assert ping(tensors) >= latency * (engine.stage_id < engine.num_stages - 1)
         return latency
 
-    links.mark = lambda keep: keep(Mark(TICK * engine.micro_batches * engine._run.call, waited=0.0))
+    links.timestamp = lambda keep: keep(Timestamp(TICK * engine.micro_batches * engine._run.call, waited=0.0))
     links.ping = ping_at_least
 
 

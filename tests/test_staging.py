@@ -35,11 +35,11 @@ from distributed import Ranks
 from ds_ddg.comm.host_staging import Staging, staging_for, without_greetings
 from ds_ddg.comm.message import Header, Kind
 from ds_ddg.comm.p2p import Peer, StageError, Wire
-from ds_ddg.comm.receiver import Inbox
-from ds_ddg.comm.sender import Outbox
+from ds_ddg.comm.receiver import Receiver
+from ds_ddg.comm.sender import Sender
 from ds_ddg.engine.compatibility import refuse_unsupported
 from ds_ddg.engine.data_feed import Feed
-from ds_ddg.weights.recompute import Circumstances
+from ds_ddg.weights.recompute import ForwardState
 from ds_ddg.weights.stage_groups import StagePeers
 from test_engine_exact import Case, Course, assert_exact, train_oracle
 from test_engine_exact import train_engine as train_exactly
@@ -166,12 +166,12 @@ def device(seconds: float = 0.0) -> Iterator[Device]:
         yield made
 
 
-def link(rank: int, made: Device, depth: int = 8) -> tuple[Outbox, Inbox]:
+def link(rank: int, made: Device, depth: int = 8) -> tuple[Sender, Receiver]:
     """This rank's two ends, as in test_channel.py."""
     other = 1 - rank
     peer = Peer(dist.new_group([0, 1]), other, f"stage {other} (rank {other})")
     staging = StandIn(made)
-    return Outbox(Wire(peer, lane=rank), depth, staging), Inbox(Wire(peer, lane=other), staging)
+    return Sender(Wire(peer, lane=rank), depth, staging), Receiver(Wire(peer, lane=other), staging)
 
 
 def senders() -> int:
@@ -250,7 +250,7 @@ def test_tensor_on_another_device_is_refused_by_name(own: str, other: str) -> No
     with FakeTensorMode():
         tensors = [torch.ones(2), None, torch.ones(2, device=other)]
         with pytest.raises(ValueError, match=rf"tensor 2 .* on {other}, .* computes on {own}; .*\.to\('{own}'\)"):
-            Outbox(wire, 8, staging).post(Kind.DATA, tensors)
+            Sender(wire, 8, staging).post(Kind.DATA, tensors)
     assert not wire.send.called
 
 
@@ -331,7 +331,7 @@ def exchange(rank: int, world_size: int) -> None:
 
 
 def interleave(rank: int, world_size: int) -> None:
-    """Shapes that grow and shrink, so that the standing receive is released and posted anew."""
+    """Shapes that grow and shrink, so that the preposted receive is released and posted anew."""
     with device(seconds=0.0002) as made:
         outbox, inbox = link(rank, made, depth=1000)
         shapes = [(4, 3)] * 6 + [(2, 3)] * 6 + [(4, 3), (2, 3)] * 3 + [(700,)] * 6 + [(40,)] * 25 + [(90,)]
@@ -369,7 +369,7 @@ def post_before_the_copy(rank: int, world_size: int) -> tuple[float, list[int], 
 
 
 def park_and_leave(rank: int, world_size: int) -> tuple[int, int, str]:
-    """Pending before and after a park with copies that are not done; what settling says when they never are."""
+    """Pending before and after a flush with copies that are not done; what settling says when they never are."""
     with device() as made:
         outbox, inbox = link(rank, made)
         for _ in range(2):
@@ -436,7 +436,7 @@ def fail_to_copy(rank: int, world_size: int) -> list[str]:
             made.may_copy.set()
             while outbox._failure is None:
                 time.sleep(0.01)
-            for again in (lambda: outbox.post(Kind.BEGIN), lambda: outbox.settle(timedelta(1)), outbox.park):
+            for again in (lambda: outbox.post(Kind.BEGIN), lambda: outbox.settle(timedelta(1)), outbox.flush):
                 with pytest.raises(StageError) as caught:
                     again()
                 heard.append(str(caught.value))
@@ -497,16 +497,16 @@ def fail_before_the_copy(rank: int, world_size: int) -> None:
         inbox.take(Kind.DATA, what="a gradient")
 
 
-def test_last_words_are_heard_by_both_threads() -> None:
-    """A handle of gloo is waited on once, by whichever thread asks first; the other hears the words as well."""
-    last_words = Header(Kind.ERROR, {"text": "enough"}).encode()
+def test_error_notices_are_heard_by_both_threads() -> None:
+    """A handle of gloo is waited on once, by whichever thread asks first; the other hears the notice as well."""
+    error_notice = Header(Kind.ERROR, {"text": "enough"}).encode()
     work, wire = mock.Mock(), mock.Mock()
     wire.recv.side_effect = lambda part, tag, why: work
-    inbox = Inbox(wire)
-    inbox._last_words_bytes = last_words.numpy().data
+    inbox = Receiver(wire)
+    inbox._error_notice_bytes = error_notice.numpy().data
     work.wait.side_effect = lambda patience: time.sleep(0.1)
     with ThreadPoolExecutor(2) as pool:
-        heard = [future.exception() for future in [pool.submit(inbox._raise_last_words) for _ in range(2)]]
+        heard = [future.exception() for future in [pool.submit(inbox._raise_error_notice) for _ in range(2)]]
     assert [str(error) for error in heard] == ["enough"] * 2
     assert work.wait.call_count == 1
 
@@ -528,7 +528,7 @@ def lose_the_receiver(rank: int, world_size: int) -> None:
             time.sleep(0.05)
 
 
-def test_last_words_do_not_wait_for_a_copy(ranks: GetRanks) -> None:
+def test_error_notices_do_not_wait_for_a_copy(ranks: GetRanks) -> None:
     first, _ = ranks(2).run(fail_before_the_copy, timeout=30.0, expect_failure=True)
     assert (first.exc_type, first.message) == ("StageError", "stage 1 (rank 1) failed: enough"), str(first)
 
@@ -709,10 +709,10 @@ def test_script_ends_with_messages_on_their_way(tmp_path: Path) -> None:
 def test_forward_runs_again_under_the_same_circumstances(enabled: bool) -> None:
     layer, dropout, x = torch.nn.Linear(8, 8), torch.nn.Dropout(0.5), torch.randn(4, 8)
     with torch.autocast("cpu", enabled=enabled):
-        circumstances = Circumstances(CPU)
+        forward_state = ForwardState(CPU)
         first = dropout(layer(x))
     after = torch.get_rng_state()
-    with torch.autocast("cpu", enabled=not enabled), circumstances.again():
+    with torch.autocast("cpu", enabled=not enabled), forward_state.restored():
         second = dropout(layer(x))
     assert first.dtype == (torch.bfloat16 if enabled else torch.float32)
     assert torch.equal(first, second)

@@ -346,22 +346,22 @@ def test_shape_changes_unannounced(ranks: GetRanks) -> None:
         assert "reset_activation_shape()" in heard
 
 
-def standing_room(rank: int, world_size: int) -> list[int]:
+def preposted_capacity(rank: int, world_size: int) -> list[int]:
     """Bytes of the receive that the last stage has posted, after each call; the longest sequences come in call 4."""
     setup = Setup(any_length, list, stages=world_size, micro_batches=1, module={"dynamic_shape": True})  # type: ignore[arg-type]
-    engine, data, room = setup.engine(), sequences((21, 33, 9), each=4), []
+    engine, data, capacity = setup.engine(), sequences((21, 33, 9), each=4), []
     for _ in range(12):
         engine.train_batch(data)
         if engine.is_last_stage():
-            room.append(engine._links._activations_in._room[0])
+            capacity.append(engine._links._activations_in._capacity[0])
     engine.drain()
-    return room
+    return capacity
 
 
-def test_standing_receive_has_room_for_every_length(ranks: GetRanks) -> None:
+def test_preposted_receive_has_room_for_every_length(ranks: GetRanks) -> None:
     """Otherwise, where lengths change, no activation would travel while its receiver computes."""
-    *_, room = ranks(2).run(standing_room)
-    assert room == [3 * 4 * WIDTH * length for length in [21] * 4 + [33] * 8]
+    *_, capacity = ranks(2).run(preposted_capacity)
+    assert capacity == [3 * 4 * WIDTH * length for length in [21] * 4 + [33] * 8]
 
 
 def memory_of_changing_shapes(rank: int, world_size: int) -> list[tuple[int, int]]:

@@ -7,8 +7,8 @@ each, something else is at its most:
     activations   those of d_k micro-batches wait; of the one at work they go, layer by layer
     gradients     of the weights: none before the first backward of a call, whose layers make them as the activations
                   go; all of them at the others
-    messages      sent ones are held until the plan says that they must have been read (`Connections.expect`); the next
-                  ones may come early, if they are large (`Inbox.take`)
+    messages      sent ones are held until the plan says that they must have been read (`Channels.expect`); the next
+                  ones may come early, if they are large (`Receiver.take`)
     data          on the first stage, of the rest of the call
 
 Not counted: optimizer states, what an update needs for itself, what a mixed-precision optimizer adds, and what the

@@ -27,7 +27,7 @@ from ds_ddg.stage import RunState, Stage
 from ds_ddg.telemetry.reporter import Reporter
 from ds_ddg.weights.experts import expert_files
 from ds_ddg.weights.stage_optimizer import StageOptimizer
-from ds_ddg.weights.tied import Ties, left_out_of_checkpoints
+from ds_ddg.weights.tied import TiedWeights, left_out_of_checkpoints
 
 __all__ = ["CheckpointPart"]
 
@@ -42,7 +42,7 @@ class CheckpointPart:
         run: where it is in its run.
         host: DeepSpeed's engine.
         agreement: makes a call succeed on all ranks or fail on all.
-        ties: the weights that this stage shares with others.
+        tied_weights: the weights that this stage shares with others.
         updates: what updates came to is saved and loaded.
         reporter: the newest loss is saved and loaded.
         drain: empties the pipeline.
@@ -54,13 +54,13 @@ class CheckpointPart:
         run: RunState,
         host: Host,
         agreement: Agreement,
-        ties: Ties,
+        tied_weights: TiedWeights,
         updates: StageOptimizer,
         reporter: Reporter,
         drain: Callable[[], None],
     ) -> None:
         self._stage, self._run, self._host, self._agreement = stage, run, host, agreement
-        self._ties, self._updates, self._reporter, self._drain = ties, updates, reporter, drain
+        self._tied_weights, self._updates, self._reporter, self._drain = tied_weights, updates, reporter, drain
         self._torn: frozenset[str] = frozenset()
         """What of the engine's state a load has left half changed."""
 
@@ -230,7 +230,7 @@ class CheckpointPart:
                 self._agreement.meet("save_checkpoint")  # as the stages do whose optimizer is not
             yield
             return
-        with self._ties.returned_to(self._host.optimizer):
+        with self._tied_weights.returned_to(self._host.optimizer):
             if saving:
-                self._ties.share_states(self._host.optimizer, lambda: self._agreement.meet("save_checkpoint"))
+                self._tied_weights.share_states(self._host.optimizer, lambda: self._agreement.meet("save_checkpoint"))
             yield

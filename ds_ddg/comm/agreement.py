@@ -1,8 +1,8 @@
-"""What all ranks do or none, in a call that waits for all of them anyway: saving and loading.
+"""Calls that succeed on all ranks or on none, and that wait for all of them anyway: saving and loading.
 
-DeepSpeed has barriers there, in which a rank could not hear that another has failed. They become exchanges: every rank
-says at each of them how it fares, and one that fails says so at its next one, whichever that is, and leaves. So all of
-them hear it in the same exchange, in the same call, and can go on together.
+DeepSpeed has barriers there, in which a rank cannot hear that another has failed. Exchanges replace them: at each one
+every rank says whether all is well, and a rank that has failed says so at its next exchange and leaves. So all ranks
+hear of it in the same exchange of the same call, and can go on together.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Agreement:
 
     Args:
         stage: this stage.
-        run: where it is in its run.
-        links: its links to all ranks.
+        run: the place of the stage in its run.
+        links: the links of the stage to all ranks.
         failures: knows whether this stage has failed for good.
     """
 
@@ -50,18 +50,18 @@ class Agreement:
         self._stage, self._run, self._links, self._failures = stage, run, links, failures
 
     def begin(self, what: str) -> None:
-        """Every stage of the pipeline begins `what`, or hears that another stage is doing something else."""
+        """Begin `what` on every stage of the pipeline, or raise if another stage is doing something else."""
         self._run.begin()
         self._links.begin((what, self._run.call, self._run.micro_batches), ready=True, with_data=False)
         self._links.meet()  # in an exchange no stage could hear it
 
     @contextmanager
     def all_or_none(self, what: str, consequence: str = "") -> Iterator[None]:
-        """If this block fails on one rank, it does on all, and users get the reason on each.
+        """If this block fails on one rank, it fails on all, and users get the reason on each.
 
         Args:
             what: the call, as users know it.
-            consequence: what a failure has come to, on all of them; if nothing, a rank raises its own error as it is.
+            consequence: what a failure means on all ranks; if empty, a rank raises its own error as it is.
         """
         barrier = comm.barrier
 
@@ -78,8 +78,18 @@ class Agreement:
             self._leave(error, what, consequence)
 
     def meet(self, what: str, consequence: str = "", **told: Any) -> list[dict[str, Any]]:
-        """Wait for all ranks, and hear how they fare and what they tell."""
-        heard = self._links.everyone.exchange(what, call=self._run.call, **told)
+        """Wait for all ranks, and return what the others tell.
+
+        Args:
+            what: the call, as users know it.
+            consequence: what a failure means on all ranks.
+            **told: small plain values for the other ranks.
+
+        Raises:
+            StageError: a rank has failed for good, or the ranks are in different calls.
+            KnownToAllError: a rank has failed in this call, and all can go on.
+        """
+        heard = self._links.all_ranks.exchange(what, call=self._run.call, **told)
         for other in heard:
             if other.get("fatal"):
                 raise StageError(other["failure"])
@@ -96,7 +106,13 @@ class Agreement:
         return heard
 
     def agree_on(self, what: str, name: str, value: Any) -> None:
-        """Wait for all ranks; ValueError on each if they have not the same `value`."""
+        """Wait for all ranks; each raises ValueError if their values of `name` differ.
+
+        Args:
+            what: the call, as users know it.
+            name: what errors call the value.
+            value: the value of this rank.
+        """
         by_rank = {str(value): [self._stage.rank]}
         for other in self.meet(what, value=value, rank=self._stage.rank):
             by_rank.setdefault(str(other["value"]), []).append(other["rank"])
@@ -105,12 +121,12 @@ class Agreement:
             raise KnownToAllError(ValueError(f"{what} needs the same {name} on every rank, got {listed}"))
 
     def _leave(self, error: Exception, what: str, consequence: str) -> None:
-        """Tell all ranks that this one has failed, as they would wait for it, and raise."""
+        """Tell all ranks, which would wait for this one, that it has failed, and raise."""
         here = f"{self._stage.name} failed in {what}: {type(error).__name__}: {error}"
         if self._failures.failure is not None or isinstance(error, StageError) or "gloo/transport" in str(error):
-            self._links.everyone.tell(what=what, fatal=True, failure=fit(self._failures.failure or here))
+            self._links.all_ranks.tell(what=what, fatal=True, failure=fit(self._failures.failure or here))
             raise error
-        heard = self._links.everyone.exchange(what, call=self._run.call, failure=fit(here))
+        heard = self._links.all_ranks.exchange(what, call=self._run.call, failure=fit(here))
         for other in heard:
             if other.get("fatal"):
                 raise StageError(other["failure"]) from error

@@ -1,7 +1,7 @@
-"""All ranks of a job, as one of them reaches the others: what concerns every one of them, as a checkpoint does.
+"""Messages between all ranks of a job, for moments that concern every one of them, such as a checkpoint.
 
-In a collective of gloo's a rank only talks to some of the others, so it would not hear of the loss of another, and no
-error could say which. This is for moments when every rank waits for all anyway.
+In a collective of gloo a rank talks to some of the others only, so it would not hear that a rank is lost, and no error
+could say which. An exchange makes every rank wait for all, so it belongs where they wait anyway.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ import torch
 from ds_ddg.comm.message import HEADER_BYTES, Header, Kind
 from ds_ddg.comm.p2p import HEADER_TAG, Peer, StageError, Wire
 
-__all__ = ["Everyone"]
+__all__ = ["AllRanks"]
 
 _LANE = 5
-"""Below it are those of a pipeline."""
+"""The lane of these messages; a pipeline uses those below."""
 
 
-class Everyone:
-    """The other ranks.
+class AllRanks:
+    """The other ranks, as this one reaches them.
 
     Args:
-        peers: each of them.
+        peers: one for each other rank.
     """
 
     def __init__(self, peers: Iterable[Peer]) -> None:
         self._wires = [Wire(peer, _LANE) for peer in peers]
         self._sent: list[tuple[Wire, Any, torch.Tensor]] = []
-        """With handles; a send is withdrawn when its handle goes."""
+        """Sends under way, with their handles: gloo withdraws a send when its handle is freed."""
 
     def gone(self) -> list[Peer]:
-        """Those to whom the connection is broken, as far as that has been noticed. Waits for nothing."""
+        """The peers to whom the connection is broken, as far as that has been noticed; asking waits for nothing."""
         return [wire.peer for wire in self._wires if not wire.peer.connected]
 
     def tell(self, **info: Any) -> None:
-        """Say it to each that is still there, in place of an `exchange` that this rank cannot take part in."""
+        """Send `info` to each rank still there, in place of an `exchange` in which this rank cannot take part."""
         message = Header(Kind.DATA, info).encode()
         self._sent = []
         for wire in self._wires:
@@ -46,25 +46,28 @@ class Everyone:
                 self._sent.append((wire, wire.send(message, HEADER_TAG), message))
 
     def exchange(self, what: str, **info: Any) -> list[dict[str, Any]]:
-        """On every rank: say it to each of the others, and wait for what they say.
+        """Send `info` to each of the other ranks and wait for theirs; every rank must call it.
 
         Args:
-            what: the ranks are doing, for errors.
+            what: what the ranks are doing, for errors.
             **info: small plain values.
+
+        Returns:
+            What the other ranks sent; it ends with the first one that has failed for good.
 
         Raises:
             StageError: another rank is lost, or the wait timed out.
         """
-        rooms = [torch.empty(HEADER_BYTES, dtype=torch.uint8) for _ in self._wires]
+        buffers = [torch.empty(HEADER_BYTES, dtype=torch.uint8) for _ in self._wires]
         why = f"this rank waited for it in {what}"
-        pending = [wire.recv(room, HEADER_TAG, why) for wire, room in zip(self._wires, rooms, strict=True)]
+        pending = [wire.recv(buffer, HEADER_TAG, why) for wire, buffer in zip(self._wires, buffers, strict=True)]
         self.tell(what=what, **info)
         heard = []
-        for wire, work, room in zip(self._wires, pending, rooms, strict=True):
+        for wire, work, buffer in zip(self._wires, pending, buffers, strict=True):
             wire.wait(work, why)
-            heard.append(Header.decode(room.numpy().data).info)
+            heard.append(Header.decode(buffer.numpy().data).info)
             if heard[-1].get("fatal"):
-                return heard  # that one listens no more, and nobody will
+                return heard  # that rank listens no more, and soon no rank will
         sent, self._sent = self._sent, []
         for wire, work, _ in sent:
             wire.wait(work, why)

@@ -25,15 +25,15 @@ _T = TypeVar("_T")
 
 
 class OutOfDataError(Exception):
-    """There is no data for another call, and every stage knows; users get a StopIteration."""
+    """The data has ended before a call, and every stage knows; users get a StopIteration."""
 
 
 class KnownToAllError(Exception):
-    """What every rank raises in the same call, so that all of them can go on; users get its argument."""
+    """An error that every rank raises in the same call, so that all can go on; users get its argument."""
 
 
 def guard_stop_iteration(method: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
-    """Run DeepSpeed's part of a call, whose data is fetched at once: a StopIteration is somebody's mistake."""
+    """Run DeepSpeed's part of a call, whose data is fetched at once: a StopIteration is then a mistake in a layer."""
     try:
         return method(*args, **kwargs)
     except StopIteration as error:
@@ -41,7 +41,7 @@ def guard_stop_iteration(method: Callable[..., _T], *args: Any, **kwargs: Any) -
 
 
 class _Process:
-    """What has to outlive the engines of this process."""
+    """The objects that have to outlive the engines of this process."""
 
     def __init__(self) -> None:
         self._open: list[Links] = []
@@ -50,14 +50,14 @@ class _Process:
         os.register_at_fork(after_in_child=gc.freeze)
 
     def keep(self, links: Links) -> None:
-        """Keep `links`, as what they have sent must live on if their engine is dropped before the end."""
+        """Keep `links`, as their messages must live on if their engine is dropped before the end."""
         # Those whose process groups have been destroyed can send and receive nothing any more.
         self._open[:] = [*(other for other in self._open if other.usable), links]
 
 
 @functools.cache
 def _process() -> _Process:
-    """The one of this process, from its first engine on."""
+    """Return the `_Process` of this process, made by its first engine."""
     return _Process()
 
 
@@ -115,16 +115,16 @@ class FailureGuard:
             raise cause from error
 
     def _understood(self, error: Exception) -> Exception:
-        """`error`, or what it means to users."""
+        """Return the error that users get for `error`: itself, or what an error of gloo means."""
         if isinstance(error, StageError) or "gloo/transport" not in str(error):
             return error
         reason = str(error).splitlines()[0].partition(". This is typically")[0]
         gone = [] if timed_out(reason) else self._gone()
         try:
-            self._links.raise_last_words(gone)
+            self._links.raise_error_notice(gone)
             if not gone and not self._run.delayed:
                 # Nobody has read it there; with nothing to read the channels are of no use afterwards (gloo).
-                self._links.raise_last_words()
+                self._links.raise_error_notice()
         except StageError as said:
             return said
         if gone:
@@ -135,9 +135,9 @@ class FailureGuard:
         return StageError(f"{fate}: rank {self._stage.rank} waited for others in call {self._run.call} ({reason})")
 
     def _gone(self) -> list[Peer]:
-        """Whom a broken connection can mean; the groups of a process don't notice it at the same moment."""
+        """The peers that a broken connection can mean; the groups of a process don't notice it at the same moment."""
         deadline = time.monotonic() + NOTICED_WITHIN
-        while not (gone := self._links.everyone.gone()) and time.monotonic() < deadline:
+        while not (gone := self._links.all_ranks.gone()) and time.monotonic() < deadline:
             time.sleep(0.01)
         return gone
 

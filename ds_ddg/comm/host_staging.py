@@ -1,4 +1,4 @@
-"""Between the memory of a GPU and the host memory that messages travel from and into.
+"""Copies between the memory of a GPU and the host memory that messages travel from and into.
 
 Messages go over gloo, which knows host memory alone, so several stages can share one GPU and links without NCCL work;
 NCCL carries no messages of ours, only the collectives of DeepSpeed within a stage, where it is what was initialized.
@@ -15,7 +15,7 @@ the time of Python::
                      copy stream:            |- copy ->|
                      compute stream: earlier work ...  |- what uses it
 
-There is one thread for all outboxes of a process: copies to the host are done in the order in which they were
+There is one thread for all senders of a process: copies to the host are done in the order in which they were
 started, all on one stream, so no message waits for one that started later.
 
 What is sent is a copy that the compute stream makes at once: the memory of a captured graph's outputs is that of its
@@ -67,12 +67,12 @@ class Staging:
             initializer=partial(self._streams.set_device, device),
         )
 
-    def room(self, size: int) -> Tensor:
-        """Bytes of host memory to receive into."""
+    def host_buffer(self, size: int) -> Tensor:
+        """Allocate `size` bytes of host memory to receive into."""
         return torch.empty(size, dtype=torch.uint8, pin_memory=self._pin)
 
     def to_host(self, tensors: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Any]:
-        """Start to copy what is on the device.
+        """Start to copy those of `tensors` that are on the device to the host.
 
         Returns:
             The tensors in host memory, and what to ``synchronize`` with before they are read; that is None, and the
@@ -93,7 +93,7 @@ class Staging:
         return host, copied
 
     def to_device(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Start to copy tensors from the host; whatever the current stream does from here on finds them there."""
+        """Start to copy `tensors` to the device, and return copies that later work of the current stream can use."""
         with self._streams.stream(self._to_device):
             # Allocated on the copy stream: memory of the compute stream may be in use until that has caught up.
             arrived = [None if t is None else t.to(self.device, non_blocking=True) for t in tensors]
@@ -105,13 +105,13 @@ class Staging:
         return arrived
 
     def settle(self) -> None:
-        """Wait until what was copied to the device has left the host's memory: for copies, for no other work."""
+        """Wait until all copies to the device are done, so that their host memory may change; for no other work."""
         copied = self._streams.Event(blocking=True)
         copied.record(self._to_device)
         copied.synchronize()
 
     def later(self, work: Callable[[], _T]) -> Future[_T]:
-        """Run `work` on the sender's thread, after what it was given before."""
+        """Run `work` on the sender's thread, after all work that the thread was given before."""
         return self._sender.submit(work)
 
     def keep_if_lost(self, *things: Any) -> None:
@@ -131,9 +131,9 @@ class Staging:
 
 
 def refuse_other_devices(tensors: Sequence[Tensor | None], staging: Staging | None) -> None:
-    """Raise ValueError for what is neither on the device of this stage nor in host memory.
+    """Raise ValueError for a tensor that is neither on the device of this stage nor in host memory.
 
-    It would be copied by a device whose work nobody here waits for.
+    Another device would copy it, and nothing here waits for the work of that device.
     """
     own = _CPU if staging is None else staging.device
     for index, tensor in enumerate(tensors):
@@ -145,10 +145,10 @@ def refuse_other_devices(tensors: Sequence[Tensor | None], staging: Staging | No
 
 
 def staging_for(device: torch.device) -> Staging | None:
-    """What a stage on `device` needs; None on the CPU, whose memory the messages can use."""
+    """Make the `Staging` of a stage on `device`; None on the CPU, whose memory the messages can use."""
     if device.type == "cpu":
         return None
-    if device.index is None:  # what is there names the device that is current
+    if device.index is None:  # tensors name the device that is current
         device = torch.device(device.type, torch.get_device_module(device).current_device())
     return Staging(device)
 

@@ -1,4 +1,4 @@
-"""The losses of past calls: the last stage tells each one, every stage learns them in order, whenever it likes."""
+"""The losses of past calls: the last stage tells each one, and every stage learns them in order when it asks."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from ds_ddg.comm.stage_links import Links
 __all__ = ["Loss", "Losses", "Row", "Update"]
 
 Row = tuple[Any, ...]
-"""What one stage measured: its number, then its values."""
+"""The measurements of one stage: its number, then its values."""
 
 
 class Update(NamedTuple):
-    """What the updates of one call came to, on one stage or several."""
+    """The result of the updates of one call, on one stage or summed over several."""
 
     square: float = 0.0
-    """Of the norm of the gradients, before they were clipped."""
+    """The square of the norm of the gradients, before they were clipped."""
     skipped: int = 0
-    """Stages that skipped theirs because of an overflow."""
+    """The number of stages that skipped their update because of an overflow."""
 
     def plus(self, other: Update) -> Update:
-        """Of more stages."""
+        """Return the sum of this update and that of other stages."""
         return Update(self.square + other.square, self.skipped + other.skipped)
 
 
@@ -33,35 +33,40 @@ class Loss(NamedTuple):
     additional: tuple[tuple[str, float], ...] | None = None
     """The model's additional losses by name, None if it has none."""
     rows: tuple[Row, ...] = ()
-    """What the stages measured in the call before."""
+    """The measurements of the stages in the call before."""
     update: Update = Update()
-    """Of all stages in the call before."""
+    """The result of the updates of all stages in the call before."""
 
 
 class Losses:
-    """What one stage knows of them.
+    """The losses that one stage knows.
 
     Args:
-        links: what they travel over.
+        links: carries the losses.
     """
 
     def __init__(self, links: Links) -> None:
         self._links = links
         self._oldest = 0
         self.newest = Loss(call=-1)
-        """The last one learned."""
+        """The loss learned last."""
 
     def tell(self, loss: Loss, known: int) -> None:
-        """On the last stage: to every stage, itself included, which will ask for that of `known` in the same call."""
+        """Tell `loss` to every stage, this one included; the last stage does so.
+
+        Args:
+            loss: the loss of one call.
+            known: the call whose loss every stage asks for in the call that runs now.
+        """
         at_once = loss.call <= self._wanted(known)
         self._links.tell_loss(at_once, **{**loss._asdict(), "update": tuple(loss.update)})
 
     def note(self, loss: Loss) -> None:
-        """Every stage knows this one already."""
+        """Take over a `loss` that every stage knows already."""
         self.newest = loss
 
     def learn(self, call: int) -> list[Loss]:
-        """Those up to that of `call` which are new here, each once; waits for what has not arrived."""
+        """Return the losses up to that of `call` that are new here; this waits for those that have not arrived."""
         new = []
         while self.newest.call < self._wanted(call):
             told = self._links.next_loss()
@@ -70,11 +75,11 @@ class Losses:
         return new
 
     def known(self) -> dict[str, Any] | None:
-        """The newest one for a checkpoint; None if there is none."""
+        """The newest loss, for a checkpoint; None if there is none."""
         return {"mean": self.newest.mean, "additional": self.newest.additional} if self._knows() else None
 
     def restart(self, call: int, known: dict[str, Any] | None) -> None:
-        """Training goes on from a checkpoint with number `call`: what was learned belongs to other weights.
+        """Forget the losses learned, which belong to other weights: training goes on from a checkpoint.
 
         Args:
             call: the next call.

@@ -1,8 +1,8 @@
 """What travels between two stages, as bytes: a header that says what follows, and raw tensors.
 
 The header has a fixed number of bytes, pickled (the ranks of a job trust each other, as in ``torch.distributed``), and
-holds the tensors themselves if they are only a few bytes. There are one or two in every tick of a stage, between the
-arrival of an activation and the work on it, so every microsecond counts here.
+holds the tensors themselves if they are only a few bytes. A stage handles one or two headers in every tick, between
+the arrival of an activation and the work on it, so every microsecond counts here.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from torch import Tensor
 __all__ = [
     "HEADER_BYTES",
     "INLINE_BYTES",
+    "Capacity",
     "Header",
     "Kind",
     "Message",
-    "Room",
     "Spec",
     "bytes_of",
     "fit",
@@ -43,13 +43,13 @@ INLINE_BYTES = 1024
 _TEXT_BYTES = 3072
 
 Spec = tuple[tuple[str, tuple[int, ...]] | None, ...]
-"""Type and shape of each tensor of a message; None where there is none."""
-Room = tuple[int, ...]
-"""Bytes of each tensor that really travels, or that there is room for."""
+"""Type and shape of each tensor of a message, None for each that is None."""
+Capacity = tuple[int, ...]
+"""Bytes of each tensor that really travels, or of each receive buffer."""
 
 
 class Kind(str, Enum):
-    """What a message is about."""
+    """The purpose of a message."""
 
     DATA = "data"
     """The tensors of one micro-batch, or the loss of one call."""
@@ -59,10 +59,10 @@ class Kind(str, Enum):
     """Instead of BEGIN: the data ended."""
     ERROR = "error"
     """The sender failed; `text` says how."""
-    PARK = "park"
-    """The pipeline is drained: release the standing receive."""
+    FLUSH = "flush"
+    """The pipeline is drained: release the preposted receives."""
     RESHAPE = "reshape"
-    """Release the standing receives, for others of the sizes given as `room`; a message for them follows."""
+    """Release the preposted receives for others of the sizes given as `capacity`; a message for them follows."""
     LEAVE = "leave"
     """The sender has done its work and will send nothing more."""
 
@@ -90,37 +90,37 @@ def bytes_of(tensors: Iterable[Tensor | None]) -> list[Tensor]:
     return [t.reshape(-1).view(torch.uint8) for t in tensors if t is not None and t.numel() > 0]
 
 
-def sizes_of(spec: Spec) -> Room:
-    """Of what `bytes_of` such tensors gives."""
+def sizes_of(spec: Spec) -> Capacity:
+    """The numbers of bytes of what `bytes_of` gives for such tensors."""
     sizes = (math.prod(entry[1]) * getattr(torch, entry[0]).itemsize for entry in spec if entry is not None)
     return tuple(size for size in sizes if size)
 
 
-def fits(sizes: Room, room: Room) -> bool:
-    """Whether there is room for tensors of these sizes."""
-    return len(sizes) <= len(room) and all(map(le, sizes, room))
+def fits(sizes: Capacity, capacity: Capacity) -> bool:
+    """Whether receive buffers of this `capacity` hold tensors of these `sizes`."""
+    return len(sizes) <= len(capacity) and all(map(le, sizes, capacity))
 
 
-def larger(sizes: Room, room: Room) -> Room:
-    """Room for both."""
-    return tuple(map(max, zip_longest(sizes, room, fillvalue=0)))
+def larger(sizes: Capacity, capacity: Capacity) -> Capacity:
+    """Return the smallest capacity that holds both."""
+    return tuple(map(max, zip_longest(sizes, capacity, fillvalue=0)))
 
 
 def from_parts(spec: Spec, parts: Iterable[Tensor]) -> list[Tensor | None]:
-    """Reverse of `bytes_of`."""
+    """Restore tensors of types and shapes `spec` from their bytes, the reverse of `bytes_of`."""
     remaining = iter(parts)
     # No views of the bytes for autograd: what a layer writes into a tensor has nothing to do with them.
     return _shaped(spec, lambda size, dtype: next(remaining).view(dtype).data)
 
 
 def unpack(spec: Spec, inline: bytes) -> list[Tensor | None]:
-    """The tensors of a header that has them inline."""
+    """Read the tensors of types and shapes `spec` out of a header that holds their bytes."""
     stream = BytesIO(inline)
     return _shaped(spec, lambda size, dtype: torch.frombuffer(bytearray(stream.read(size)), dtype=dtype))
 
 
 def _shaped(spec: Spec, part: Callable[[int, torch.dtype], Tensor]) -> list[Tensor | None]:
-    """Tensors of the next `part`, by number of bytes and type."""
+    """Make the tensors of `spec`, each from what `part` returns for its number of bytes and type."""
     tensors: list[Tensor | None] = []
     for entry in spec:
         if entry is None:
@@ -133,18 +133,22 @@ def _shaped(spec: Spec, part: Callable[[int, torch.dtype], Tensor]) -> list[Tens
 
 
 class Header(NamedTuple):
-    """The first part of a message."""
+    """The first part of a message: it says what follows."""
 
     kind: Kind
     info: dict[str, Any]
     spec: Spec = ()
-    standing: bool = False
-    """The tensors go into the receives that are posted ahead."""
+    preposted: bool = False
+    """Whether the tensors go into the receives that are posted ahead."""
     inline: bytes | None = None
-    """The tensors themselves, if they are here."""
+    """The bytes of the tensors themselves, if the header holds them."""
 
     def encode(self) -> Tensor:
-        """As a tensor of ``HEADER_BYTES`` bytes; ValueError if it is longer."""
+        """Return this header as a tensor of ``HEADER_BYTES`` bytes.
+
+        Raises:
+            ValueError: it needs more bytes.
+        """
         header = pickle.dumps((self.kind.value, *self[1:]), protocol=5)
         if len(header) > HEADER_BYTES:
             raise ValueError(
@@ -154,11 +158,11 @@ class Header(NamedTuple):
 
     @classmethod
     def decode(cls, header: memoryview) -> Header:
-        """Reverse of `encode`, from the memory of such a tensor."""
+        """Restore a header from the memory of a tensor that `encode` made."""
         kind, *fields = pickle.loads(header)
         return cls(Kind(kind), *fields)
 
 
 def fit(text: str) -> str:
-    """The beginning of `text`, as much as a header holds."""
+    """Cut `text` to what a header holds."""
     return text.encode(errors="replace")[:_TEXT_BYTES].decode(errors="ignore")

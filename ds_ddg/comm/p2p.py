@@ -1,7 +1,7 @@
 """Raw bytes between this stage and one other, in a lane of a process group that all stages of a pipeline share.
 
 Sends and receives go to the group itself: ``dist.isend`` and ``irecv`` check per message what never changes here, at a
-good part of the cost of a small one.
+good part of the cost of a small message.
 
 A work handle of gloo must be waited on exactly once (twice hangs).
 """
@@ -18,21 +18,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 __all__ = [
+    "ERROR_NOTICE_TAG",
     "HEADER_TAG",
-    "LAST_WORDS_TAG",
     "NOTICED_WITHIN",
     "ON_DEMAND_TAG",
-    "STANDING_TAG",
+    "PREPOSTED_TAG",
     "Peer",
     "StageError",
     "Wire",
     "timed_out",
 ]
 
-HEADER_TAG, STANDING_TAG, ON_DEMAND_TAG, LAST_WORDS_TAG = range(4)
+HEADER_TAG, PREPOSTED_TAG, ON_DEMAND_TAG, ERROR_NOTICE_TAG = range(4)
 _TAGS = 8
 _PROBE_TAG = 2**31 - 1
-"""Nothing is ever sent with it."""
+"""A tag with which nothing is ever sent."""
 NOTICED_WITHIN = 1.0
 """Seconds in which every group of this process notices that another process has ended."""
 
@@ -54,16 +54,16 @@ class Peer:
         self.group, self.name = group, name
         self.rank = dist.get_group_rank(group, rank)
         self._global_rank = rank
-        self.last_words: list[Callable[[], None]] = []
-        """Called when it turns out to be lost; each may raise what it said before."""
+        self.error_notices: list[Callable[[], None]] = []
+        """Functions called when the peer turns out to be lost; each may raise the error that the peer reported."""
 
     @property
     def connected(self) -> bool:
-        """False once this group has noticed that the connection is broken. Waits for nothing."""
+        """Whether the connection holds, as far as this group has noticed; asking waits for nothing."""
         return _connected(self.group, self.rank)
 
     def gave_up(self) -> bool:
-        """Of a broken connection: whether its process lives on, as after a wait that timed out there."""
+        """Whether the peer's process lives on after the connection broke, as it does if a wait timed out there."""
         # A process that ends closes the connections of all its groups; gloo those of one, where a wait has timed out.
         if not dist.is_initialized() or dist.get_backend() != "gloo":
             return False
@@ -85,7 +85,7 @@ def _connected(group: dist.ProcessGroup, rank: int) -> bool:
 
 
 def timed_out(reason: str) -> bool:
-    """Whether an error of gloo's says that a wait was too long, and so nothing of the other's fate."""
+    """Whether an error of gloo says that a wait was too long, which leaves open what became of the peer."""
     return "timed out" in reason.lower() or "timeout" in reason.lower()
 
 
@@ -103,29 +103,49 @@ class Wire:
         self.peer, self._lane = peer, lane
 
     def send(self, part: Tensor, tag: int) -> Any:
-        """Start to send, with a tag below 8; `part` and the handle returned must live until it has arrived."""
+        """Start to send `part`, a contiguous uint8 tensor in host memory.
+
+        Args:
+            part: the bytes; they and the handle must live until they have arrived.
+            tag: below 8.
+
+        Returns:
+            A handle for `wait`.
+
+        Raises:
+            StageError: the other stage is lost.
+        """
         try:
             return self.peer.group.send([part], self.peer.rank, self._lane * _TAGS + tag)
         except RuntimeError as error:
             self._raise_lost("a message could not be sent to it", error)
 
     def recv(self, part: Tensor, tag: int, why: str) -> Any:
-        """Start to receive into `part`; a handle to wait on. StageError with `why` if the other is lost."""
+        """Start to receive into `part` and return a handle for `wait`; StageError with `why` if the peer is lost."""
         try:
             return self.peer.group.recv([part], self.peer.rank, self._lane * _TAGS + tag)
         except RuntimeError as error:
             self._raise_lost(why, error)
 
     def wait(self, work: Any, why: str, patience: timedelta | None = None) -> None:
-        """Wait on a handle; StageError with `why` if the other is lost or `patience` (default: the group's) ends."""
+        """Wait until the send or receive of a handle is done; each handle may be waited for once.
+
+        Args:
+            work: the handle.
+            why: what errors say that this stage waited for.
+            patience: how long to wait; default: the timeout of the group.
+
+        Raises:
+            StageError: the other stage is lost, or did not answer in time.
+        """
         try:
             work.wait() if patience is None else work.wait(patience)
         except RuntimeError as error:
             self._raise_lost(why, error)
 
     def _raise_lost(self, why: str, error: RuntimeError) -> NoReturn:
-        for last_words in self.peer.last_words:
-            last_words()
+        for raise_notice in self.peer.error_notices:
+            raise_notice()
         reason = str(error).splitlines()[0].partition(". This is typically")[0]
         if timed_out(reason):
             fate = "has not answered (it is stuck, or waits for another stage itself)"

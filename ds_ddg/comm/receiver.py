@@ -1,4 +1,4 @@
-"""Receiving the messages of another stage, listening ahead; see ``outbox.py`` for what travels how."""
+"""The receiving end of a channel, which posts receives ahead; ``sender.py`` says what travels how."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from ds_ddg.comm.host_staging import Staging
-from ds_ddg.comm.message import HEADER_BYTES, Header, Kind, Message, Room, from_parts, sizes_of, unpack
-from ds_ddg.comm.p2p import HEADER_TAG, LAST_WORDS_TAG, ON_DEMAND_TAG, STANDING_TAG, StageError, Wire
+from ds_ddg.comm.message import HEADER_BYTES, Capacity, Header, Kind, Message, from_parts, sizes_of, unpack
+from ds_ddg.comm.p2p import ERROR_NOTICE_TAG, HEADER_TAG, ON_DEMAND_TAG, PREPOSTED_TAG, StageError, Wire
 
-__all__ = ["Inbox"]
+__all__ = ["Receiver"]
 
 _LARGE = 2**20
-"""So many bytes travel for longer than it takes to make room for them."""
+"""Bytes from which on a message travels for longer than it takes to allocate its buffers."""
 
 
-class Inbox:
+class Receiver:
     """Receives the messages of another stage, in the order in which they were sent.
 
     Args:
@@ -32,28 +32,33 @@ class Inbox:
 
     def __init__(self, wire: Wire, staging: Staging | None = None) -> None:
         self.wire, self.staging = wire, staging
-        self._room: Room = ()
-        """Sizes of the receive that is posted ahead, the standing one."""
-        self._standing_receive: tuple[list[Tensor], list[Any]] | None = None
-        self._header, self._header_bytes = _room_for_header()
+        self._capacity: Capacity = ()
+        """Sizes of the receives that are posted ahead."""
+        self._preposted: tuple[list[Tensor], list[Any]] | None = None
+        self._header, self._header_bytes = _header_buffer()
         self._header_work: Any = None
-        """Posted and not waited for; the header is read before the next receive is posted, so one buffer does."""
-        last_words, self._last_words_bytes = _room_for_header()
-        self._last_words_work = wire.recv(last_words, LAST_WORDS_TAG, "it cannot be listened to")
-        self._last_words: str | None = None
+        """The receive of the next header; each is read before the next is posted, so one buffer is enough."""
+        error_notice, self._error_notice_bytes = _header_buffer()
+        self._error_notice_work = wire.recv(error_notice, ERROR_NOTICE_TAG, "it cannot be listened to")
+        self._error_notice: str | None = None
         self._asking = Lock()  # the main thread may learn of a loss, and the one that sends
-        wire.peer.last_words.append(self._raise_last_words)
+        wire.peer.error_notices.append(self._raise_error_notice)
         self.listen()
 
     def listen(self, what: str = "a message") -> None:
-        """Post the receives for the next message, if they are not; `take` would do it, and wait that much longer."""
+        """Post the receives for the next message unless they are posted; otherwise `take` does, and waits longer."""
         if self._header_work is None:
             self._header_work = self.wire.recv(self._header, HEADER_TAG, _waited(what))
-            if self._room and self._standing_receive is None:
-                self._standing_receive = self._post(self._room, STANDING_TAG, what)
+            if self._capacity and self._preposted is None:
+                self._preposted = self._post(self._capacity, PREPOSTED_TAG, what)
 
     def take(self, *expected: Kind, what: str = "a message", patience: timedelta | None = None) -> Message:
-        """Wait for the next message and hand it over; `what` says in errors what was waited for.
+        """Wait for the next message and return it.
+
+        Args:
+            *expected: the kinds that the message may have.
+            what: what errors say that this stage waited for.
+            patience: how long to wait; default: the timeout of the group.
 
         Raises:
             StageError: the sender failed, or has left, or is lost, or the wait timed out.
@@ -61,27 +66,27 @@ class Inbox:
         """
         header = self._take_header(what, patience)
         if header.kind is Kind.RESHAPE:
-            self._take_standing(what)
-            self._room = header.info["room"]
+            self._take_preposted(what)
+            self._capacity = header.info["capacity"]
             header = self._take_header(what, patience)
         tensors: list[Tensor | None] = []
-        if header.kind is Kind.PARK:
-            self._take_standing(what)
-            self._room = ()
+        if header.kind is Kind.FLUSH:
+            self._take_preposted(what)
+            self._capacity = ()
         elif header.inline is not None:
             tensors = unpack(header.spec, header.inline)
         else:
             sizes = sizes_of(header.spec)
-            parts = self._take_standing(what)[: len(sizes)] if header.standing else self._receive(sizes, what)
-            held = [self._held(part, size) for part, size in zip(parts, sizes, strict=True)]
-            tensors = from_parts(header.spec, held)
+            parts = self._take_preposted(what)[: len(sizes)] if header.preposted else self._receive(sizes, what)
+            filled = [self._filled(part, size) for part, size in zip(parts, sizes, strict=True)]
+            tensors = from_parts(header.spec, filled)
         if header.kind not in expected:
             self._refuse(header.kind, expected, what)
         if self.staging is not None and tensors:
             tensors = self.staging.to_device(tensors)
-        if header.standing and sum(self._room) >= _LARGE:
-            # Gloo sends when there is room to receive. The first stage and the last send only right before they need
-            # the next message, so they would make room too late, and no slack would hide its journey.
+        if header.preposted and sum(self._capacity) >= _LARGE:
+            # Gloo sends once the receive is posted. The first stage and the last send only right before they need the
+            # next message, so they would post too late, and no slack would hide how long it travels.
             with suppress(StageError):  # this message is good; whoever waits for the next one hears it
                 self.listen(what)
         return Message(header.kind, header.info, tuple(tensors))
@@ -107,26 +112,26 @@ class Inbox:
             "make the same calls (train_batch, eval_batch, drain, ...) in the same order on every rank"
         )
 
-    def _post(self, room: Room, tag: int, what: str) -> tuple[list[Tensor], list[Any]]:
-        new = partial(torch.empty, dtype=torch.uint8) if self.staging is None else self.staging.room
-        parts = [new(size) for size in room]
+    def _post(self, capacity: Capacity, tag: int, what: str) -> tuple[list[Tensor], list[Any]]:
+        allocate = partial(torch.empty, dtype=torch.uint8) if self.staging is None else self.staging.host_buffer
+        parts = [allocate(size) for size in capacity]
         return parts, [self.wire.recv(part, tag, _waited(what)) for part in parts]
 
-    def _held(self, part: Tensor, size: int) -> Tensor:
-        """The bytes that came, in memory that is not much larger for as long as they are needed."""
-        held = part[:size]
-        return held.clone() if self.staging is None and 2 * size < part.numel() else held
+    def _filled(self, part: Tensor, size: int) -> Tensor:
+        """Return the bytes that arrived; a buffer much larger than they are is not kept for as long as they live."""
+        filled = part[:size]
+        return filled.clone() if self.staging is None and 2 * size < part.numel() else filled
 
-    def _take_standing(self, what: str) -> list[Tensor]:
-        if self._standing_receive is None:
+    def _take_preposted(self, what: str) -> list[Tensor]:
+        if self._preposted is None:
             return []
-        parts, works = self._standing_receive
-        self._standing_receive = None
+        parts, works = self._preposted
+        self._preposted = None
         self._wait(works, what)
         return parts
 
-    def _receive(self, room: Room, what: str) -> list[Tensor]:
-        parts, works = self._post(room, ON_DEMAND_TAG, what)
+    def _receive(self, sizes: Capacity, what: str) -> list[Tensor]:
+        parts, works = self._post(sizes, ON_DEMAND_TAG, what)
         self._wait(works, what)
         return parts
 
@@ -134,23 +139,23 @@ class Inbox:
         for work in works:
             self.wire.wait(work, _waited(what), patience)
 
-    def _raise_last_words(self) -> None:
-        """If the sender had time to say why it leaves, raise that."""
+    def _raise_error_notice(self) -> None:
+        """Raise StageError if the sender had time to say why it failed."""
         with self._asking:
-            if self._last_words_work is not None:
-                work, self._last_words_work = self._last_words_work, None  # to be waited on once
+            if self._error_notice_work is not None:
+                work, self._error_notice_work = self._error_notice_work, None  # to be waited on once
                 try:
                     work.wait(timedelta(milliseconds=1))
                 except RuntimeError:
                     return
-                self._last_words = Header.decode(self._last_words_bytes).info["text"]
-        if self._last_words is not None:
-            raise StageError(self._last_words)
+                self._error_notice = Header.decode(self._error_notice_bytes).info["text"]
+        if self._error_notice is not None:
+            raise StageError(self._error_notice)
 
 
-def _room_for_header() -> tuple[Tensor, memoryview]:
-    room = torch.empty(HEADER_BYTES, dtype=torch.uint8)
-    return room, room.numpy().data
+def _header_buffer() -> tuple[Tensor, memoryview]:
+    buffer = torch.empty(HEADER_BYTES, dtype=torch.uint8)
+    return buffer, buffer.numpy().data
 
 
 def _waited(what: str) -> str:

@@ -1,17 +1,18 @@
-"""Sending messages to another stage, without waiting for it.
+"""The sending end of a channel, which does not wait for the other stage.
 
 Every message has buffers of its own, which live until they have arrived. DeepSpeed's ``p2p`` blocks and receives into
 shared buffers, so it cannot be used here.
 
-From the first training message on the receiver has receives of its sizes posted, the *standing* ones, so that what
-follows travels while it computes. Gloo (over TCP) fills a receive with less as well, so messages of changing shapes
-travel so too where there is room for them: training messages make it larger when they need that, and smaller when they
-have needed much less for a while. Others that find no room (of an evaluation, say) are received on demand, and tensors
-of a few bytes ride in the header. The receiver (``inbox.py``) learns which is which from the messages alone.
+From the first training message on, the receiver has *preposted* receives of its sizes, so that the next messages
+travel while it computes. The sizes of these receives are the *capacity*. Gloo (over TCP) also fills a receive with
+less, so messages of changing shapes that fit into the capacity travel in the same way. Training messages increase
+the capacity when they need more, and reduce it when they have needed much less for a while. Messages that do not fit
+(of an evaluation, say) are received on demand, and tensors of a few bytes travel in the header. The receiver
+(``receiver.py``) learns all of this from the messages alone.
 
-Tensors on a device (``staging.py``) are copied first, and their message leaves, from a thread of its own, when that is
-done; what is posted behind it waits for its turn. All else is as with tensors on the host: a message is posted, is
-pending, counts against the depth and is settled in the same way, whether it has left already or not.
+Tensors on a device (``host_staging.py``) are copied first; a thread of its own sends their message when the copy is
+done, and messages posted after it wait for their turn. All else is as with tensors on the host: a message is posted,
+is pending, counts against the depth and is settled in the same way, whether it has left already or not.
 """
 
 from __future__ import annotations
@@ -31,32 +32,32 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_ddg.comm.host_staging import Staging, refuse_other_devices
-from ds_ddg.comm.message import INLINE_BYTES, Header, Kind, Room, bytes_of, fit, fits, larger, spec_of
-from ds_ddg.comm.p2p import HEADER_TAG, LAST_WORDS_TAG, ON_DEMAND_TAG, STANDING_TAG, StageError, Wire
+from ds_ddg.comm.message import INLINE_BYTES, Capacity, Header, Kind, bytes_of, fit, fits, larger, spec_of
+from ds_ddg.comm.p2p import ERROR_NOTICE_TAG, HEADER_TAG, ON_DEMAND_TAG, PREPOSTED_TAG, StageError, Wire
 
-__all__ = ["Outbox"]
+__all__ = ["Sender"]
 
 _Tagged = list[tuple[Tensor, int]]
-"""What a message consists of, each with its tag."""
+"""The parts of a message, each with its tag."""
 _Works = list[tuple[Any, Tensor]]
-"""Sends under way: handles, and what is sent."""
+"""Sends under way: their handles and the bytes that they send."""
 
-_SMALL = 16
-"""So many messages in a row that fill less than half of the room, and it shrinks."""
+_SHRINK_AFTER = 16
+"""Messages in a row that fill less than half of the capacity before it shrinks."""
 
-_NEXT_TO_NOTHING = torch.zeros(1, dtype=torch.uint8)
+_FILLER = torch.zeros(1, dtype=torch.uint8)
 
 _under_way: WeakKeyDictionary[dist.ProcessGroup, list[Any]] = WeakKeyDictionary()
-"""What outboxes have sent, as long as their group lives. A send is withdrawn when its handle goes, and the peer would
-wait for ever: so handles must outlive an engine that failed, or is done, and is dropped before all has arrived."""
+"""Everything that senders have sent, as long as their group lives. Gloo withdraws a send when its handle is freed,
+and the peer would wait for ever: so handles must outlive an engine that is dropped before all has arrived."""
 
 
 @dataclass
-class Outbox:
+class Sender:
     """Sends messages to another stage without waiting for it.
 
     Args:
-        wire: where to.
+        wire: leads to the receiver.
         depth: data messages that may be on their way. In a call the schedule guarantees that an older one has
             arrived, so waiting for it never blocks; in a drain, where a stage sends without receiving, a post may wait
             until the receiver has come so far, which it does without this stage.
@@ -68,28 +69,28 @@ class Outbox:
     staging: Staging | None = None
     _sent: deque[tuple[Kind, _Works | Future[_Works]]] = field(default_factory=deque)
     _data: int = 0
-    _room: Room = ()
-    """Of the receives that the receiver has standing."""
-    _small: list[Room] = field(default_factory=list)
-    """The sizes of the latest training messages, if they left more than half of it empty."""
+    _capacity: Capacity = ()
+    """Sizes of the receives that the receiver has preposted."""
+    _underfilled: list[Capacity] = field(default_factory=list)
+    """Sizes of the latest training messages, as far as each filled less than half of the capacity."""
     _failure: StageError | None = None
-    """What went wrong on the sender's thread."""
+    """The error that happened on the sender's thread, if any."""
 
     def __post_init__(self) -> None:
         _under_way.setdefault(self.wire.peer.group, []).append(self._sent)
 
     @property
     def pending(self) -> int:
-        """Messages not known to have arrived."""
+        """The number of messages not known to have arrived."""
         return len(self._sent)
 
     def post(self, kind: Kind, tensors: Sequence[Tensor | None] = (), recurs: bool = True, **info: Any) -> None:
         """Send one message; `tensors` must not be written to afterwards.
 
         Args:
-            kind: what it is about.
-            tensors: its tensors; None where there is none.
-            recurs: whether more of its kind will follow, so that there should be standing room for it.
+            kind: its purpose.
+            tensors: its tensors, of any type and shape; None stands for a tensor that does not exist.
+            recurs: whether more of its sizes will follow, so that the receiver should have receives preposted.
             **info: small plain values.
 
         Raises:
@@ -107,42 +108,42 @@ class Outbox:
             inline = b"".join(part.numpy().tobytes() for part in parts)
             tagged = [(Header(kind, info, spec, inline=inline).encode(), HEADER_TAG)]
         else:
-            room = self._other_room(sizes) if recurs else None
-            standing = room is not None or fits(sizes, self._room)
-            tagged = [(Header(kind, info, spec, standing).encode(), HEADER_TAG)]
-            if room is not None:
-                tagged = [*self._release(Kind.RESHAPE, room=room), *tagged]
-                self._room, self._small = room, []
-            tagged += [(part, STANDING_TAG if standing else ON_DEMAND_TAG) for part in parts]
-            if standing:
-                tagged += _nothing(len(self._room) - len(sizes))
+            capacity = self._new_capacity(sizes) if recurs else None
+            preposted = capacity is not None or fits(sizes, self._capacity)
+            tagged = [(Header(kind, info, spec, preposted).encode(), HEADER_TAG)]
+            if capacity is not None:
+                tagged = [*self._release(Kind.RESHAPE, capacity=capacity), *tagged]
+                self._capacity, self._underfilled = capacity, []
+            tagged += [(part, PREPOSTED_TAG if preposted else ON_DEMAND_TAG) for part in parts]
+            if preposted:
+                tagged += _fillers(len(self._capacity) - len(sizes))
         self._dispatch(kind, tagged, copied)
         # A call may send no data at all (DeepSpeed's own schedule), so what announces calls is bounded as well.
         self._data += kind is Kind.DATA
         while self._data > self.depth or len(self._sent) > 2 * self.depth + 2:
             self._settle_oldest()
 
-    def _other_room(self, sizes: Room) -> Room | None:
-        """What room the receiver should have from this training message on; None: that which it has."""
-        if not fits(sizes, self._room):
-            return larger(sizes, self._room)
-        if 2 * sum(sizes) >= sum(self._room):
-            self._small.clear()
+    def _new_capacity(self, sizes: Capacity) -> Capacity | None:
+        """The capacity that the receiver should have from this training message on; None: the one it has."""
+        if not fits(sizes, self._capacity):
+            return larger(sizes, self._capacity)
+        if 2 * sum(sizes) >= sum(self._capacity):
+            self._underfilled.clear()
             return None
-        self._small.append(sizes)
-        if len(self._small) < _SMALL:
+        self._underfilled.append(sizes)
+        if len(self._underfilled) < _SHRINK_AFTER:
             return None
-        room = reduce(larger, self._small)
-        self._small.clear()
-        return None if room == self._room else room
+        capacity = reduce(larger, self._underfilled)
+        self._underfilled.clear()
+        return None if capacity == self._capacity else capacity
 
-    def park(self) -> None:
-        """Let the receiver drop its standing receive, then wait until all has arrived.
+    def flush(self) -> None:
+        """Let the receiver drop its preposted receives, then wait until all has arrived.
 
-        Two stages that park at once must both `listen` before.
+        Two stages that flush at once must both call `Receiver.listen` before.
         """
-        self._dispatch(Kind.PARK, self._release(Kind.PARK))
-        self._room, self._small = (), []
+        self._dispatch(Kind.FLUSH, self._release(Kind.FLUSH))
+        self._capacity, self._underfilled = (), []
         while self._sent:
             self._settle_oldest()
 
@@ -158,22 +159,23 @@ class Outbox:
     def post_error(self, text: str, patience: timedelta = timedelta(seconds=5)) -> None:
         """Tell the peer, as far as it can still be reached, that this stage failed.
 
-        Twice: behind all messages before it, and as last words, for which a receive is always posted. Those arrive at
-        once however busy the peer is, and are read if the connection breaks before the former could be.
+        The text goes twice: behind all messages before it, and as an error notice, for which a receive is always
+        posted. The notice arrives at once however busy the peer is; it is read if the connection breaks before the
+        peer comes to the message.
         """
         message = Header(Kind.ERROR, {"text": fit(text)}).encode()
         # If the peer is gone or stuck, it learns of the failure from the broken connection.
         with suppress(StageError):
             self._dispatch(Kind.ERROR, [(message, HEADER_TAG)])
         with suppress(StageError):
-            self.wire.wait(self.wire.send(message, LAST_WORDS_TAG), "it did not hear of a failure", patience)
+            self.wire.wait(self.wire.send(message, ERROR_NOTICE_TAG), "it did not hear of a failure", patience)
 
     def _release(self, kind: Kind, **info: Any) -> _Tagged:
-        """Let the receiver drop its standing receives, by filling them with next to nothing."""
-        return [(Header(kind, info).encode(), HEADER_TAG), *_nothing(len(self._room))]
+        """Let the receiver drop its preposted receives, by filling each with one byte."""
+        return [(Header(kind, info).encode(), HEADER_TAG), *_fillers(len(self._capacity))]
 
     def _dispatch(self, kind: Kind, tagged: _Tagged, copied: Any = None) -> None:
-        """Send now; or in turn, if this message or one before it has to wait for a copy."""
+        """Send the message now, or in turn if it or one before it has to wait for a copy."""
         works: _Works | Future[_Works]
         if self.staging is None:
             works = self._send(tagged)
@@ -237,6 +239,6 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
-def _nothing(count: int) -> _Tagged:
-    """For standing receives that there is nothing for."""
-    return [(_NEXT_TO_NOTHING, STANDING_TAG)] * count
+def _fillers(count: int) -> _Tagged:
+    """Bytes for preposted receives that no tensor is sent to."""
+    return [(_FILLER, PREPOSTED_TAG)] * count

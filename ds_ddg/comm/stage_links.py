@@ -14,41 +14,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_ddg.comm.channels import Connections
+from ds_ddg.comm.channels import Channels
 from ds_ddg.comm.message import Kind, Message
 
-__all__ = ["Here", "Links", "as_tuple"]
+__all__ = ["CallPosition", "Links", "as_tuple"]
 
-Here = tuple[str, int, int]
-"""What a stage is about to do: the method, the number of the call, its micro-batches."""
+CallPosition = tuple[str, int, int]
+"""The place of a stage in its run: the method, the number of the call, its micro-batches."""
 
 
 def as_tuple(tensors: Any) -> tuple[Tensor, ...]:
-    """What travels between stages, a tensor or a tuple of tensors, as a tuple."""
+    """Return `tensors`, one tensor or a tuple of them, as a tuple."""
     return (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
 
 
-class Links(Connections):
-    """The links of one rank; arguments as for `Connections`. Constructing them is collective."""
+class Links(Channels):
+    """The links of one rank; arguments as for `Channels`. Constructing them is collective."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._losses: deque[dict[str, Any]] = deque()
-        """Told, and not taken yet."""
-        self._rising: list[dict[str, Any]] = []
-        """To go on with the next gradient."""
-        self._announce: Here | None = None
+        """Losses that have arrived and have not been taken yet."""
+        self._to_forward: list[dict[str, Any]] = []
+        """Losses that the next gradient carries to the stage before."""
+        self._announce: CallPosition | None = None
         self._first: Message | None = None
         self.loss_scale: Callable[[], float] = lambda: 1.0
-        """What this stage's gradients are multiplied with now (fp16); each stage has a scale of its own."""
+        """A function that returns the factor in this stage's gradients now (fp16); each stage has its own factor."""
         super().__init__(*args, **kwargs)
 
-    def begin(self, here: Here, ready: bool, with_data: bool) -> Kind:
-        """Start a call on this stage as on the one before; END if the first stage has no data.
+    def begin(self, here: CallPosition, ready: bool, with_data: bool) -> Kind:
+        """Start a call on this stage as on the stage before.
 
         Args:
             here: what this stage is about to do; must be the same on every stage.
             ready: whether this stage has its data (matters on the first).
             with_data: announce the call with its first activation rather than by a message of its own.
+
+        Returns:
+            BEGIN, or END if the first stage has no data.
 
         Raises:
             RuntimeError: the stage before is doing something else.
@@ -72,7 +75,7 @@ class Links(Connections):
         return kind
 
     def send_activations(self, outputs: Any, more: dict[str, Any] | None = None) -> None:
-        """Post what this stage put out, a tensor or a tuple of tensors, to the next stage; `more` rides along."""
+        """Post `outputs`, a tensor or a tuple of tensors, to the next stage, and with them the small values `more`."""
         assert self._activations_out is not None
         here, self._announce = self._announce, None
         tensors = as_tuple(outputs)
@@ -82,9 +85,9 @@ class Links(Connections):
         self._listen()
 
     def recv_activations(self) -> Any:
-        """Wait for what the stage before put out; container and tensors as it sent them, in memory of their own.
+        """Wait for the outputs of the stage before, a tensor or a tuple of tensors, as it sent them.
 
-        A tensor requires a gradient where it did there: some operations take another path, or none, if one does.
+        They have memory of their own. A tensor requires a gradient if it did there, as some operations depend on it.
         """
         assert self._activations_in is not None
         message, self._first = self._first, None
@@ -96,52 +99,52 @@ class Links(Connections):
         return message.tensors if message.info["tuple"] else message.tensors[0]
 
     def send_grads(self, gradients: Sequence[Tensor | None]) -> None:
-        """Post the gradient of each input tensor (None: it has none) to the stage before."""
+        """Post the gradient of each input tensor, None if it has no gradient, to the stage before."""
         assert self._gradients_out is not None
-        losses, self._rising = self._rising, []
+        losses, self._to_forward = self._to_forward, []
         riders: dict[str, Any] = {"losses": losses} if losses else {}
         self._gradients_out.post(Kind.DATA, gradients, scale=self.loss_scale(), **riders)
         self._listen()
 
     def recv_grads(self) -> tuple[Tensor | None, ...]:
-        """Wait for the gradient of each output tensor, None where there is none."""
+        """Wait for the gradient of each output tensor, None if it has no gradient."""
         assert self._gradients_in is not None
         message = self._gradients_in.take(Kind.DATA, what="a gradient")
         losses = message.info.get("losses", ())
         self._losses.extend(losses)
         if self._gradients_out is not None:
-            self._rising.extend(losses)
+            self._to_forward.extend(losses)
         return self.rescaled(message)
 
     def rescaled(self, message: Message) -> tuple[Tensor | None, ...]:
-        """Gradients with this stage's loss scale in place of that of their sender."""
+        """Return the gradients of `message`, with this stage's loss scale in place of their sender's."""
         factor = self.loss_scale() / message.info["scale"]
         if factor == 1.0:
             return message.tensors
         return tuple(None if t is None else (t.float() * factor).to(t.dtype) for t in message.tensors)
 
     def tell_loss(self, at_once: bool, **values: Any) -> None:
-        """On the last stage: let every stage know what a call's loss is; small plain values.
+        """Tell every stage the loss of a call; the last stage does so.
 
         Args:
-            at_once: the others wait for it, rather than for the gradient that it would ride on.
-            **values: what `next_loss` will give.
+            at_once: whether to send it now, because the others wait for it, rather than with the next gradient.
+            **values: small plain values that `next_loss` will return.
         """
         self._losses.append(values)
         if not at_once:
-            self._rising.append(values)
+            self._to_forward.append(values)
             return
-        for outbox in self._losses_out:
-            outbox.post(Kind.DATA, **values)
+        for sender in self._losses_out:
+            sender.post(Kind.DATA, **values)
 
     def meet(self) -> None:
-        """Wait until every stage has begun this call; hears it if one could not."""
+        """Wait until every stage has begun this call, or raise StageError if one could not."""
         self.share(1.0)
 
     def share(self, value: float) -> float:
-        """On every stage: the last one's `value`. Losses that come before it are kept for `next_loss`."""
-        for outbox in self._losses_out:
-            outbox.post(Kind.DATA, shared=value)
+        """Return the last stage's `value`; every stage must call it. Losses that arrive first wait for `next_loss`."""
+        for sender in self._losses_out:
+            sender.post(Kind.DATA, shared=value)
         if self._losses_in is None:
             return value
         while "shared" not in (info := self._losses_in.take(Kind.DATA, what="the last stage").info):
@@ -149,18 +152,18 @@ class Links(Connections):
         return float(info["shared"])
 
     def next_loss(self) -> dict[str, Any]:
-        """The oldest loss that has come and is not taken; if there is none, waits for one that is told at once."""
+        """Take the oldest loss that has arrived; if there is none, wait for one that is told at once."""
         if self._losses_in is None or self._losses:
             return self._losses.popleft()
         return self._losses_in.take(Kind.DATA, what="a loss").info
 
     @property
     def pending(self) -> int:
-        """Messages sent and not known to have arrived, and losses not yet taken or passed on."""
-        return super().pending + len(self._losses) + len(self._rising)
+        """The number of messages not known to have arrived, and of losses not yet taken or passed on."""
+        return super().pending + len(self._losses) + len(self._to_forward)
 
     def _listen(self) -> None:
-        """Between a send and the next wait, where it costs no other stage time: be ready for what comes next."""
+        """Post the next receives, between a send and the next wait, where that costs no other stage time."""
         if self._activations_in is not None:
             self._activations_in.listen()
         if self._gradients_in is not None:

@@ -20,7 +20,7 @@ from ds_ddg.telemetry.reporter import Reporter
 from ds_ddg.telemetry.stage_metrics import WatchedLinks
 from ds_ddg.telemetry.trace_writer import TraceWriter, start_recorder
 from ds_ddg.weights.stage_optimizer import StageOptimizer
-from ds_ddg.weights.tied import Ties
+from ds_ddg.weights.tied import TiedWeights
 
 __all__ = ["Parts", "assemble", "groups_of_stage"]
 
@@ -52,7 +52,7 @@ def assemble(
     host: Host,
     links: WatchedLinks,
     feed: Feed,
-    ties: Ties,
+    tied_weights: TiedWeights,
     updates: StageOptimizer,
     console: Console,
     failures: FailureGuard,
@@ -66,7 +66,7 @@ def assemble(
         host: DeepSpeed's engine, fully constructed.
         links: to the other stages.
         feed: the data of a call.
-        ties: the weights that this stage shares with others.
+        tied_weights: the weights that this stage shares with others.
         updates: this stage's optimizer.
         console: the printed lines.
         failures: runs what a script calls.
@@ -78,20 +78,20 @@ def assemble(
     tracer = TraceWriter(stage, run, host, start_recorder(stage, host, links, feed, everyone))
     if host.fp16_enabled():
         links.loss_scale = lambda: float(host.optimizer.loss_scale)
-    ties.connect(links, stage.stage_id, run.plan)
-    runner = MicroBatchRunner(stage, host, links, feed, ties, updates)
+    tied_weights.connect(links, stage.stage_id, run.plan)
+    runner = MicroBatchRunner(stage, host, links, feed, tied_weights, updates)
     drain = Drain(stage, run, host, links, updates, reporter, console, failures)
     slack = SlackTuner(stage, run, links, host.device, everyone, drain)
     runner.observe = slack.observe if slack.trying else None
     agreement = Agreement(stage, run, links, failures)
-    checkpoint = CheckpointPart(stage, run, host, agreement, ties, updates, reporter, drain)
+    checkpoint = CheckpointPart(stage, run, host, agreement, tied_weights, updates, reporter, drain)
     calls = Calls(
         stage=stage,
         run=run,
         host=host,
         links=links,
         feed=feed,
-        ties=ties,
+        tied_weights=tied_weights,
         updates=updates,
         runner=runner,
         reporter=reporter,

@@ -24,7 +24,7 @@ from deepspeed.utils.logging import print_dist
 
 from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.stage import RunState, Stage
-from ds_ddg.telemetry.stage_metrics import Mark, WatchedLinks
+from ds_ddg.telemetry.stage_metrics import Timestamp, WatchedLinks
 
 __all__ = ["MOST", "SlackTuner", "smallest_slack", "trial_calls"]
 
@@ -69,7 +69,9 @@ class SlackTuner:
     ) -> None:
         self._stage, self._run, self._links = stage, run, links
         self._device, self._everyone, self._drain = device, everyone, drain
-        self._marks: list[Mark] | None = [] if stage.config.slack == "auto" and stage.num_stages > 1 else None
+        self._timestamps: list[Timestamp] | None = (
+            [] if stage.config.slack == "auto" and stage.num_stages > 1 else None
+        )
         """When the calls of the trial began, as far as that is known; None: there is none, or it is over."""
         self._tried = 0
         """Calls of the trial that have begun."""
@@ -79,7 +81,7 @@ class SlackTuner:
     @property
     def trying(self) -> bool:
         """Whether the trial is not over."""
-        return self._marks is not None
+        return self._timestamps is not None
 
     def observe(self, outputs: Sequence[torch.Tensor]) -> None:
         """Take what leaves this stage as a sample of its activations."""
@@ -91,17 +93,19 @@ class SlackTuner:
         Returns:
             Whether a slack has been chosen, so that the plan is another one.
         """
-        if self._marks is None or not self._run.delayed:
+        if self._timestamps is None or not self._run.delayed:
             return False
-        self._links.mark(self._marks.append)
+        self._links.timestamp(self._timestamps.append)
         self._tried += 1
         plan = self._run.plan
         if self._tried <= trial_calls(plan):
             return False
         self._links.clock.read(wait=True)
         filling = plan.staleness(0) + 1
-        work = [end.time - begin.time - (end.waited - begin.waited) for begin, end in pairwise(self._marks[filling:])]
-        self._marks = None
+        work = [
+            end.time - begin.time - (end.waited - begin.waited) for begin, end in pairwise(self._timestamps[filling:])
+        ]
+        self._timestamps = None
         self._drain()
         latency = self._links.ping([torch.zeros(s, dtype=d, device=self._device) for d, s in self._sample])
         self._agree(median(work) / self._run.micro_batches, latency)

@@ -33,7 +33,7 @@ from ds_ddg.telemetry.console import Console
 from ds_ddg.telemetry.reporter import Reporter
 from ds_ddg.telemetry.stage_metrics import WatchedLinks
 from ds_ddg.weights.stage_optimizer import StageOptimizer
-from ds_ddg.weights.tied import Ties
+from ds_ddg.weights.tied import TiedWeights
 
 __all__ = ["Calls"]
 
@@ -60,7 +60,7 @@ class Calls:
     host: Host
     links: WatchedLinks
     feed: Feed
-    ties: Ties
+    tied_weights: TiedWeights
     updates: StageOptimizer
     runner: MicroBatchRunner
     reporter: Reporter
@@ -233,8 +233,8 @@ class Calls:
     def _adopt_plan(self) -> None:
         """With the pipeline empty, another slack has been chosen."""
         self.links.expect(self.run.plan)
-        self.ties.expect(self.run.plan)
-        self.reporter.new_gauge()
+        self.tied_weights.expect(self.run.plan)
+        self.reporter.new_meter()
         self.runner.observe = None
 
     def _refuse_schedule(self, asked: Any) -> None:

@@ -43,7 +43,7 @@ from ds_ddg.telemetry.trace_writer import TraceWriter
 from ds_ddg.weights.experts import create_expert_groups, expert_sizes
 from ds_ddg.weights.stage_groups import StagePeers
 from ds_ddg.weights.stage_optimizer import StageOptimizer
-from ds_ddg.weights.tied import Ties
+from ds_ddg.weights.tied import TiedWeights
 from ds_ddg.weights.versions import WeightVersions
 
 __all__ = ["Beneath", "DDGEngine"]
@@ -72,7 +72,7 @@ class DDGEngine(PipelineEngine):
     _run: RunState
     _runner: MicroBatchRunner
     _stage: Stage
-    _ties: Ties
+    _tied_weights: TiedWeights
     _tracer: TraceWriter
     _updates: StageOptimizer
 
@@ -96,8 +96,8 @@ class DDGEngine(PipelineEngine):
         self._host = cast(Host, EngineHost(self))
         self._stage = Stage(module.stage_id, module.num_stages, dist.get_rank(), self.ddg)
         self._run = RunState(module.num_stages, 1, 0 if self.ddg.slack == "auto" else self.ddg.slack)
-        self._ties = Ties(module, self.ddg.enabled)
-        self._updates = StageOptimizer(self._stage, self._run, self._host, self._ties)
+        self._tied_weights = TiedWeights(module, self.ddg.enabled)
+        self._updates = StageOptimizer(self._stage, self._run, self._host, self._tied_weights)
         self._console = Console(self._stage, self._host)
         with without_greetings() if self.ddg.enabled else nullcontext():
             super().__init__(*args, **kwargs)
@@ -120,7 +120,7 @@ class DDGEngine(PipelineEngine):
             self._host,
             self._links,
             feed,
-            self._ties,
+            self._tied_weights,
             self._updates,
             self._console,
             self._failures,
@@ -134,7 +134,9 @@ class DDGEngine(PipelineEngine):
         """Carry out instructions as the present schedule wants it, a project's own additions included."""
         known: Any = type(self)._INSTRUCTION_MAP
         if not self._run.delayed:
-            tied = {m: getattr(type(self), METHODS[m]) for m in METHODS if "Tied" in m.__name__ and self._ties.tied}
+            tied = {
+                m: getattr(type(self), METHODS[m]) for m in METHODS if "Tied" in m.__name__ and self._tied_weights.tied
+            }
             self._INSTRUCTION_MAP = {**with_checks(known, self._runner.fixed_shape), **tied}
             return
         # Each tensor slice sends whole activations to its own successor; DeepSpeed's default is a part and a gather.

@@ -28,14 +28,14 @@ from ds_ddg.engine.output_checks import FixedShape, refuse_activation, refuse_lo
 from ds_ddg.host import Host
 from ds_ddg.stage import Stage
 from ds_ddg.weights.recompute import (
-    Circumstances,
+    ForwardState,
     PastBuffers,
-    keeping_nothing,
-    never_detached,
+    discard_saved_tensors,
+    guard_reentrant_checkpoint,
     with_past_buffers,
 )
 from ds_ddg.weights.stage_optimizer import StageOptimizer
-from ds_ddg.weights.tied import Ties
+from ds_ddg.weights.tied import TiedWeights
 
 __all__ = ["MicroBatchRunner"]
 
@@ -71,15 +71,15 @@ class MicroBatchRunner:
         host: DeepSpeed's engine; micro-batch n lives in one of its pipe buffers.
         links: to the other stages.
         feed: the data of the present call.
-        ties: the weights that this stage shares with others.
+        tied_weights: the weights that this stage shares with others.
         updates: knows the weight versions, and scales the loss.
     """
 
     def __init__(
-        self, stage: Stage, host: Host, links: Links, feed: Feed, ties: Ties, updates: StageOptimizer
+        self, stage: Stage, host: Host, links: Links, feed: Feed, tied_weights: TiedWeights, updates: StageOptimizer
     ) -> None:
         self._stage, self._host, self._links, self._feed = stage, host, links, feed
-        self._ties, self._updates = ties, updates
+        self._tied_weights, self._updates = tied_weights, updates
         self.fixed_shape = FixedShape(stage.stage_id)
         """Holds what this stage sends to one shape."""
         self._past_buffers = PastBuffers()
@@ -114,8 +114,8 @@ class MicroBatchRunner:
         if not self._recomputes:
             self._forward(buffer_id)
             return
-        host.pipe_buffers["rng"][buffer_id] = Circumstances(host.device), host.module.micro_offset
-        with keeping_nothing(self._stage.stage_id):
+        host.pipe_buffers["rng"][buffer_id] = ForwardState(host.device), host.module.micro_offset
+        with discard_saved_tensors(self._stage.stage_id):
             self._forward(buffer_id)
         host.pipe_buffers["outputs"][buffer_id] = _without_graph(host.pipe_buffers["outputs"][buffer_id])
 
@@ -151,8 +151,10 @@ class MicroBatchRunner:
                     host.carry_out(BackwardPass, buffer_id)
         if not updates.trains:
             inputs = as_tuple(buffers["inputs"][buffer_id])
-            updates.watch_overflow([*(tensor.grad for tensor in inputs), *(held.grad for held in self._ties.held)])
-        self._ties.send_gradients()
+            updates.watch_overflow(
+                [*(tensor.grad for tensor in inputs), *(borrowed.grad for borrowed in self._tied_weights.borrowed)]
+            )
+        self._tied_weights.send_gradients()
         updates.versions.forget(buffer_id)
         host.grad_layer = None
         if self._stage.is_last:
@@ -193,7 +195,7 @@ class MicroBatchRunner:
 
     def _forward(self, buffer_id: int) -> None:
         host = self._host
-        with never_detached(host.module) if host._reentrant_activation_checkpointing() else nullcontext():
+        with guard_reentrant_checkpoint(host.module) if host._reentrant_activation_checkpointing() else nullcontext():
             before = host.loss
             try:
                 with self._summing_losses():
@@ -219,8 +221,8 @@ class MicroBatchRunner:
         """Run the forward again as the first time: same input, random numbers and buffers, and no trace in these."""
         module, buffers = self._host.module, self._host.pipe_buffers
         newest = module.micro_offset
-        circumstances, module.micro_offset = buffers["rng"][buffer_id]
-        with circumstances.again(), with_past_buffers(module, buffers["past"][buffer_id]):
+        forward_state, module.micro_offset = buffers["rng"][buffer_id]
+        with forward_state.restored(), with_past_buffers(module, buffers["past"][buffer_id]):
             self._forward(buffer_id)
         module.micro_offset = newest
 
@@ -230,7 +232,7 @@ class MicroBatchRunner:
         outputs = as_tuple(buffers["outputs"][buffer_id])
         received = buffers["grads"][buffer_id]
         pairs = [(o, g) for o, g in zip(outputs, received, strict=True) if o.requires_grad and g is not None]
-        pairs += self._ties.recv_gradients()
+        pairs += self._tied_weights.recv_gradients()
         if not pairs:
             return False
         starts, gradients = zip(*pairs, strict=True)

@@ -1,13 +1,13 @@
-"""When a stage did something, by the clock of what computes: the host's, or that of its device.
+"""Clocks of stages: the time of the host for a stage on the CPU, of the device for a stage on a device.
 
-On a GPU the host only launches work and runs ahead of it; what it waits for says nothing of what the device waits for.
-There a moment is an event on the compute stream. When it happened is known once the device has passed it, so whatever
-is to be done with moments is done then, in order::
+On a GPU the host only launches work and runs ahead of it, so its waits say nothing of those of the device. There a
+moment is an event on the compute stream. Its time is known once the device has passed it, so whatever is to be done
+with moments is done then, in order::
 
     compute stream   | F |a     idle     |b F |c          a to b: the device waited, b to c: it worked,
     main thread      F a wait for a message b F c ...     however far the host is ahead
 
-Nobody waits for that. Times are seconds of ``time.perf_counter``, which all ranks of a machine share; those of a
+No stage waits for that. Times are seconds of ``time.perf_counter``, which all ranks of a machine share; those of a
 device are as close to it as can be known without a wait: an event passes after its launch and before that was seen.
 """
 
@@ -23,24 +23,24 @@ import torch
 __all__ = ["Clock", "DeviceClock", "HostClock", "clock_for"]
 
 _NEAR = 1.0
-"""Seconds that are counted from one event: torch counts in float32."""
+"""Seconds that are counted from one event at most, as torch counts in float32."""
 _TRIES = 5
-"""To bring two clocks together; the quickest is the closest."""
+"""Attempts to bring two clocks together; the quickest of them is the closest."""
 _MANY = 256
-"""What is to be done later, before it is looked at without being asked."""
+"""Functions waiting for their moments from which on `DeviceClock.then` calls `read` itself."""
 
 
 class Clock(Protocol):
-    """That of what computes."""
+    """The clock of the processor that computes a stage: the host or a device."""
 
     def now(self) -> Any:
-        """The moment at which all that it was given until now is done."""
+        """Return the moment at which all work that the processor was given until now is done."""
 
     def then(self, act: Callable[..., None], what: str, *moments: Any) -> None:
-        """``act(what, *times of the moments)`` once all of them have passed, after what was given before."""
+        """Call ``act(what, *times)``, in seconds, once all `moments` have passed, after the functions given before."""
 
     def read(self, wait: bool = False) -> None:
-        """Do what can be done by now, or all of it.
+        """Call the functions whose moments have passed; all of them with `wait`, which waits for the device.
 
         Raises:
             RuntimeError: the device has failed.
@@ -48,7 +48,7 @@ class Clock(Protocol):
 
 
 class HostClock:
-    """The `Clock` of a stage on the CPU: a moment is its time, and nothing is left for later."""
+    """The `Clock` of a stage on the CPU, where a moment is its time in seconds and no function has to wait."""
 
     def now(self) -> float:
         return time.perf_counter()
@@ -104,7 +104,7 @@ class DeviceClock:
             self._meet()
 
     def _meet(self) -> None:
-        """With nothing to do on the device: bring its clock and the host's together."""
+        """Bring the clock of the device, which must be idle, and that of the host together."""
         seen = []
         for _ in range(_TRIES):
             moment = self.now()
@@ -118,7 +118,7 @@ class DeviceClock:
             at = self._origin_time - moment.event.elapsed_time(origin.event) / 1e3
         else:
             at = self._origin_time + origin.event.elapsed_time(moment.event) / 1e3
-        # So far the clocks can drift apart, and no further.
+        # The device passes an event after its launch and before now, so the clocks cannot have drifted further apart.
         sure = min(max(at, moment.launched), time.perf_counter())
         self._origin_time += sure - at
         at = sure
@@ -128,5 +128,5 @@ class DeviceClock:
 
 
 def clock_for(device: torch.device) -> Clock:
-    """That of a stage on `device`."""
+    """Make the clock of a stage on `device`."""
     return HostClock() if device.type == "cpu" else DeviceClock(device)

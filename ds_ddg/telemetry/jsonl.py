@@ -1,4 +1,4 @@
-"""A bounded file of records, of which a killed process leaves what it had."""
+"""A bounded file of records that keeps what was flushed if its process is killed."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 __all__ = ["Log"]
 
 _PATIENCE = 1.0
-"""Seconds that lines may wait in memory."""
+"""Seconds for which lines may stay in memory."""
 
 
 class Log:
-    """Lines of JSON in a file, at most a second or so behind; of a long run the end is kept.
+    """A file of JSON lines, written at most about a second late; of a long run it keeps the end.
 
-    A file that has reached its limit becomes ``NAME.older.jsonl``, in place of the one before it.
+    A file that has reached its limit becomes ``NAME.older.jsonl``, which replaces the last one of that name.
 
     Args:
-        path: without suffix; its folder is made if it is not there.
-        limit: bytes of a file; two are kept.
+        path: the path without suffix; its folder is made if it is missing.
+        limit: bytes of one file; two files are kept.
 
     Raises:
         OSError: the file cannot be written.
@@ -29,30 +29,30 @@ class Log:
     def __init__(self, path: Path, limit: int = 8 * 2**20) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path, self._older = path.with_suffix(".jsonl"), path.with_suffix(".older.jsonl")
-        self._older.unlink(missing_ok=True)  # of another run
+        self._older.unlink(missing_ok=True)  # left by another run
         self._limit = limit
         self._lines: list[str] = []
         self._file = self._path.open("w", encoding="utf-8")
         self._flushed = time.perf_counter()
         self.head: dict[str, dict[str, Any]] = {}
-        """Repeated at the top of every file, as each must make sense alone."""
+        """Records repeated at the top of every file, as each file must make sense alone."""
 
     def begin(self, key: str, value: dict[str, Any]) -> None:
-        """From here on `key` is `value`."""
+        """Set `key` of the head to `value`, and write it as a record."""
         self.head[key] = value
         self._lines.append(json.dumps({key: value}))
 
     def add(self, line: str) -> None:
-        """One more, JSON already; written by the next `flush`."""
+        """Add a `line`, which is JSON already; the next `flush` writes it."""
         self._lines.append(line)
 
     def flush_if_due(self) -> None:
-        """Flush once a second."""
+        """Flush if the last flush was more than a second ago."""
         if time.perf_counter() - self._flushed > _PATIENCE:
             self.flush()
 
     def flush(self) -> None:
-        """Hand what there is to the operating system, which keeps it even if this process is killed."""
+        """Hand all lines to the operating system, which keeps them even if this process is killed."""
         lines, self._lines = self._lines, []
         self._file.write("".join(line + "\n" for line in lines))
         self._file.flush()
@@ -64,7 +64,7 @@ class Log:
             self._lines = [json.dumps({key: value}) for key, value in self.head.items()]
 
     def close(self) -> None:
-        """Flush, and write no more; twice does nothing."""
+        """Flush and close the file; a second call does nothing."""
         if not self._file.closed:
             self.flush()
             self._file.close()

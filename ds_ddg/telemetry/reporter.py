@@ -21,7 +21,7 @@ from ds_ddg.comm.loss_exchange import Loss, Losses
 from ds_ddg.host import Host
 from ds_ddg.stage import RunState, Stage
 from ds_ddg.telemetry.console import Console
-from ds_ddg.telemetry.stage_metrics import MEASURED, Gauge, WatchedLinks
+from ds_ddg.telemetry.stage_metrics import MEASURED, StageMeter, WatchedLinks
 from ds_ddg.telemetry.wandb import InOrder
 from ds_ddg.weights.stage_optimizer import StageOptimizer
 
@@ -54,7 +54,7 @@ class Reporter:
         self.losses = Losses(links)
         self._samples: dict[int, int] = {}
         """Samples at the end of a call, by its number, until its loss has been recorded."""
-        self.new_gauge()
+        self.new_meter()
         monitor = host.monitor
         if getattr(monitor, "wandb_monitor", None) is not None:
             monitor.wandb_monitor = InOrder(monitor.wandb_monitor)
@@ -63,10 +63,10 @@ class Reporter:
             host.engine_timers.backward_timers = []
             host.engine_timers.backward_inner_timers = []
 
-    def new_gauge(self) -> None:
+    def new_meter(self) -> None:
         """With the pipeline empty: measure anew."""
         stage, calls = self._stage, self._stage.num_stages * (1 + self._run.slack) + 1
-        self.gauge = Gauge(stage.stage_id, self._links, calls)
+        self.meter = StageMeter(stage.stage_id, self._links, calls)
 
     @property
     def loss_step(self) -> int:
@@ -75,7 +75,7 @@ class Reporter:
 
     def stats(self) -> dict[str, Any]:
         """What this stage measures, as of now; see ``DDGEngine.ddg_stats``."""
-        row = self.gauge.now(self._updates.versions, self._run.micro_batches)
+        row = self.meter.now(self._updates.versions, self._run.micro_batches)
         return dict(zip(("stage", *MEASURED), row, strict=True))
 
     # -- losses -----------------------------------------------------------------------------------------------------
@@ -167,20 +167,20 @@ class Reporter:
 
     def begin_call(self) -> None:
         """A delayed call has begun."""
-        self.gauge.begin_call(self._updates.versions.version)
+        self.meter.begin_call(self._updates.versions.version)
         self._links.update = self._links.update.plus(self._updates.last)
 
     def report_call(self) -> None:
         """A delayed call is over: print and measure every ``steps_per_print``; for a monitor alone after each."""
         self._updates.end_call()
-        self.gauge.end_call()
+        self.meter.end_call()
         period = self._host.steps_per_print()
         if self._host.global_steps % (period or 1):
             return
         if period is not None:
             self._console.print_call(self.losses.newest, self.loss_step, self._links.seconds)
         if self._host.monitor.enabled:
-            self.gauge.end_period(self._updates.versions, self._run.micro_batches)
+            self.meter.end_period(self._updates.versions, self._run.micro_batches)
 
     def complete_steps(self, samples: float = math.inf) -> None:
         """No value of a step up to `samples` is still to come; by default: nothing is in flight."""

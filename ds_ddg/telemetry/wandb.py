@@ -1,7 +1,7 @@
-"""W&B's values in the order of their steps, which it insists on: what comes late it drops, with a warning at most.
+"""Values for W&B in the order of their steps, as W&B drops those that come late, with a warning at most.
 
 DeepSpeed sends the learning rate of a call at once, and under the delayed schedule the loss of that call is known
-some calls later. So for W&B alone, what is newer than the newest complete step waits until that step is complete.
+some calls later. So for W&B alone, values newer than the newest complete step wait until their step is complete.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 __all__ = ["InOrder"]
 
 Event = tuple[str, Any, int]
-"""Name, value, step: what DeepSpeed's monitors take."""
+"""Name, value and step of one value, as DeepSpeed's monitors take it."""
 
 
 class InOrder:
-    """Stands in for a monitor that takes no value of an earlier step than it has seen.
+    """Replaces a monitor that takes no value of an earlier step than it has seen.
 
     Args:
-        monitor: DeepSpeed's.
+        monitor: DeepSpeed's monitor for W&B.
     """
 
     def __init__(self, monitor: Any) -> None:
@@ -37,12 +37,12 @@ class InOrder:
         return getattr(self._monitor, name)
 
     def write_events(self, events: Iterable[Event]) -> None:
-        """As DeepSpeed's; they arrive sorted by step, those of one step as they came."""
+        """Take `events` as DeepSpeed's monitor does; they arrive sorted by step, those of one step as they came."""
         self._waiting.extend(events)
         self._send()
 
     def complete(self, step: float = math.inf) -> None:
-        """Steps up to `step` are complete; by default every value is the newest there is, so it need not wait."""
+        """Declare steps up to `step` complete; by default all, so that no value has to wait."""
         self._complete = step
         self._send()
 

@@ -1,4 +1,4 @@
-"""Optimizers of stages: what DeepSpeed makes of them, bent where a stage is not a whole model.
+"""DeepSpeed's wrappers of optimizers, adapted where a stage is not a whole model.
 
 DeepSpeed wraps the optimizer for bf16, fp16 and ZeRO-1. Its wrappers clip by the norm of their own gradients, and fail
 on a stage that has nothing to train.
@@ -64,7 +64,7 @@ def clipping_by(known: float, wrapper: Any) -> Iterator[None]:
 
 
 class IdleOptimizer:
-    """Stands in for an optimizer that has no gradient to step on; all else is the real one's."""
+    """Replaces an optimizer that has no gradient to step on; all other attributes are those of the real one."""
 
     overflow = False
     _global_grad_norm = None
@@ -76,10 +76,10 @@ class IdleOptimizer:
         return getattr(self._optimizer, name)
 
     def step(self) -> None:
-        """No gradient, no step."""
+        """Do nothing, as there is no gradient."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """No gradient, nothing to clear."""
+        """Do nothing, as there is no gradient to clear."""
 
 
 @contextmanager
@@ -88,7 +88,7 @@ def idle_optimizer(engine: Any) -> Iterator[None]:
     engine.optimizer, optimizer = IdleOptimizer(engine.optimizer), engine.optimizer
     try:
         with warnings.catch_warnings():
-            # torch warns when a scheduler steps before its optimizer; here that is what is meant.
+            # torch warns when a scheduler steps before its optimizer; here that is intended.
             warnings.filterwarnings("ignore", message=r".*lr_scheduler\.step\(\).*before.*optimizer\.step\(\)")
             yield
     finally:
@@ -96,13 +96,13 @@ def idle_optimizer(engine: Any) -> Iterator[None]:
 
 
 def norm_unscaled(engine: Any, num_stages: int) -> AbstractContextManager[None]:
-    """Around a step of `engine`, which leaves its norm without the loss scale: each stage has one of its own.
+    """Inside this block a step of `engine` leaves the norm of its gradients without the loss scale of the stage.
 
-    DeepSpeed 0.19.8 unscales it itself with ZeRO; without it by the scale of the next step, or not at all.
+    DeepSpeed 0.19.8 does so itself with ZeRO; without ZeRO it divides by the scale of the next step, or not at all.
     """
     optimizer = engine.optimizer
-    told_so = num_stages == 1 or not engine.fp16_enabled() or isinstance(optimizer, ZeROOptimizer)
-    return nullcontext() if told_so else _scale_of_this_step(engine)
+    is_unscaled = num_stages == 1 or not engine.fp16_enabled() or isinstance(optimizer, ZeROOptimizer)
+    return nullcontext() if is_unscaled else _scale_of_this_step(engine)
 
 
 @contextmanager
@@ -128,7 +128,7 @@ def clocks_stopped(engine: Any) -> Iterator[None]:
 
 
 def needs_closure(step: Any) -> bool:
-    """Whether the method cannot be called without one; of C++ functions nobody knows."""
+    """Whether the method `step` cannot be called without a closure; False for C++ functions, which do not say."""
     try:
         closure = inspect.signature(step).parameters.get("closure")
     except ValueError:
@@ -146,7 +146,7 @@ def refuse_closure(optimizer: Any) -> None:
 
 
 def add_no_gradient(parameter: torch.nn.Parameter, optimizer: Any) -> None:
-    """Give a parameter without a gradient zeros, where `optimizer` keeps them."""
+    """Give `parameter`, which has no gradient, a gradient of zeros where `optimizer` keeps gradients."""
     parameter.grad = torch.zeros_like(parameter)
     for i, group in enumerate(optimizer.bf16_groups if isinstance(optimizer, BF16_Optimizer) else ()):
         for j, own in enumerate(group):
@@ -156,7 +156,7 @@ def add_no_gradient(parameter: torch.nn.Parameter, optimizer: Any) -> None:
 
 
 def anything_to_train(optimizer: Any) -> bool:
-    """Whether DeepSpeed's wrappers would find anything in it."""
+    """Whether DeepSpeed's wrappers would find a parameter to train in `optimizer`."""
     return any(is_optimized_parameter(p) for group in optimizer.param_groups for p in group["params"])
 
 
@@ -173,7 +173,7 @@ def fill_groups(optimizer: Any, names: dict[Any, str], dtype: torch.dtype, devic
 
 
 def with_a_parameter(model_parameters: Any) -> Any:
-    """What an optimizer is made of, so that a stage without anything to train can have one.
+    """Return `model_parameters`, with an empty one added for the optimizer of a stage without anything to train.
 
     torch refuses an empty list and DeepSpeed drops empty groups, with them the learning rate that callers ask for.
     """
@@ -188,7 +188,7 @@ def with_a_parameter(model_parameters: Any) -> Any:
 
 
 def _trains(item: Any) -> bool:
-    """Whether anything of a parameter, a named one or a group of them can be trained."""
+    """Whether `item`, a parameter, a named one or a group of them, has anything to train."""
     if torch.is_tensor(item):
         return item.requires_grad
     if isinstance(item, dict):

@@ -1,6 +1,6 @@
-"""Running a forward a second time, as the first: for "activations": "recompute", and within activation checkpointing.
+"""The second forward of a micro-batch: for "activations": "recompute", and within activation checkpointing.
 
-What the first forward saw has to be there again: weights (``versions.py``), buffers, random numbers and autocast.
+It has to see all that the first forward saw: weights (``versions.py``), buffers, random numbers and autocast.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-__all__ = ["Circumstances", "PastBuffers", "keeping_nothing", "never_detached", "with_past_buffers"]
+__all__ = ["ForwardState", "PastBuffers", "discard_saved_tensors", "guard_reentrant_checkpoint", "with_past_buffers"]
 
 Buffers = dict[tuple[torch.nn.Module, str], Tensor | None]
-"""Values of buffers, by where they are."""
+"""Values of buffers, by their module and name."""
 
 _SMALL = 2**16
-"""Elements of a buffer that it costs nothing to speak of to copy for every micro-batch in flight."""
+"""Elements of a buffer up to which a copy for every micro-batch in flight costs next to nothing."""
 
 
-class Circumstances:
-    """What a forward depends on besides its input, its weights and its buffers: random numbers and autocast.
+class ForwardState:
+    """The state that a forward reads besides its input, its weights and its buffers: random numbers and autocast.
 
     Args:
         device: where the stage computes. Reading the state of its generator is no work for the device.
@@ -40,8 +40,8 @@ class Circumstances:
         self._autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
 
     @contextmanager
-    def again(self) -> Iterator[None]:
-        """Inside this block they are as they were; afterwards as they are now."""
+    def restored(self) -> Iterator[None]:
+        """Inside this block random numbers and autocast are as when this was made; afterwards as they are now."""
         enabled, dtype = self._autocast
         with (
             torch.random.fork_rng(self._on_device, device_type="cuda" if self._type == "cpu" else self._type),
@@ -54,14 +54,14 @@ class Circumstances:
 
 
 class PastBuffers:
-    """Buffers as they were before each forward; of large ones, micro-batches that saw the same values share a copy."""
+    """Copies of buffers from before each forward; micro-batches that saw the same large buffer share one copy."""
 
     def __init__(self) -> None:
         self._newest: dict[tuple[torch.nn.Module, str], tuple[int, ref[Tensor], ref[Tensor]]] = {}
-        """Version of a large buffer, the buffer, and its copy, which lives as long as a micro-batch needs it."""
+        """For each large buffer: its version, itself, and its copy, which lives as long as a micro-batch needs it."""
 
     def now(self, module: torch.nn.Module) -> Buffers:
-        """Copies of what the buffers of `module` are, None where there is none yet."""
+        """Return copies of the buffers of `module`, None for each that is None."""
         return {place: buffer if buffer is None else self._copy(place, buffer) for place, buffer in _buffers(module)}
 
     def _copy(self, place: tuple[torch.nn.Module, str], buffer: Tensor) -> Tensor:
@@ -80,16 +80,16 @@ class PastBuffers:
 
 @contextmanager
 def with_past_buffers(module: torch.nn.Module, past: Buffers) -> Iterator[None]:
-    """A second forward of a micro-batch sees what the first saw, and leaves no trace (BatchNorm's running statistics).
+    """Inside this block a second forward sees the buffers `past` and leaves today's (BatchNorm's statistics) alone.
 
-    The forward inside the block works on copies: writing the old values back in place would look to autograd like a
-    change of what the graph just saved.
+    The forward works on copies: writing the old values back in place would look to autograd like a change of what the
+    graph just saved.
     """
     homes = list(_buffers(module))
     copies: dict[Any, Tensor] = {}
     for place, buffer in homes:
         value = past.get(place, buffer)
-        shared = place if buffer is None else id(buffer)  # two modules may have the same one
+        shared = place if buffer is None else id(buffer)  # two modules may share a buffer
         if value is not None and shared not in copies:
             copies[shared] = value.clone()
         owner, name = place
@@ -108,10 +108,13 @@ def _buffers(module: torch.nn.Module) -> Iterator[tuple[tuple[torch.nn.Module, s
 
 
 @contextmanager
-def keeping_nothing(stage_id: int) -> Iterator[None]:
-    """Inside this block a forward keeps nothing for a backward, though its outputs say whether they need one.
+def discard_saved_tensors(stage_id: int) -> Iterator[None]:
+    """Inside this block a forward saves no tensors for a backward, though its outputs say whether they need one.
 
-    Autograd is on: the kernels must be those of the second time (attention has several).
+    Autograd is on, so that the kernels are those of the second forward (attention has several).
+
+    Raises:
+        RuntimeError: a layer of stage `stage_id` computes gradients in its own forward.
     """
     try:
         with saved_tensors_hooks(_drop, _drop):
@@ -126,11 +129,11 @@ def keeping_nothing(stage_id: int) -> Iterator[None]:
 
 
 def _drop(_: Any) -> Any:
-    """For a graph that runs no backward: save nothing."""
+    """Save nothing, for a graph that runs no backward."""
 
 
 @contextmanager
-def never_detached(module: Any) -> Iterator[None]:
+def guard_reentrant_checkpoint(module: Any) -> Iterator[None]:
     """Inside this block, layers are not checkpointed reentrantly where none of their inputs requires a gradient.
 
     Reentrant checkpointing cuts what it returns off its parameters then: an embedding of integers, or the first layers

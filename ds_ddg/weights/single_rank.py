@@ -1,7 +1,7 @@
 """A process group of one rank, whose collectives are done when they are called.
 
 DeepSpeed's mixed-precision and ZeRO optimizers reduce gradients, norm and overflow flag over the replicas of a stage
-in every update, also where there is but one. Gloo then hands each tensor to a thread and back, and fetches it from a
+in every update, also where there is only one. Gloo then hands each tensor to a thread and back, and fetches it from a
 GPU for that, which makes the main thread wait for all the work that it has launched there.
 """
 
@@ -12,14 +12,15 @@ from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
-__all__ = ["alone_if_one"]
+__all__ = ["local_if_single_rank"]
 
-_BACKEND = "ds_ddg_alone"
-_stand_ins: WeakKeyDictionary[dist.ProcessGroup, Any] = WeakKeyDictionary()
+_BACKEND = "ds_ddg_single_rank"
+_local_groups: WeakKeyDictionary[dist.ProcessGroup, Any] = WeakKeyDictionary()
+"""The group made in place of each group of one rank."""
 
 
-class _Done(dist.Work):
-    """Of a collective that had nothing to do."""
+class _CompletedWork(dist.Work):
+    """The handle of a collective that had nothing to do."""
 
     def wait(self, *_: Any) -> bool:
         return True
@@ -28,27 +29,27 @@ class _Done(dist.Work):
         return True
 
 
-class _Alone(dist.ProcessGroup):
-    """Has the collectives that an optimizer asks for; torch refuses all others."""
+class _SingleRankGroup(dist.ProcessGroup):
+    """A group of one rank with the collectives that an optimizer calls; torch refuses all others."""
 
     def __init__(self, *_: Any) -> None:
         # Undeclared, but the form that torch 2.11 has for subclasses.
         super().__init__(0, 1)  # type: ignore[call-arg]
 
     def allreduce(self, *_: Any) -> dist.Work:
-        return _Done()
+        return _CompletedWork()
 
     def reduce(self, *_: Any) -> dist.Work:
-        return _Done()
+        return _CompletedWork()
 
 
-def alone_if_one(group: Any) -> Any:
-    """`group`, or one that does nothing in its place if this rank is its only member."""
+def local_if_single_rank(group: Any) -> Any:
+    """Return `group`, or a group whose collectives do nothing if this rank is its only member; None stays None."""
     if group is None or dist.get_world_size(group) > 1:
         return group
-    if group not in _stand_ins:
+    if group not in _local_groups:
         if _BACKEND not in dist.Backend.backend_list:
-            dist.Backend.register_backend(_BACKEND, _Alone, devices=["cpu"])
+            dist.Backend.register_backend(_BACKEND, _SingleRankGroup, devices=["cpu"])
         ranks = dist.get_process_group_ranks(group)
-        _stand_ins[group] = dist.new_group(ranks, backend=_BACKEND, use_local_synchronization=True)
-    return _stand_ins[group]
+        _local_groups[group] = dist.new_group(ranks, backend=_BACKEND, use_local_synchronization=True)
+    return _local_groups[group]

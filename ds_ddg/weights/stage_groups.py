@@ -17,24 +17,24 @@ import torch.distributed as dist
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import Tensor
 
-from ds_ddg.weights.single_rank import alone_if_one
+from ds_ddg.weights.single_rank import local_if_single_rank
 
 __all__ = ["StageLocalGrid", "StagePeers", "clip", "clip_stage_gradients"]
 
 
 class StagePeers:
-    """All ranks of one stage, its replicas and its tensor slices, as they agree on a number.
+    """All ranks of one stage, its replicas and its tensor slices, which can agree on a number.
 
     Args:
-        groups: process groups that together join them, for tensors on the CPU: an answer from a device would have to
-            wait for all work there. None: the stage has one rank.
+        groups: process groups that together join these ranks, for tensors on the CPU, as a result on a device would
+            have to wait for all work there. Empty: the stage has one rank.
     """
 
     def __init__(self, groups: Sequence[Any]) -> None:
         self._groups = groups
 
     def largest(self, number: int) -> int:
-        """The largest `number` of all ranks of the stage. Collective over them."""
+        """Return the largest `number` of all ranks of the stage; collective over them."""
         if not self._groups:
             return number
         largest = torch.tensor([number])
@@ -44,7 +44,11 @@ class StagePeers:
 
 
 class StageLocalGrid:
-    """The grid with "model parallel" meaning the tensor slices of one stage."""
+    """A view of the grid in which "model parallel" means the tensor slices of one stage.
+
+    Args:
+        grid: DeepSpeed's ``PipelineParallelGrid``.
+    """
 
     def __init__(self, grid: Any) -> None:
         self._grid = grid
@@ -54,11 +58,11 @@ class StageLocalGrid:
 
     def get_model_parallel_group(self) -> Any:
         """Process group of the tensor slices of this stage."""
-        return alone_if_one(self._grid.get_slice_parallel_group())
+        return local_if_single_rank(self._grid.get_slice_parallel_group())
 
     def get_data_parallel_group(self) -> Any:
         """Process group of the replicas of this stage."""
-        return alone_if_one(self._grid.get_data_parallel_group())
+        return local_if_single_rank(self._grid.get_data_parallel_group())
 
     def get_model_parallel_rank(self) -> int:
         """Rank among the tensor slices of this stage."""
@@ -69,13 +73,13 @@ class StageLocalGrid:
         return int(self._grid.get_slice_parallel_world_size())
 
     def get_pipe_parallel_world_size(self) -> int:
-        """One stage: DeepSpeed would sum the norms of expert gradients over the pipe axis."""
+        """Number of stages in this view, 1: DeepSpeed would sum the norms of expert gradients over the pipe axis."""
         return 1
 
     get_pipeline_model_parallel_world_size = get_pipe_parallel_world_size
 
     def mean_over_replicas(self, norm: Tensor) -> Tensor:
-        """The mean of `norm` over the replicas of this stage, in DeepSpeed's arithmetic (``clip_grad_norm_``)."""
+        """Return the mean of `norm` over the replicas of this stage, in the arithmetic of ``clip_grad_norm_``."""
         group = self._grid.get_data_parallel_group()
         replicas = dist.get_world_size(group)
         if replicas > 1:
@@ -92,15 +96,27 @@ def clip_stage_gradients(
     device: torch.device | None = None,
     experts: bool = False,
 ) -> Tensor | None:
-    """Clip to `max_norm` by the norm over this stage, or by the `known` one; the stage's, None without gradient.
+    """Clip the gradients of one stage by their norm.
 
     After their all-reduce the gradients are the same on every replica, and so is their norm: only the tensor slices of
-    a stage communicate. What they do not share out (``model_parallel``, as DeepSpeed reads it) counts once. With
-    `experts` each replica also has gradients of its own, those of the experts it holds, so the norm is the mean over
-    the replicas, as DeepSpeed's.
+    a stage communicate. Parameters that are not split over the slices (``model_parallel``, as DeepSpeed reads it)
+    count once. With `experts` each replica also has gradients of its own, so the norm is the mean over the replicas,
+    as in DeepSpeed.
+
     The arithmetic is that of DeepSpeed's fp32 clip, so that one stage equals DeepSpeed to the last bit; with several,
     DeepSpeed counts only stage 0's gradients, on every stage (``clip_grad_norm_`` in deepspeed/runtime/utils.py).
-    On a GPU nothing is read back. `device` is where the slices communicate.
+    On a GPU nothing is read back.
+
+    Args:
+        parameters: the parameters of the stage.
+        max_norm: the norm to clip to.
+        slices: the tensor slices of the stage.
+        known: the norm to clip by in place of the measured one.
+        device: where the slices communicate.
+        experts: whether the stage has expert layers.
+
+    Returns:
+        The norm of this stage, as a 0-dim tensor; None if it has no gradient.
     """
     having = [p for p in parameters if p.grad is not None]
     gradients = [p.grad for p in having if p.grad is not None]
@@ -121,8 +137,8 @@ def clip_stage_gradients(
 
 
 def clip(gradients: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
-    """Scale `gradients`, whose norm is taken to be `norm`, down to `max_norm`."""
-    # On the CPU it costs less to look than to multiply by one; near the border rounding decides, and not here.
+    """Scale `gradients` in place down to `max_norm`, with `norm`, a 0-dim tensor, taken as their norm."""
+    # On the CPU comparing costs less than multiplying by one; near the border the rounding below has to decide.
     if norm.is_cpu and norm.item() < 0.99 * max_norm - 1e-6:
         return
     coefficient = torch.clamp(torch.full_like(norm, max_norm) / (norm + 1e-6), max=1.0)

@@ -29,9 +29,9 @@ from ds_ddg.weights.optimizer_wrappers import (
     refuse_closure,
     with_a_parameter,
 )
-from ds_ddg.weights.single_rank import alone_if_one
+from ds_ddg.weights.single_rank import local_if_single_rank
 from ds_ddg.weights.stage_groups import StageLocalGrid, StagePeers, clip_stage_gradients
-from ds_ddg.weights.tied import Ties
+from ds_ddg.weights.tied import TiedWeights
 from ds_ddg.weights.versions import WeightVersions
 
 __all__ = ["StageOptimizer"]
@@ -41,29 +41,29 @@ _Method = Callable[..., Any]
 
 
 class StageOptimizer:
-    """Everything between the gradients of a stage and its next weights.
+    """The way from the gradients of a stage to its next weights.
 
     Args:
         stage: this stage.
-        run: where it is in its run.
+        run: the place of the stage in its run.
         host: DeepSpeed's engine.
-        ties: the weights that this stage shares with others.
+        tied_weights: the weights that this stage shares with others.
     """
 
-    def __init__(self, stage: Stage, run: RunState, host: Host, ties: Ties) -> None:
-        self._stage, self._run, self._host, self._ties = stage, run, host, ties
+    def __init__(self, stage: Stage, run: RunState, host: Host, tied_weights: TiedWeights) -> None:
+        self._stage, self._run, self._host, self._tied_weights = stage, run, host, tied_weights
         self._peers = StagePeers([])
         self.versions: WeightVersions
-        """Which weights a micro-batch saw; there from the first `configure` on."""
+        """The versions of the weights that micro-batches saw; set by the first `configure`."""
         self.pipeline_norm: float | None = None
         """The norm of the gradients of all stages, in the newest call for which all stages know it."""
         self.last = Update()
-        """What the update of this stage came to in the call before, with the overflows of a drain since."""
+        """The result of this stage's update in the call before, with the overflows of a drain since."""
         self.trains = True
         """Whether this stage has something of its own to train."""
         self._overflowed = False
         self._forwarded_overflow: Any = 0.0
-        """0 if the gradients that a stage with nothing to train has passed on since its last step were finite."""
+        """Zero if all gradients that a stage with nothing to train has forwarded since its last step were finite."""
 
     # -- construction -----------------------------------------------------------------------------------------------
 
@@ -75,7 +75,7 @@ class StageOptimizer:
         """Have DeepSpeed `configure` its optimizer inside the stage: without collectives that cross its border."""
         host = self._host
         grid, replicas = host.mpu, host.seq_data_parallel_group
-        host.mpu, host.seq_data_parallel_group = StageLocalGrid(grid), alone_if_one(replicas)
+        host.mpu, host.seq_data_parallel_group = StageLocalGrid(grid), local_if_single_rank(replicas)
         try:
             configure(client_optimizer, with_a_parameter(model_parameters))
         finally:
@@ -86,7 +86,7 @@ class StageOptimizer:
         """Prepare an `optimizer` that DeepSpeed has not wrapped yet, whoever made it."""
         host = self._host
         refuse_closure(optimizer)
-        self._ties.remove_from(optimizer)
+        self._tied_weights.remove_from(optimizer)
         self.trains = anything_to_train(optimizer)
         if host.fp16_enabled() or host.bfloat16_enabled() or host.zero_optimization():
             fill_groups(optimizer, host.param_names, host.get_data_types()[0], host.device)
@@ -100,8 +100,8 @@ class StageOptimizer:
     # -- instructions -----------------------------------------------------------------------------------------------
 
     def reduce_gradients(self) -> None:
-        """Average the gradients over the replicas of this stage, all but those of tied weights that it only holds."""
-        with self._ties.hidden() if self._ties.owners else nullcontext():
+        """Average the gradients over the replicas of this stage, all but those of borrowed weights."""
+        with self._tied_weights.hidden() if self._tied_weights.owners else nullcontext():
             self._host.carry_out(ReduceGrads)
 
     def step(self, lr_kwargs: Any = None) -> None:
@@ -109,9 +109,9 @@ class StageOptimizer:
         with self.versions.updating():
             self._step(lr_kwargs)
             run = self._run
-            updated = {k for k in self._ties.owners if run.plan.updates(k, run.call, run.filled_at)}
-            self._ties.recv_weights(updated)
-        self._ties.send_weights()
+            updated = {k for k in self._tied_weights.owners if run.plan.updates(k, run.call, run.filled_at)}
+            self._tied_weights.recv_weights(updated)
+        self._tied_weights.send_weights()
 
     def advance_clocks(self) -> None:
         """End a call in which no gradient has come back: learning rate and step counts move on, the weights stay."""
@@ -126,26 +126,29 @@ class StageOptimizer:
         self.last = self.last.plus(Update(0.0, int(self._overflowed)))
 
     def reduce_tied_gradients(self) -> None:
-        """DeepSpeed's, on its own schedule; its wrappers neither sum up nor clear gradients that are not theirs."""
+        """Sum tied gradients as DeepSpeed does, on its own schedule.
+
+        DeepSpeed's wrappers neither accumulate nor clear gradients of parameters that they do not have.
+        """
         host = self._host
-        for parameter in self._ties.tied:
+        for parameter in self._tied_weights.tied:
             if parameter.grad is None:  # a stage that does not use it; DeepSpeed would let the others wait for it
                 add_no_gradient(parameter, host.optimizer)
-        wrapped: list[Any] = self._ties.held if isinstance(host.optimizer, DeepSpeedOptimizer) else []
-        for held in wrapped:
-            if host.using_bf16_optimizer and held.grad is not None:
-                held._hp_grad = held.grad.to(host.optimizer.grad_acc_dtype)
+        wrapped: list[Any] = self._tied_weights.borrowed if isinstance(host.optimizer, DeepSpeedOptimizer) else []
+        for borrowed in wrapped:
+            if host.using_bf16_optimizer and borrowed.grad is not None:
+                borrowed._hp_grad = borrowed.grad.to(host.optimizer.grad_acc_dtype)
         host.carry_out(ReduceTiedGrads)
-        for held in wrapped:
-            held.grad = held._hp_grad = None
+        for borrowed in wrapped:
+            borrowed.grad = borrowed._hp_grad = None
 
     def share_tied_weights(self) -> None:
-        """Between two calls of DeepSpeed's schedule, or in a drain: tied copies become their owners' weights."""
-        self._ties.send_weights()
-        self._ties.recv_weights()
+        """Copy owners' weights to their holders, between two calls of DeepSpeed's schedule or in a drain."""
+        self._tied_weights.send_weights()
+        self._tied_weights.recv_weights()
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """The loss as its backward starts from it.
+        """Return the loss from which its backward starts, with the loss scale where DeepSpeed forgets it.
 
         DeepSpeed 0.19.8 unscales the gradients of every fp16 optimizer, but scales the loss for those of ZeRO alone;
         without ZeRO its learning rate is too small by that factor.
@@ -156,7 +159,7 @@ class StageOptimizer:
         return loss.float() * float(optimizer.loss_scale)
 
     def watch_overflow(self, gradients: Iterable[Tensor | None]) -> None:
-        """Note what a stage with nothing to train passes on: its loss scale goes by that, as it has no gradients."""
+        """Note overflows in what a stage with nothing to train forwards: its loss scale follows them."""
         if not self.trains and self._host.fp16_enabled():
             for gradient in gradients:
                 if gradient is not None:
@@ -165,7 +168,7 @@ class StageOptimizer:
     # -- beneath DeepSpeed's step -----------------------------------------------------------------------------------
 
     def allreduce(self, allreduce: _Method, *args: Any, **kwargs: Any) -> None:
-        """DeepSpeed's, which also puts zeros where there is no gradient; often neither is needed."""
+        """Run DeepSpeed's `allreduce`, which also puts zeros in place of missing gradients, where either is needed."""
         host = self._host
         shared = host.is_data_parallel or host.is_model_parallel or isinstance(host.optimizer, DeepSpeedOptimizer)
         needed = shared or not self._run.delayed
@@ -173,12 +176,12 @@ class StageOptimizer:
             allreduce(*args, **kwargs)
 
     def reduce_non_experts(self, reduce: _Method, *args: Any) -> None:
-        """A stage without replicas has nothing to reduce; DeepSpeed would all-reduce with itself, 2 ms a call."""
+        """Run DeepSpeed's `reduce` if this stage has replicas; it would all-reduce with itself, 2 ms a call."""
         if self._host.is_data_parallel or not self._run.delayed:
             reduce(*args)
 
     def clip(self) -> None:
-        """Clip fp32 gradients by the norm of this stage, or by the newest one known of all."""
+        """Clip fp32 gradients by the norm of this stage, or by the newest known norm of all stages."""
         host = self._host
         known = self.pipeline_norm if self._stage.config.clip == "global" else None
         host._global_grad_norm = clip_stage_gradients(
@@ -191,7 +194,7 @@ class StageOptimizer:
         )
 
     def take_model_step(self, take_step: _Method, *args: Any, **kwargs: Any) -> None:
-        """DeepSpeed's, on either schedule; its wrappers fail on a stage without a gradient."""
+        """Run DeepSpeed's `take_step` on either schedule, although its wrappers fail on a stage without a gradient."""
         host = self._host
         if self.trains or not isinstance(host.optimizer, DeepSpeedOptimizer):
             take_step(*args, **kwargs)
@@ -199,13 +202,13 @@ class StageOptimizer:
         with idle_optimizer(host):
             take_step(*args, **kwargs)
         if host.fp16_enabled():
-            # Each replica has passed on other gradients.
+            # Each replica has forwarded other gradients.
             overflow = self._peers.largest(int(not math.isfinite(float(self._forwarded_overflow))))
             host.optimizer._update_scale(overflow > 0)
             self._forwarded_overflow = 0.0
 
     def _step(self, lr_kwargs: Any = None) -> None:
-        """DeepSpeed's; if it skips the weights for an overflow of this stage, the clocks go on with the others'."""
+        """Run DeepSpeed's step; if it skips the weights for an overflow of this stage, step counts still go on."""
         host = self._host
         known = host.skipped_steps, host._step_applied
         with norm_unscaled(host, self._stage.num_stages), self._clipped_as_asked():
@@ -217,25 +220,25 @@ class StageOptimizer:
                 host.lr_scheduler.step()
 
     def _clipped_as_asked(self) -> AbstractContextManager[None]:
-        """By the newest norm known of all, where DeepSpeed's optimizer clips; by its own while there is none."""
+        """Have DeepSpeed's optimizer clip by the newest known norm of all stages; by its own while there is none."""
         optimizer = self._host.optimizer
         known = self.pipeline_norm if self._stage.config.clip == "global" and self._run.delayed else None
         if known is None or self._host.gradient_clipping() <= 0 or not isinstance(optimizer, DeepSpeedOptimizer):
             return nullcontext()
         return clipping_by(known, optimizer)
 
-    # -- what updates came to ---------------------------------------------------------------------------------------
+    # -- results of updates -----------------------------------------------------------------------------------------
 
     def end_call(self) -> None:
-        """Note what this stage's update of the call that ends here came to.
+        """Note the result of this stage's update in the call that ends here.
 
-        With clipping, that is the one value that a stage reads back from its device in a call.
+        With clipping, the norm is the one value that a stage reads back from its device in a call.
         """
         norm = self._host._global_grad_norm
         self.last = Update(0.0 if norm is None or self._overflowed else float(norm) ** 2, int(self._overflowed))
 
     def learn(self, update: Update) -> None:
-        """Take over what the updates of all stages came to, at the same call on every rank."""
+        """Take over the result of the updates of all stages, at the same call on every rank."""
         if self._stage.num_stages > 1:
             if not update.skipped:  # a stage that overflowed has no norm, so that of the pipeline stays unknown
                 self.pipeline_norm = math.sqrt(update.square) if update.square > 0 else None
@@ -243,5 +246,10 @@ class StageOptimizer:
             self._host._step_applied = update.skipped == 0
 
     def restart(self, norm: float | None = None, last: Sequence[Any] = ()) -> None:
-        """Forget what is known of updates, or take it from a checkpoint."""
+        """Forget the results of updates, or take them from a checkpoint.
+
+        Args:
+            norm: the norm of the gradients of all stages, if known.
+            last: the fields of the last `Update` of this stage.
+        """
         self.pipeline_norm, self.last = norm, Update(*last)

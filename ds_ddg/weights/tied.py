@@ -26,35 +26,35 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_ddg.comm.message import Kind
-from ds_ddg.comm.receiver import Inbox
-from ds_ddg.comm.sender import Outbox
+from ds_ddg.comm.receiver import Receiver
+from ds_ddg.comm.sender import Sender
 from ds_ddg.comm.stage_links import Links
 from ds_ddg.schedules.ddg import DDGPlan
 
-__all__ = ["Ties", "left_out_of_checkpoints"]
+__all__ = ["TiedWeights", "left_out_of_checkpoints"]
 
 _GRADIENTS, _WEIGHTS = 3, 4  # lanes
 
 
-class Ties:
+class TiedWeights:
     """The tied parameters of one stage.
 
     Args:
         module: the ``PipelineModule``.
-        enabled: whether DDG is; otherwise nothing is touched.
+        enabled: whether DDG is enabled; otherwise nothing is touched.
     """
 
     def __init__(self, module: Any, enabled: bool) -> None:
-        self._lent: dict[int, list[torch.nn.Parameter]] = {}
-        """What this stage owns, by holder."""
-        self._held: dict[int, list[torch.nn.Parameter]] = {}
-        """What this stage holds, by owner."""
+        self._owned_shared: dict[int, list[torch.nn.Parameter]] = {}
+        """Parameters that this stage owns, by the stage that borrows them."""
+        self._borrowed: dict[int, list[torch.nn.Parameter]] = {}
+        """Parameters that this stage borrows, by the stage that owns them."""
         self._comms: list[tuple[int, Any, list[torch.nn.Parameter]]] = []
-        """Of each tie: the rank of its owner, DeepSpeed's group of the stages that have it, what is trained of it."""
-        self._with_held: list[list[torch.nn.Parameter]] = []
-        """The optimizer's groups as they were given."""
-        self._outbox: dict[int, Outbox] = {}
-        self._inbox: dict[int, Inbox] = {}
+        """For each tie: its owner's rank, DeepSpeed's group of the stages that have it, its trained parameters."""
+        self._groups_given: list[list[torch.nn.Parameter]] = []
+        """The parameters of each of the optimizer's groups as they were given."""
+        self._senders: dict[int, Sender] = {}
+        self._receivers: dict[int, Receiver] = {}
         for tie in module.tied_comms.values() if enabled else ():
             owner, *holders = (module.topology().get_coord(rank).pipe for rank in tie["ranks"])
             tied = [module._recursive_getattr(tie["module"], name) for name in tie["weight_attr"]]
@@ -65,119 +65,129 @@ class Ties:
             self._comms.append((tie["ranks"][0], tie["group"], trained))
             for holder in holders:
                 if module.stage_id == owner and trained:
-                    self._lent.setdefault(holder, []).extend(trained)
+                    self._owned_shared.setdefault(holder, []).extend(trained)
                 elif module.stage_id == holder and trained:
-                    self._held.setdefault(owner, []).extend(trained)
+                    self._borrowed.setdefault(owner, []).extend(trained)
 
     @property
     def tied(self) -> list[torch.nn.Parameter]:
-        """Parameters of this stage that others have as well, owned or held."""
+        """Parameters of this stage that others have as well, owned or borrowed."""
         return [parameter for _, _, parameters in self._comms for parameter in parameters]
 
     @property
-    def held(self) -> list[torch.nn.Parameter]:
+    def borrowed(self) -> list[torch.nn.Parameter]:
         """Parameters of this stage that belong to another."""
-        return [parameter for parameters in self._held.values() for parameter in parameters]
+        return [parameter for parameters in self._borrowed.values() for parameter in parameters]
 
     def connect(self, links: Links, stage: int, plan: DDGPlan) -> None:
-        """Open the channels to the other stages."""
+        """Open the channels to the stages that share weights with this one.
+
+        Args:
+            links: the links of this stage.
+            stage: the number of this stage.
+            plan: says how many messages can be on their way.
+        """
         self._links = links
-        for other in (*self._lent, *self._held):
-            mine, its = (_WEIGHTS, _GRADIENTS) if other in self._lent else (_GRADIENTS, _WEIGHTS)
-            self._outbox[other], self._inbox[other] = links.open(other, mine, its, depth=0)
+        for other in (*self._owned_shared, *self._borrowed):
+            mine, its = (_WEIGHTS, _GRADIENTS) if other in self._owned_shared else (_GRADIENTS, _WEIGHTS)
+            self._senders[other], self._receivers[other] = links.open(other, mine, its, depth=0)
         self._stage = stage
         self.expect(plan)
 
     def expect(self, plan: DDGPlan) -> None:
-        """With nothing in flight: from here on `plan` says how many messages can be on their way."""
-        for other, outbox in self._outbox.items():
+        """Bound the messages on their way by `plan` from here on; nothing may be in flight."""
+        for other, sender in self._senders.items():
             # A holder is at most so many ticks behind its owner, plus the one that each of them is in.
-            outbox.depth = abs(plan.delay(self._stage) - plan.delay(other)) + 2
+            sender.depth = abs(plan.delay(self._stage) - plan.delay(other)) + 2
 
     def send_gradients(self) -> None:
-        """On a holder, after a backward: this micro-batch's gradients to their owners."""
-        for owner, parameters in self._held.items():
+        """Send the gradients of a micro-batch to their owners, on a holder after each backward."""
+        for owner, parameters in self._borrowed.items():
             gradients = [parameter.grad for parameter in parameters]
-            self._outbox[owner].post(Kind.DATA, gradients, scale=self._links.loss_scale())
+            self._senders[owner].post(Kind.DATA, gradients, scale=self._links.loss_scale())
             for parameter in parameters:
                 parameter.grad = None
 
     def recv_gradients(self) -> list[tuple[torch.nn.Parameter, Tensor]]:
-        """On an owner, before a backward: what the holders add to it, in the order in which autograd would."""
+        """Wait for the gradients that holders add, on an owner before each backward.
+
+        Returns:
+            Owned parameters with the sums of the holders' gradients, added in the order of autograd.
+        """
         total: dict[torch.nn.Parameter, Tensor] = {}
-        for holder in sorted(self._lent, reverse=True):
-            message = self._inbox[holder].take(Kind.DATA, what="the gradient of a tied weight")
+        for holder in sorted(self._owned_shared, reverse=True):
+            message = self._receivers[holder].take(Kind.DATA, what="the gradient of a tied weight")
             gradients = self._links.rescaled(message)
-            self._inbox[holder].listen()
-            for parameter, gradient in zip(self._lent[holder], gradients, strict=True):
+            self._receivers[holder].listen()
+            for parameter, gradient in zip(self._owned_shared[holder], gradients, strict=True):
                 if gradient is not None:
                     total[parameter] = total[parameter] + gradient if parameter in total else gradient
         return list(total.items())
 
     def send_weights(self) -> None:
-        """On an owner, after an update: the weights of the next call to their holders."""
-        for holder, parameters in self._lent.items():
-            self._outbox[holder].post(Kind.DATA, [parameter.detach().clone() for parameter in parameters])
+        """Send the weights of the next call to their holders, on an owner after each update."""
+        for holder, parameters in self._owned_shared.items():
+            self._senders[holder].post(Kind.DATA, [parameter.detach().clone() for parameter in parameters])
 
     def recv_weights(self, owners: set[int] | None = None) -> None:
-        """On a holder, at the end of a call: its copies become those of `owners` (default: of all)."""
-        for owner, parameters in self._held.items():
+        """Wait for the weights of `owners` (default: of all) and copy them, on a holder at the end of each call."""
+        for owner, parameters in self._borrowed.items():
             if owners is not None and owner not in owners:
                 continue
-            weights = self._inbox[owner].take(Kind.DATA, what="tied weights").tensors
-            self._inbox[owner].listen()
+            weights = self._receivers[owner].take(Kind.DATA, what="tied weights").tensors
+            self._receivers[owner].listen()
             for parameter, weight in zip(parameters, weights, strict=True):
                 assert weight is not None, "owners send no None"
                 parameter.data.copy_(weight)
 
     @property
     def owners(self) -> set[int]:
-        """Stages whose weights this one holds."""
-        return set(self._held)
+        """Stages whose weights this one borrows."""
+        return set(self._borrowed)
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
-        """Inside this block held parameters look frozen: DeepSpeed would all-reduce zeros in place of gradients."""
-        held = self.held
-        for parameter in held:
+        """Inside this block borrowed parameters look frozen; DeepSpeed would all-reduce zeros as their gradients."""
+        borrowed = self.borrowed
+        for parameter in borrowed:
             parameter.requires_grad_(False)
         try:
             yield
         finally:
-            for parameter in held:
+            for parameter in borrowed:
                 parameter.requires_grad_(True)
 
     def remove_from(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take held parameters out of an optimizer that has not stepped yet.
+        """Take borrowed parameters out of an optimizer that has not stepped yet.
 
         A group of nothing else stays, with its learning rate, for schedulers and for callers that ask for it.
         """
-        held = {id(parameter) for parameter in self.held}
-        self._with_held = [list(group["params"]) for group in optimizer.param_groups] if held else []
-        for group in optimizer.param_groups if held else ():
-            kept = [parameter for parameter in group["params"] if id(parameter) not in held]
+        borrowed = {id(parameter) for parameter in self.borrowed}
+        self._groups_given = [list(group["params"]) for group in optimizer.param_groups] if borrowed else []
+        for group in optimizer.param_groups if borrowed else ():
+            kept = [parameter for parameter in group["params"] if id(parameter) not in borrowed]
             group["params"] = kept or [torch.nn.Parameter(torch.empty(0))]
 
     @contextmanager
     def returned_to(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """Inside this block `optimizer` has held parameters again, as in DeepSpeed's own engine."""
+        """Inside this block `optimizer` has borrowed parameters again, as in DeepSpeed's own engine."""
         own = [group["params"] for group in optimizer.param_groups]
-        for group, given in zip(optimizer.param_groups, self._with_held, strict=False):  # more may have been added
+        for group, given in zip(optimizer.param_groups, self._groups_given, strict=False):  # more may have been added
             group["params"] = given
         try:
             yield
         finally:
             for group, parameters in zip(optimizer.param_groups, own, strict=True):
                 group["params"] = parameters
-            for parameter in self.held:
+            for parameter in self.borrowed:
                 optimizer.state.pop(parameter, None)
 
     def share_states(self, optimizer: torch.optim.Optimizer, meet: Callable[[], Any]) -> None:
-        """Give held parameters their owner's state in `optimizer`. Collective over the stages of each tie.
+        """Give borrowed parameters their owner's state in `optimizer`. Collective over the stages of each tie.
 
         Args:
-            optimizer: of this stage.
-            meet: called on every rank before the first stage waits for another, with all done that could fail.
+            optimizer: the optimizer of this stage.
+            meet: a function called on every rank before the first stage waits for another, after all that can fail.
         """
         here = dist.get_rank()
         ours = {
@@ -195,7 +205,7 @@ class Ties:
 
 
 def _on_host(state: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Of one parameter, for another process, which may have no such device."""
+    """Copy the state of one parameter to the host, as another process may not have this device."""
     return state and {name: value.cpu() if torch.is_tensor(value) else value for name, value in state.items()}
 
 

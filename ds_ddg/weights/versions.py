@@ -37,7 +37,7 @@ class WeightVersions:
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], stash: bool = True, pinned: bool = False) -> None:
         self.parameters = tuple(parameters)
-        """All of the stage."""
+        """The parameters of the stage."""
         self._stash = stash
         self._home = [p.data for p in self.parameters] if pinned else None
         self._away = False
@@ -45,20 +45,20 @@ class WeightVersions:
         self._old: dict[int, list[Tensor]] = {}
         self._left: list[tuple[int, int, bool]] = []
         self.version = 0
-        """Number of updates that the weights have seen."""
+        """The number of updates that the weights have had."""
 
     @property
     def alive(self) -> int:
-        """Versions of the weights in memory, the newest included."""
+        """The number of versions of the weights in memory, the newest included."""
         return len(self._old) + 1
 
     @property
     def in_flight(self) -> int:
-        """Micro-batches that have been remembered and not forgotten."""
+        """The number of micro-batches that have been remembered and not forgotten."""
         return len(self._seen)
 
     def remember(self, key: int) -> None:
-        """The forward of micro-batch `key` is about to run on the newest weights."""
+        """Remember that the forward of micro-batch `key` is about to run on the newest weights."""
         assert key not in self._seen, f"slot {key} is still in flight"
         self._seen[key] = self.version
         if self._home is not None and not self._away:
@@ -80,14 +80,14 @@ class WeightVersions:
             self._point_to(newest)
 
     def forget(self, key: int) -> None:
-        """The backward of micro-batch `key` is done; its weights go when no other micro-batch needs them."""
+        """Forget micro-batch `key`, whose backward is done, and its weights if no other micro-batch needs them."""
         version = self._seen.pop(key)
         if version not in self._seen.values():
             self._old.pop(version, None)
 
     @contextmanager
     def updating(self) -> Iterator[None]:
-        """The optimizer may write into the weights inside this block; micro-batches in flight do not notice."""
+        """Inside this block the optimizer may write into the weights, unnoticed by micro-batches in flight."""
         if self._stash and self.version in self._seen.values():
             self._old[self.version] = [p.data for p in self.parameters]
             self._point_to(self._home or self._copies())
@@ -101,7 +101,7 @@ class WeightVersions:
         self.version += 1
 
     def leave(self) -> None:
-        """A call is over: what the script does to the weights from here on is its own."""
+        """Note the weights at the end of a call, so that `refuse_changes` finds what the script does to them."""
         self._left = self._traces() if self._seen else []
 
     def refuse_changes(self, module: torch.nn.Module, stage_id: int) -> None:
@@ -125,12 +125,12 @@ class WeightVersions:
             )
 
     def assert_empty(self) -> None:
-        """Nothing in flight, one copy of the weights."""
+        """Assert that nothing is in flight and that there is one copy of the weights."""
         assert not self._seen, f"in flight: {self._seen}"
         assert not self._old, f"old versions: {list(self._old)}"
 
     def _traces(self) -> list[tuple[int, int, bool]]:
-        """What a change leaves behind: the counter of writes, the place in memory, whether it is trained."""
+        """Return the traces of changes of each parameter: count of writes, address, whether it is trained."""
         return [(p._version, p.data_ptr(), p.requires_grad) for p in self.parameters]
 
     def _copies(self) -> list[Tensor]:
