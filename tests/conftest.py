@@ -2,18 +2,19 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-import matrix
-
+# Helpers assert as tests do.
+pytest.register_assert_rewrite("helpers")
 # Before anything imports DeepSpeed, which picks its accelerator once.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from distributed import Ranks
+from helpers import matrix
+from helpers.distributed import GetRanks, Ranks
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,7 +57,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Callable[[int], Ranks]]:
+def ranks() -> Iterator[GetRanks]:
     """`ranks(4).run(fn, *args)`: processes that the whole session shares, see `distributed.Ranks`."""
     pools: dict[int, Ranks] = {}
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +17,17 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.lr_schedules import WarmupLR
 from torch import Tensor, nn
 
-import toy
-from distributed import Ranks
 from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.telemetry.stage_metrics import Mark
+from helpers import toy
+from helpers.distributed import GetRanks
+from helpers.monitors import recorded
 
 # The oracle steps schedulers in warm-up calls too, as the engine does.
-pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*before:UserWarning")
-
-GetRanks = Callable[[int], Ranks]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As on the ranks: the number of threads decides in which order a matrix product adds up."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*before:UserWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 def assert_equal(ours: Any, theirs: Any) -> None:
@@ -259,15 +251,6 @@ def train_with_monitor(rank: int, world_size: int, directory: str, period: int |
     engine.drain()
     assert engine.monitor.enabled
     return evaluations
-
-
-def recorded(directory: Path) -> dict[str, list[tuple[int, float]]]:
-    """Name to (samples, value) in the order of writing."""
-    found = {}
-    for path in directory.glob("job/*.csv"):
-        _, *rows = csv.reader(path.open())
-        found[path.stem] = [(int(step), float(value)) for step, value in rows]
-    return found
 
 
 def on_board(directory: Path) -> dict[str, list[tuple[int, float]]]:

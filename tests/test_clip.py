@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,17 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-import toy
-from distributed import Ranks
 from ds_ddg.weights.optimizer_wrappers import clipping_by
-from test_engine_resources import census
+from helpers import toy
+from helpers.census import census
+from helpers.distributed import GetRanks
+from helpers.modes import MODES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-GetRanks = Callable[[int], Ranks]
 
 CLIP, CALLS, REFILL = 0.05, 10, 4
-MODES = list(itertools.product(("stash", "current"), ("keep", "recompute")))
 
 
 def train_engine(

@@ -20,8 +20,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import toy
-from versus import MODES, GetRanks, Setup, versus
+from helpers import toy
+from helpers.distributed import GetRanks
+from helpers.modes import MODE_BLOCKS
+from helpers.versus import Setup, versus
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("one_thread")]
 
@@ -146,7 +148,7 @@ class InOnePiece:
             weight.grad = None
 
 
-@pytest.mark.parametrize("ddg", MODES, ids=lambda ddg: "-".join(ddg.values()))
+@pytest.mark.parametrize("ddg", MODE_BLOCKS, ids=lambda ddg: "-".join(ddg.values()))
 @pytest.mark.parametrize("given", ["FusedAdam", "DeepSpeedCPUAdam"])
 @pytest.mark.parametrize(("stages", "micro_batches", "decoupled"), [(2, 1, True), (3, 2, False)])
 @pytest.mark.proves("DeepSpeed's FusedAdam (the JSON's Adam and AdamW) and DeepSpeedCPUAdam")
@@ -157,7 +159,7 @@ def test_equals_the_oracle(
     versus(ranks, setup)
 
 
-@pytest.mark.parametrize("ddg", MODES, ids=lambda ddg: "-".join(ddg.values()))
+@pytest.mark.parametrize("ddg", MODE_BLOCKS, ids=lambda ddg: "-".join(ddg.values()))
 @pytest.mark.parametrize("given", ["FusedAdam", "DeepSpeedCPUAdam"])
 @pytest.mark.proves("DeepSpeed's FusedAdam and DeepSpeedCPUAdam, ZeRO-1")
 def test_equals_the_oracle_with_zero(ranks: GetRanks, files: Files, given: str, ddg: dict[str, Any]) -> None:

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import toy
-from test_engine_resources import census
-from test_precision import ZERO_1, fp16_allowed
-from test_topologies import farthest
-from versus import MODES, GetRanks, Made, Setup, adamw, run_oracle, sgd
+from helpers import toy
+from helpers.census import census
+from helpers.distributed import GetRanks
+from helpers.formats import ZERO_1, fp16_allowed
+from helpers.modes import MODE_BLOCKS
+from helpers.versus import Made, Setup, adamw, farthest, run_oracle, sgd
 
 WIDTH, TOKENS, EXPERTS = 12, 6, 4
 
@@ -250,11 +251,11 @@ def train(rank: int, world_size: int, layout: Layout) -> tuple[int, Made, list[T
 
 
 LAYOUTS = [
-    *(Layout(micro_batches=1 + i % 2, ddg=mode) for i, mode in enumerate(MODES)),
-    Layout(routed=(1,), ddg=MODES[1], optimizer=adamw),
-    Layout(routed=(4,), ep_size=1, micro_batches=2, ddg=MODES[0]),
-    Layout(4, 1, 1, ddg={**MODES[0], "slack": 1}),
-    Layout(1, 4, 2, micro_batches=2, ddg=MODES[0]),
+    *(Layout(micro_batches=1 + i % 2, ddg=mode) for i, mode in enumerate(MODE_BLOCKS)),
+    Layout(routed=(1,), ddg=MODE_BLOCKS[1], optimizer=adamw),
+    Layout(routed=(4,), ep_size=1, micro_batches=2, ddg=MODE_BLOCKS[0]),
+    Layout(4, 1, 1, ddg={**MODE_BLOCKS[0], "slack": 1}),
+    Layout(1, 4, 2, micro_batches=2, ddg=MODE_BLOCKS[0]),
 ]
 
 

@@ -29,9 +29,7 @@ from typing import Any
 import pytest
 
 import ds_ddg
-from distributed import Ranks
-
-GetRanks = Callable[[int], Ranks]
+from helpers.distributed import GetRanks
 
 ROOT = Path(ds_ddg.__file__).parents[1]
 SCRIPTS = Path(__file__).parent / "scripts"

@@ -19,9 +19,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import toy
-from distributed import Ranks
-from versus import MODES
+from helpers import toy
+from helpers.distributed import Ranks
+from helpers.modes import MODE_BLOCKS
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -77,7 +77,7 @@ def walk(seed: int) -> Walk:
     return Walk(
         stages=rng.choice((2, 3, 3, 4)),
         micro_batches=rng.choice((1, 1, 2, 3)),
-        ddg={**rng.choice(MODES), "slack": rng.choice((0, 0, 1, 2))},
+        ddg={**rng.choice(MODE_BLOCKS), "slack": rng.choice((0, 0, 1, 2))},
         optimizer=rng.choice(list(OPTIMIZERS)),
         clip=clip,
         # DeepSpeed's own schedule cannot send these.

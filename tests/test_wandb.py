@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-import toy
-from distributed import Ranks, spawn
 from ds_ddg.telemetry.wandb import InOrder
-from test_around_training import recorded
+from helpers import toy
+from helpers.distributed import GetRanks, spawn
+from helpers.monitors import recorded
 
-GetRanks = Callable[[int], Ranks]
 Rows = dict[int, dict[str, float]]
 """Values by step and name."""
 

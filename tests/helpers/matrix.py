@@ -21,9 +21,9 @@ from typing import Any
 
 import pytest
 
-_SAID = "matrix"
+from helpers.modes import MODES
 
-MODES = [("stash", "keep"), ("stash", "recompute"), ("current", "keep"), ("current", "recompute")]
+_SAID = "matrix"
 
 HEADER = """\
 # What works
