@@ -27,6 +27,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(matrix.Plugin(None if runs_tests_only else path))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        matrix.said_by(item)  # refuses markers that do not say enough
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and os.environ.get("DS_DDG_TEST_DEVICE") != "cpu":
         import torch

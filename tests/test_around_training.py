@@ -21,6 +21,7 @@ from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.telemetry.stage_metrics import Mark
 from helpers import toy
 from helpers.distributed import GetRanks
+from helpers.modes import DEFAULT
 from helpers.monitors import recorded
 
 # The oracle steps schedulers in warm-up calls too, as the engine does.
@@ -93,7 +94,7 @@ def train_and_evaluate(rank: int, world_size: int, weights: str, evaluating: boo
 
 
 @pytest.mark.parametrize("weights", ["stash", "current"])
-@pytest.mark.proves("eval_batch with all its arguments")
+@pytest.mark.proves("eval_batch with all its arguments", modes=("weights",))
 def test_eval_batch_is_deepspeeds_on_the_same_weights(ranks: GetRanks, weights: str) -> None:
     """With every combination of arguments that has a result, and training goes on as if nothing had been evaluated."""
     with_eval = ranks(3).run(train_and_evaluate, weights, True)
@@ -191,7 +192,7 @@ def train_with_extras(
 
 
 @pytest.mark.parametrize(("num_stages", "micro_batches", "loss"), [(3, 1, "delayed"), (2, 2, "exact")])
-@pytest.mark.proves("additional losses")
+@pytest.mark.proves("additional losses", modes=DEFAULT)
 def test_additional_losses_are_those_of_the_same_call(
     ranks: GetRanks, num_stages: int, micro_batches: int, loss: str
 ) -> None:
@@ -278,7 +279,7 @@ def replay(stage: int, calls: int, micro_batches: int = 2) -> list[tuple[int, in
 
 
 @pytest.mark.parametrize("period", [None, 2])
-@pytest.mark.proves("monitors (CSV, TensorBoard), values with the samples of their call")
+@pytest.mark.proves("monitors (CSV, TensorBoard), values with the samples of their call", modes=DEFAULT)
 def test_monitor_gets_every_value_once_with_the_samples_of_its_call(
     ranks: GetRanks, tmp_path: Path, period: int | None
 ) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from helpers import toy
 from helpers.distributed import GetRanks
+from helpers.modes import DEFAULT
 from helpers.resuming import (
     WARMUP,
     assert_resumed,
@@ -134,7 +135,7 @@ def exchange(rank: int, world_size: int, directory: str, optimizer: str) -> dict
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.proves("checkpoints to DeepSpeed's engine and back")
+@pytest.mark.proves("checkpoints to DeepSpeed's engine and back", modes=DEFAULT)
 def test_checkpoints_go_to_deepspeed_and_back(ranks: GetRanks, tmp_path: Path, optimizer: str) -> None:
     for found in ranks(3).run(exchange, str(tmp_path), optimizer):
         for pair in found.values():

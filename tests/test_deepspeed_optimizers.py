@@ -151,7 +151,7 @@ class InOnePiece:
 @pytest.mark.parametrize("ddg", MODE_BLOCKS, ids=lambda ddg: "-".join(ddg.values()))
 @pytest.mark.parametrize("given", ["FusedAdam", "DeepSpeedCPUAdam"])
 @pytest.mark.parametrize(("stages", "micro_batches", "decoupled"), [(2, 1, True), (3, 2, False)])
-@pytest.mark.proves("DeepSpeed's FusedAdam (the JSON's Adam and AdamW) and DeepSpeedCPUAdam")
+@pytest.mark.proves("DeepSpeed's FusedAdam (the JSON's Adam and AdamW) and DeepSpeedCPUAdam", modes="ddg")
 def test_equals_the_oracle(
     ranks: GetRanks, files: Files, stages: int, micro_batches: int, decoupled: bool, given: str, ddg: dict[str, Any]
 ) -> None:
@@ -161,7 +161,7 @@ def test_equals_the_oracle(
 
 @pytest.mark.parametrize("ddg", MODE_BLOCKS, ids=lambda ddg: "-".join(ddg.values()))
 @pytest.mark.parametrize("given", ["FusedAdam", "DeepSpeedCPUAdam"])
-@pytest.mark.proves("DeepSpeed's FusedAdam and DeepSpeedCPUAdam, ZeRO-1")
+@pytest.mark.proves("DeepSpeed's FusedAdam and DeepSpeedCPUAdam, ZeRO-1", modes="ddg")
 def test_equals_the_oracle_with_zero(ranks: GetRanks, files: Files, given: str, ddg: dict[str, Any]) -> None:
     setup = setup_of(files, given, True, ddg=ddg)
     config = {**setup.config, "zero_optimization": {"stage": 1}}

@@ -25,7 +25,7 @@ from helpers.exact_runs import (
     train_engine,
     train_oracle,
 )
-from helpers.modes import MODES
+from helpers.modes import DEFAULT, MODES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,7 +48,8 @@ def grid(stages: int) -> list[Case]:
 
 @pytest.mark.parametrize("case", [case for stages in STAGES for case in grid(stages)], ids=str)
 @pytest.mark.proves(
-    "fp32: SGD, Adam, AdamW, fused AdamW; convolutions, BatchNorm, LayerNorm, dropout; tensors and tuples; slack"
+    "fp32: SGD, Adam, AdamW, fused AdamW; convolutions, BatchNorm, LayerNorm, dropout; tensors and tuples; slack",
+    modes="case.ddg",
 )
 def test_engine_equals_the_oracle(ranks: GetRanks, case: Case) -> None:
     assert_exact(case, ranks(case.stages).run(train_engine, case, {}, timeout=60), train_oracle(case))
@@ -83,7 +84,7 @@ def test_oracle_tells_the_settings_apart() -> None:
 
 
 @pytest.mark.parametrize(("micro_batches", "mode"), list(zip((1, 2, 4, 2), MODES, strict=True)))
-@pytest.mark.proves('"clip": "stage"')
+@pytest.mark.proves('"clip": "stage"', modes="mode")
 def test_clips_by_the_norm_of_the_stage(ranks: GetRanks, micro_batches: int, mode: tuple[str, str]) -> None:
     case = Case(3, micro_batches, weights=mode[0], activations=mode[1], clip=0.05)
     clipped = train_oracle(case)
@@ -113,7 +114,7 @@ def halve_every_second_call(optimizer: torch.optim.Optimizer) -> Any:
     ],
     ids=["json", "torch"],
 )
-@pytest.mark.proves("learning-rate schedulers")
+@pytest.mark.proves("learning-rate schedulers", modes=DEFAULT)
 def test_learning_rate_goes_by_calls(
     ranks: GetRanks, scheduler: Callable[[Any], Any], more: dict[str, Any], micro_batches: int
 ) -> None:
@@ -173,7 +174,7 @@ def train_deepspeeds_own(rank: int, world_size: int, case: Case) -> Course:
     ],
     ids=str,
 )
-@pytest.mark.proves('one stage, or "enabled": false: equal to DeepSpeed\'s engine')
+@pytest.mark.proves('one stage, or "enabled": false: equal to DeepSpeed\'s engine', modes="case.ddg")
 def test_equals_deepspeeds_own_engine(ranks: GetRanks, case: Case) -> None:
     """With one stage nothing is delayed, and when not enabled nothing is touched, DeepSpeed's clip included."""
     pool = ranks(case.stages)
@@ -217,7 +218,7 @@ def farthest(ours: Course, its: Course) -> float:
     ],
     ids=str,
 )
-@pytest.mark.proves("data x pipeline", exact=False)
+@pytest.mark.proves("data x pipeline", exact=False, modes="case.ddg")
 def test_data_parallel_equals_one_process_with_all_data(
     monkeypatch: pytest.MonkeyPatch, ranks: GetRanks, case: Case
 ) -> None:

@@ -18,7 +18,7 @@ from helpers import toy
 from helpers.census import census
 from helpers.distributed import GetRanks
 from helpers.formats import ZERO_1, fp16_allowed
-from helpers.modes import MODE_BLOCKS
+from helpers.modes import DEFAULT, MODE_BLOCKS
 from helpers.versus import Made, Setup, adamw, farthest, run_oracle, sgd
 
 WIDTH, TOKENS, EXPERTS = 12, 6, 4
@@ -260,7 +260,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.proves("expert layers (MoE) over replicas, auxiliary loss", exact=False)
+@pytest.mark.proves("expert layers (MoE) over replicas, auxiliary loss", exact=False, modes="layout.ddg")
 def test_experts_equal_one_process(ranks: GetRanks, layout: Layout) -> None:
     expected = run_oracle(layout.setup())
     found = ranks(layout.ranks).run(train, layout, timeout=180)
@@ -323,7 +323,7 @@ def test_replicas_stay_equal(ranks: GetRanks, name: str, micro_batches: int, cli
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "fp16"])
-@pytest.mark.proves("expert layers (MoE), one stage: DeepSpeed's own")
+@pytest.mark.proves("expert layers (MoE), one stage: DeepSpeed's own", modes=DEFAULT)
 def test_one_stage_equals_deepspeeds_own(ranks: GetRanks, name: str) -> None:
     """But for fp16 without ZeRO, where DeepSpeed does not scale the loss."""
     layout = Layout(1, 2, clip=0.5, micro_batches=2, config=FORMATS[name])
@@ -357,7 +357,7 @@ def checkpoint(rank: int, world_size: int, layout: Layout, directory: str) -> tu
 
 
 @pytest.mark.parametrize("routed", [(2, 4), (1,), (4,)])
-@pytest.mark.proves("expert layers (MoE), resumed from a checkpoint")
+@pytest.mark.proves("expert layers (MoE), resumed from a checkpoint", modes=DEFAULT)
 def test_checkpoint_has_every_expert(ranks: GetRanks, tmp_path: Path, routed: tuple[int, ...]) -> None:
     layout = Layout(clip=0.5, routed=routed, optimizer=adamw)
     for (losses, *states), (its_losses, *its_states) in ranks(4).run(checkpoint, layout, str(tmp_path)):

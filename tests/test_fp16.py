@@ -23,11 +23,12 @@ from helpers.fp16_runs import (
     set_scale,
     train,
 )
+from helpers.modes import DEFAULT
 
 
 def proving(exact: bool = False) -> list[Any]:
     return [
-        pytest.param(config, id=name, marks=pytest.mark.proves(f"{name}, dynamic scale", exact=exact))
+        pytest.param(config, id=name, marks=pytest.mark.proves(f"{name}, dynamic scale", modes="ddg", exact=exact))
         for name, config in OPTIMIZERS.items()
     ]
 
@@ -92,7 +93,10 @@ def test_learning_rate_goes_by_calls_whatever_overflows(ranks: GetRanks, config:
     ("config", "fused"),
     [
         pytest.param(
-            config, fused, id=name, marks=pytest.mark.proves(f'{name}, dynamic scale, "clip": "global"', exact=False)
+            config,
+            fused,
+            id=name,
+            marks=pytest.mark.proves(f'{name}, dynamic scale, "clip": "global"', exact=False, modes=DEFAULT),
         )
         for name, config, fused in (
             ("fp16", OPTIMIZERS["fp16"], False),

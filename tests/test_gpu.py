@@ -99,7 +99,7 @@ def assert_close(ours: Course, its: Course, losses: list[Tensor]) -> None:
 
 @pytest.mark.xdist_group("oracles")
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.proves("GPU stages that share one device over gloo, fp32", exact=False)
+@pytest.mark.proves("GPU stages that share one device over gloo, fp32", exact=False, modes="case.ddg")
 def test_engine_equals_the_oracle(trained: Any, oracles: Any, case: DeviceCase) -> None:
     expected = oracles[case]
     for stage, (course, left, where) in enumerate(trained[case]):

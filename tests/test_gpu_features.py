@@ -28,6 +28,7 @@ from helpers.devices import DEVICE, ROOT, device, launch, needs_kernels, random_
 from helpers.formats import FORMATS, train_replicas
 from helpers.formats import train_engine as train_format
 from helpers.model_features import JSON, REPLAY, STASH, checkpointing, from_json, pictures
+from helpers.modes import DEFAULT
 from helpers.versus import Made, Setup, adamw, gaps, run_engine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -64,21 +65,25 @@ def tolerance_of(name: str) -> float:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.proves(f"GPU stages: {name}", exact=False)) for name in FORMATS]
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.proves(f"GPU stages: {name}", exact=False, modes=DEFAULT))
+        for name in FORMATS
+    ],
 )
 def test_formats(name: str) -> None:
     there, here = (launch(train_without_dropout, 2, name, device=where) for where in (DEVICE, "cpu"))
     assert_as_on_the_cpu(there, here, tolerance_of(name))
 
 
-@pytest.mark.proves("GPU stages: tied weights", exact=False)
+@pytest.mark.proves("GPU stages: tied weights", exact=False, modes=DEFAULT)
 def test_tied_weights() -> None:
     there, here = (launch(train_without_dropout, 3, "tied", device=where) for where in (DEVICE, "cpu"))
     assert_as_on_the_cpu(there, here, TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("name", ["fp32, ZeRO-1", "bf16, ZeRO-1"])
-@pytest.mark.proves("GPU stages: data x pipeline, ZeRO-1", exact=False)
+@pytest.mark.proves("GPU stages: data x pipeline, ZeRO-1", exact=False, modes=DEFAULT)
 def test_replicas(name: str) -> None:
     """All four ranks on one device, their collectives over gloo."""
     there, here = (launch(train_replicas, 4, name, device=where) for where in (DEVICE, "cpu"))
@@ -103,7 +108,7 @@ def train_kinds(rank: int, world_size: int, setup: Setup) -> Made:
 
 
 @pytest.mark.parametrize("ddg", [*STASH, REPLAY], ids=str)
-@pytest.mark.proves("GPU stages: bool, integer, complex, 0-dim and empty tensors in tuples", exact=False)
+@pytest.mark.proves("GPU stages: bool, integer, complex, 0-dim and empty tensors in tuples", exact=False, modes="ddg")
 def test_every_kind_of_tensor(ddg: dict[str, Any]) -> None:
     setup = Setup(
         wire_layers.every_kind, wire_layers.labelled_by_two, stages=3, ddg=ddg, loss_fn=wire_layers.loss_of_two
@@ -112,7 +117,7 @@ def test_every_kind_of_tensor(ddg: dict[str, Any]) -> None:
     assert_close(there, here)
 
 
-@pytest.mark.proves("GPU stages: changing shapes", exact=False)
+@pytest.mark.proves("GPU stages: changing shapes", exact=False, modes=DEFAULT)
 def test_shapes_change_with_micro_batches_in_flight() -> None:
     data = partial(wire_layers.sequences, (20, 33, 50), each=3)
     setup = Setup(wire_layers.any_length, data, stages=3, micro_batches=1, before=wire_layers.say_so)
@@ -132,7 +137,9 @@ def assert_close(there: list[Made], here: list[Made]) -> None:
 # -- on the device alone ----------------------------------------------------------------------------------------------
 
 FP16 = [
-    pytest.param(config, id=name, marks=pytest.mark.proves(f"GPU stages: {name}, dynamic scale", exact=False))
+    pytest.param(
+        config, id=name, marks=pytest.mark.proves(f"GPU stages: {name}, dynamic scale", modes=DEFAULT, exact=False)
+    )
     for name, config in fp16_runs.OPTIMIZERS.items()
 ]
 
@@ -151,7 +158,7 @@ def train_all(rank: int, world_size: int, setups: list[Setup]) -> list[Made]:
 
 
 @pytest.mark.parametrize("ddg", [*STASH, REPLAY], ids=str)
-@pytest.mark.proves("GPU stages: activation checkpointing, reentrant and not")
+@pytest.mark.proves("GPU stages: activation checkpointing, reentrant and not", modes="ddg")
 def test_checkpointing_changes_no_number(ddg: dict[str, Any]) -> None:
     common = {"stages": 2, "loss_fn": toy.loss_fn, "optimizer": adamw, "ddg": ddg}
     plain = Setup(partial(pictures, False), toy_batches, **common)  # type: ignore[arg-type]
@@ -185,7 +192,7 @@ def plain_layers() -> list[nn.Module]:
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None and DEVICE != "cpu", reason="DeepSpeed compiles FusedAdam with nvcc")
-@pytest.mark.proves("GPU stages: DeepSpeed's FusedAdam (the JSON's AdamW)", exact=False)
+@pytest.mark.proves("GPU stages: DeepSpeed's FusedAdam (the JSON's AdamW)", exact=False, modes=DEFAULT)
 def test_fused_adam() -> None:
     """It does what torch's does, in a kernel that autograd does not see."""
     torchs = Setup(plain_layers, toy_batches, loss_fn=toy.loss_fn, arguments=from_json, config=JSON)
@@ -235,7 +242,7 @@ def train_slow(rank: int, world_size: int, folder: str) -> tuple[float, str, flo
 
 
 @needs_kernels
-@pytest.mark.proves('GPU stages: "slack": "auto" and "trace" by the time of the device', exact=False)
+@pytest.mark.proves('GPU stages: "slack": "auto" and "trace" by the time of the device', exact=False, modes=DEFAULT)
 def test_times_are_those_of_the_device(tmp_path: Path) -> None:
     """The host launches a forward in a fraction of a millisecond; the other stage's turns may double what it takes."""
     made = launch(train_slow, 2, str(tmp_path))
@@ -254,7 +261,7 @@ def test_times_are_those_of_the_device(tmp_path: Path) -> None:
 # -- failures ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.proves("GPU stages: an error of one stage is told by all", exact=False)
+@pytest.mark.proves("GPU stages: an error of one stage is told by all", exact=False, modes=DEFAULT)
 def test_an_error_is_told_by_all() -> None:
     ends = launch(failing.train_bad_loss, 3)
     failing.assert_told(ends, 2, "ArithmeticError", "no forward for you")

@@ -164,7 +164,7 @@ def made(kind: str, stages: int) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("mode", MODE_BLOCKS, ids=lambda mode: "-".join(mode.values()))
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.proves(kind)) for kind in KINDS])
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.proves(kind, modes="mode")) for kind in KINDS])
 def test_kind_of_layer(ranks: GetRanks, kind: str, mode: dict[str, Any]) -> None:
     for stages in (2, 3):
         setup = Setup(partial(made, kind, stages), KINDS[kind][1], stages=stages, ddg=mode, optimizer=adamw)

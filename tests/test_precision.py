@@ -37,7 +37,7 @@ from helpers.formats import (
     train_replicas,
     trainable,
 )
-from helpers.modes import MODES
+from helpers.modes import DEFAULT, MODES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -172,7 +172,7 @@ def assert_exact(got: list[Result], expected: list[Result]) -> None:
 
 
 @pytest.mark.parametrize(("weights", "activations"), MODES)
-@pytest.mark.parametrize("name", proving())
+@pytest.mark.parametrize("name", proving(("weights", "activations")))
 def test_equals_the_oracle(
     ranks: GetRanks, monkeypatch: pytest.MonkeyPatch, name: str, weights: str, activations: str
 ) -> None:
@@ -186,7 +186,7 @@ def test_equals_the_oracle(
 
 
 @pytest.mark.parametrize("mode", [MODES[0], MODES[1], MODES[3]], ids="-".join)
-@pytest.mark.parametrize("name", proving(", a stage without anything to train"))
+@pytest.mark.parametrize("name", proving("mode", ", a stage without anything to train"))
 def test_stage_without_anything_to_train(
     ranks: GetRanks, monkeypatch: pytest.MonkeyPatch, name: str, mode: tuple[str, str]
 ) -> None:
@@ -204,13 +204,13 @@ def test_stage_without_anything_to_train(
     assert all(map(torch.equal, got[frozen].states, toy.state(nn.Sequential(*start[first:end])))), "it was to stay"
 
 
-@pytest.mark.parametrize("name", proving(", clipped", exact=False))
+@pytest.mark.parametrize("name", proving(DEFAULT, ", clipped", exact=False))
 def test_clips_by_the_norm_of_the_stage(ranks: GetRanks, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     run = (monkeypatch, name, 3, 1, "sgd", {})
     assert_clipped(ranks, name, "sgd", {}, 0.05, train_oracle(*run, 0.05), unlike=train_oracle(*run))
 
 
-@pytest.mark.parametrize("name", proving(', "clip": "global"', exact=False))
+@pytest.mark.parametrize("name", proving(DEFAULT, ', "clip": "global"', exact=False))
 def test_clips_by_the_norm_of_the_pipeline(ranks: GetRanks, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     globally, by_stage = (
         train_oracle(monkeypatch, name, 3, 1, "fast_sgd", {"clip": clip}, 0.2) for clip in ("global", "stage")
@@ -240,7 +240,7 @@ def assert_clipped(
         assert not all(torch.allclose(a, b, rtol=fine, atol=fine / 10) for a, b in pairs), "the clip was not at work"
 
 
-@pytest.mark.parametrize("name", proving(", data x pipeline", False, ["fp32, ZeRO-1", "bf16, ZeRO-1"]))
+@pytest.mark.parametrize("name", proving(DEFAULT, ", data x pipeline", False, ["fp32, ZeRO-1", "bf16, ZeRO-1"]))
 def test_replicas_share_the_optimizer_states(ranks: GetRanks, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Data 2 x pipeline 2, both replicas on the same data: their mean is that of one."""
     got = ranks(4).run(train_replicas, name)
@@ -284,7 +284,7 @@ LOADABLE = [name for name in FORMATS if not name.startswith("bf16") or "ZeRO-1" 
 
 
 @pytest.mark.parametrize("frozen", [0, 2])
-@pytest.mark.parametrize("name", proving(", a stage without anything to train, resumed", names=LOADABLE))
+@pytest.mark.parametrize("name", proving(DEFAULT, ", a stage without anything to train, resumed", names=LOADABLE))
 def test_resumes_where_a_stage_has_nothing_to_train(ranks: GetRanks, tmp_path: Path, name: str, frozen: int) -> None:
     """With the norm of the pipeline that was known."""
     for one, other in ranks(3).run(resume, str(tmp_path), name, frozen):

@@ -30,6 +30,7 @@ import pytest
 
 import ds_ddg
 from helpers.distributed import GetRanks
+from helpers.modes import DEFAULT
 
 ROOT = Path(ds_ddg.__file__).parents[1]
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -350,7 +351,7 @@ OTHER_LAUNCHERS = [
 
 
 @pytest.mark.parametrize("case", [*SCRIPT_CASES, *OTHER_LAUNCHERS], ids=str)
-@pytest.mark.proves("unchanged scripts under deepspeed, torchrun, accelerate")
+@pytest.mark.proves("unchanged scripts under deepspeed, torchrun, accelerate", modes=DEFAULT)
 def test_unchanged_script(launched: GetRun, case: Case) -> None:
     run = launched(case)
     assert run.status == 0, run.output

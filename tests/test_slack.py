@@ -18,6 +18,7 @@ from ds_ddg.schedules.simulator import Cost, replay
 from ds_ddg.telemetry.stage_metrics import Mark
 from helpers import tied_runs, toy
 from helpers.distributed import GetRanks
+from helpers.modes import DEFAULT
 
 TICK = 0.09  # seconds
 
@@ -80,7 +81,7 @@ def choose(rank: int, world_size: int, latency: float, micro_batches: int) -> di
         }
 
 
-@pytest.mark.proves('"slack": "auto"')
+@pytest.mark.proves('"slack": "auto"', modes=DEFAULT)
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("latency", "micro_batches", "slack"), [(0, 1, 0), (0.03, 1, 1), (0.075, 2, 2)])
 def test_chooses_by_what_it_measures_and_trains_on_exactly(

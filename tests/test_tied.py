@@ -14,7 +14,7 @@ from ds_ddg.reference import Reference
 from helpers import toy
 from helpers.distributed import GetRanks
 from helpers.formats import FORMATS, fp16_allowed, made_for, proving
-from helpers.modes import MODES
+from helpers.modes import DEFAULT, MODES
 from helpers.tied_runs import (
     CALLS,
     REFILL,
@@ -36,7 +36,7 @@ from helpers.tied_runs import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.proves("weights tied across stages")
+@pytest.mark.proves("weights tied across stages", modes=("weights", "activations"))
 @pytest.mark.parametrize(("weights", "activations"), MODES)
 @pytest.mark.parametrize(("stages", "micro_batches", "slack"), [(2, 1, 0), (3, 2, 0), (3, 1, 1), (4, 4, 0)])
 def test_equals_the_oracle(
@@ -50,7 +50,7 @@ def test_equals_the_oracle(
     assert [result.in_optimizer for result in got] == [1] + [0] * (stages - 1), "the owner's alone"
 
 
-@pytest.mark.proves("weights tied across three stages")
+@pytest.mark.proves("weights tied across three stages", modes=DEFAULT)
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_three_holders(ranks: GetRanks, micro_batches: int) -> None:
     setting = {"three": True, "micro_batches": micro_batches, "ddg": {}, "optimizer": "adamw"}
@@ -59,7 +59,7 @@ def test_three_holders(ranks: GetRanks, micro_batches: int) -> None:
     assert_exact(got, setting, 3)
 
 
-@pytest.mark.proves("weights tied across stages, data x pipeline")
+@pytest.mark.proves("weights tied across stages, data x pipeline", modes=DEFAULT)
 def test_replicas(ranks: GetRanks) -> None:
     """Both have the same data and random numbers, so their mean is exactly that of one."""
     setting = {"three": False, "micro_batches": 2, "ddg": {}, "optimizer": "adamw"}
@@ -69,8 +69,10 @@ def test_replicas(ranks: GetRanks) -> None:
 
 
 CLIPS = [
-    pytest.param("stage", marks=pytest.mark.proves("weights tied across stages, clipped", exact=False)),
-    pytest.param("global", marks=pytest.mark.proves('weights tied across stages, "clip": "global"', exact=False)),
+    pytest.param("stage", marks=pytest.mark.proves("weights tied across stages, clipped", modes=DEFAULT, exact=False)),
+    pytest.param(
+        "global", marks=pytest.mark.proves('weights tied across stages, "clip": "global"', modes=DEFAULT, exact=False)
+    ),
 ]
 
 
@@ -95,7 +97,9 @@ def test_evaluation_in_between_changes_nothing(ranks: GetRanks) -> None:
     assert_exact(got, setting, 3)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.proves(f"weights tied, {n}")) for n in FORMATS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.proves(f"weights tied, {n}", modes=DEFAULT)) for n in FORMATS]
+)
 def test_copies_are_equal_in_every_format(ranks: GetRanks, name: str) -> None:
     """Where the optimizer owns the weights too, the holder's copy is the owner's weight to the bit, at every call."""
     setting = {"three": True, "micro_batches": 2, "ddg": {}, "optimizer": "sgd"}
@@ -140,7 +144,7 @@ def resume(rank: int, world_size: int, directory: str) -> list[tuple[list[float]
     return [four_calls(one), four_calls(other)]
 
 
-@pytest.mark.proves("weights tied, resumed from a checkpoint")
+@pytest.mark.proves("weights tied, resumed from a checkpoint", modes=DEFAULT)
 def test_training_resumes_from_a_checkpoint(ranks: GetRanks, tmp_path: Path) -> None:
     """With the bias of the decoder, which is the last stage's own and which DeepSpeed does not save."""
     for one, other in ranks(2).run(resume, str(tmp_path)):
@@ -203,7 +207,7 @@ class Plain(nn.Embedding):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("ours_first", [True, False])
-@pytest.mark.proves("weights tied, checkpoints to DeepSpeed's engine and back")
+@pytest.mark.proves("weights tied, checkpoints to DeepSpeed's engine and back", modes=DEFAULT)
 def test_checkpoints_go_to_deepspeed_and_back(
     ranks: GetRanks, tmp_path: Path, ours_first: bool, optimizer: str
 ) -> None:
@@ -291,7 +295,7 @@ def test_stage_with_nothing_but_a_tied_weight(ranks: GetRanks) -> None:
     assert assert_head_alone(plain) == assert_head_alone(zero_1)
 
 
-@pytest.mark.parametrize("name", proving(", a stage with nothing but a tied weight", exact=False))
+@pytest.mark.parametrize("name", proving(DEFAULT, ", a stage with nothing but a tied weight", exact=False))
 def test_wrapped_stage_with_nothing_but_a_tied_weight(ranks: GetRanks, name: str) -> None:
     """DeepSpeed's wrappers would fail there without a gradient."""
     assert_head_alone(ranks(2).run(train_head_alone, name))
@@ -353,7 +357,7 @@ def one_group_fast(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
 
 
-@pytest.mark.proves("1F1B between delayed calls, weights tied, bf16 or ZeRO-1", exact=False)
+@pytest.mark.proves("1F1B between delayed calls, weights tied, bf16 or ZeRO-1", exact=False, modes=DEFAULT)
 @pytest.mark.parametrize("three", [False, True])
 def test_switches_schedules_with_wrapped_optimizers(ranks: GetRanks, three: bool) -> None:
     """Unwrapped, the arithmetic is all DeepSpeed's; wrapped, it must be the same, to the rounding of the format."""

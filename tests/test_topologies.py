@@ -180,7 +180,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.proves("pipeline x data x tensor", exact=False)
+@pytest.mark.proves("pipeline x data x tensor", exact=False, modes="layout.ddg")
 def test_tensor_slices_equal_one_process(ranks: GetRanks, layout: Layout) -> None:
     """The clip goes by the norm of the whole stage: slices add up, what they all hold counts once."""
     expected = run_oracle(layout.setup())

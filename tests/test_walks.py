@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from helpers import toy
 from helpers.distributed import Ranks
-from helpers.modes import MODE_BLOCKS
+from helpers.modes import DEFAULT, MODE_BLOCKS
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -197,7 +197,9 @@ class Oracle:
         return seen
 
 
-@pytest.mark.proves("random sequences of calls, drains, evaluations, other M, schedules and checkpoints")
+@pytest.mark.proves(
+    "random sequences of calls, drains, evaluations, other M, schedules and checkpoints", modes=DEFAULT
+)
 @pytest.mark.parametrize("seed", range(FIRST, END))
 def test_walk(ranks: Callable[[int], Ranks], tmp_path: Path, seed: int) -> None:
     path = walk(seed)

@@ -86,7 +86,7 @@ def assert_same_as_csv(rows: Rows, directory: Path) -> None:
 
 @pytest.mark.parametrize("ddg", [{}, {"slack": 1}, {"loss": "exact"}], ids=str)
 @pytest.mark.parametrize("stages", [1, 3])
-@pytest.mark.proves("monitors (W&B), values with the samples of their call")
+@pytest.mark.proves("monitors (W&B), values with the samples of their call", modes="ddg")
 def test_nothing_is_dropped(ranks: GetRanks, tmp_path: Path, stages: int, ddg: dict[str, Any]) -> None:
     assert_same_as_csv(ranks(stages).run(train, str(tmp_path), ddg, False)[0], tmp_path)
 

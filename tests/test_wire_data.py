@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from helpers import toy
 from helpers.distributed import GetRanks
-from helpers.modes import MODE_BLOCKS
+from helpers.modes import DEFAULT, MODE_BLOCKS
 from helpers.versus import Setup, adamw, versus
 from helpers.wire_layers import (
     WIDTH,
@@ -42,7 +42,7 @@ def grid(*more: dict[str, Any]) -> Any:
 
 
 @grid({"stages": 3, "micro_batches": 2, "ddg": {**MODE_BLOCKS[0], "slack": 1}})
-@pytest.mark.proves("bool, integer, complex, 0-dim and empty tensors in tuples; tuple labels")
+@pytest.mark.proves("bool, integer, complex, 0-dim and empty tensors in tuples; tuple labels", modes="case.ddg")
 def test_every_kind_of_tensor(ranks: GetRanks, case: dict[str, Any]) -> None:
     """Bool, integer, complex, 0-dim, empty, and floats that need no gradient; labels in a tuple."""
     versus(ranks, Setup(every_kind, labelled_by_two, loss_fn=loss_of_two, optimizer=adamw, **case))
@@ -76,7 +76,7 @@ def vectors(labels: int = 5) -> Iterator[Any]:
 
 
 @grid()
-@pytest.mark.proves("activations without a gradient")
+@pytest.mark.proves("activations without a gradient", modes="case.ddg")
 def test_activations_without_a_gradient(ranks: GetRanks, case: dict[str, Any]) -> None:
     """With three stages the first has nothing to train and sends nothing to differentiate."""
     versus(ranks, Setup(without_gradient, vectors, **case))
@@ -122,7 +122,7 @@ def aliases() -> list[nn.Module]:
 
 
 @grid({"stages": 3, "micro_batches": 1, "ddg": {**MODE_BLOCKS[2], "slack": 2}})
-@pytest.mark.proves("outputs that are views, inputs or weights")
+@pytest.mark.proves("outputs that are views, inputs or weights", modes="case.ddg")
 def test_tensors_that_share_memory(ranks: GetRanks, case: dict[str, Any]) -> None:
     """What is sent may still be on its way when its weights are updated or its buffer counts on."""
     versus(ranks, Setup(aliases, vectors, **case))
@@ -161,7 +161,7 @@ def claim_a_mask(engine: Any) -> None:
 
 
 @pytest.mark.parametrize("stages", [2, 3])
-@pytest.mark.proves("DeepSpeed's attention-mask flag and class names")
+@pytest.mark.proves("DeepSpeed's attention-mask flag and class names", modes=DEFAULT)
 def test_deepspeeds_attention_mask_flag_is_harmless(ranks: GetRanks, stages: int) -> None:
     versus(ranks, Setup(masked, masked_vectors, stages=stages, ready=claim_a_mask))
 
@@ -189,7 +189,7 @@ def train_a_class_name(rank: int, world_size: int) -> list[float]:
     return losses[1]
 
 
-@pytest.mark.proves("DeepSpeed's attention-mask flag and class names")
+@pytest.mark.proves("DeepSpeed's attention-mask flag and class names", modes=DEFAULT)
 def test_deepspeeds_class_name_trick_still_works(ranks: GetRanks) -> None:
     """Its own schedule cannot send a bool without it."""
     first, second = ranks(2).run(train_a_class_name)
@@ -203,7 +203,7 @@ def test_deepspeeds_class_name_trick_still_works(ranks: GetRanks) -> None:
     {"stages": 3, "micro_batches": 1, "ddg": {**MODE_BLOCKS[0], "slack": 2}},
     {"stages": 3, "micro_batches": 4, "ddg": {**MODE_BLOCKS[2], "slack": 1}},
 )
-@pytest.mark.proves("dynamic_shape=True")
+@pytest.mark.proves("dynamic_shape=True", modes="case.ddg")
 def test_dynamic_shape(ranks: GetRanks, case: dict[str, Any]) -> None:
     """Another shape each micro-batch, some so small that they ride in the header; the first comes back."""
     data = partial(sequences, (33, 7, 50, 1, 33))
@@ -211,7 +211,7 @@ def test_dynamic_shape(ranks: GetRanks, case: dict[str, Any]) -> None:
 
 
 @grid({"stages": 3, "micro_batches": 1, "ddg": {**MODE_BLOCKS[1], "slack": 1}})
-@pytest.mark.proves("reset_activation_shape() with micro-batches in flight")
+@pytest.mark.proves("reset_activation_shape() with micro-batches in flight", modes="case.ddg")
 def test_shape_changes_after_a_reset(ranks: GetRanks, case: dict[str, Any]) -> None:
     """The pipeline stays full across it: micro-batches of both shapes are under way."""
     data = partial(sequences, (20, 33, 50), each=3 * case["micro_batches"])

@@ -94,9 +94,9 @@ def as_fused(make: Callable[[Any], torch.optim.Optimizer]) -> Callable[[Any], to
     return fused
 
 
-def proving(what: str = "", exact: bool = True, names: Iterable[str] = FORMATS) -> list[Any]:
-    """The formats as parameters of a test that proves `what` with them."""
-    return [pytest.param(name, marks=pytest.mark.proves(name + what, exact=exact)) for name in names]
+def proving(modes: Any, what: str = "", exact: bool = True, names: Iterable[str] = FORMATS) -> list[Any]:
+    """The formats as parameters of a test that proves `what` with them in `modes`."""
+    return [pytest.param(name, marks=pytest.mark.proves(name + what, modes=modes, exact=exact)) for name in names]
 
 
 def layers(dropout: bool = True, frozen: int | None = None) -> list[nn.Module]:

@@ -1,14 +1,17 @@
 """The support matrix of docs/support.md, written from the tests that passed: ``make matrix``.
 
-A test says what it proves with a marker:
+A test says with a marker what it proves, and in which settings of the schedule:
 
-    @pytest.mark.proves("bf16")                       the engine equals the oracle with it
-    @pytest.mark.proves("bf16", exact=False)          to a tolerance that the test names
-    @pytest.mark.refuses("fp16 on CPU", "use bf16")   the engine refuses it, on every rank, with that remedy
+    @pytest.mark.proves("bf16", modes="ddg")              the engine equals the oracle with it
+    @pytest.mark.proves("bf16", modes=..., exact=False)   to a tolerance that the test names
+    @pytest.mark.refuses("fp16 on CPU", "use bf16")       the engine refuses it, on every rank, with that remedy
 
-Which settings of the schedule a test is about is read off its parameters: "weights" and "activations", a "mode" of
-both, a "ddg" block, a "case" or "layout" that has one; or `modes=[("current", "keep")]` says it. A test without any
-of them is about the default, "stash" and "keep".
+    modes=[("current", "keep")]         these pairs of `weights` and `activations`; often `helpers.modes.DEFAULT`
+    modes="ddg"                         the parameter of that name holds the pair, or a `ddg` block
+    modes="case.ddg"                    the parameter `case` has one, as a key or an attribute
+    modes=("weights", "activations")    parameters that are keys of a block; keys left out have their default
+
+A marker that gives none, or names what the test does not have, ends the collection with an error.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from helpers.modes import MODES
+from helpers.modes import DEFAULT, MODES
 
 _SAID = "matrix"
 
@@ -70,17 +73,39 @@ def cell(proofs: list[bool]) -> str:
     return f"{'=' if all(proofs) else '~'} {len(proofs)}" if proofs else "-"
 
 
-def mode_of(item: pytest.Item) -> tuple[str, str]:
-    """The settings of the schedule that a test is about."""
+def modes_of(item: pytest.Item, marker: pytest.Mark) -> list[tuple[str, str]]:
+    """The settings of the schedule that a marker of a test names."""
+    modes = marker.kwargs.get("modes")
     parameters: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
-    for name in ("ddg", "mode", "case", "layout"):
-        block = parameters.get(name)
-        block = block.get("ddg", block) if isinstance(block, dict) else getattr(block, "ddg", block)
-        if isinstance(block, tuple):
-            return block[0], block[1]
-        if isinstance(block, dict):
-            return block.get("weights", "stash"), block.get("activations", "keep")
-    return parameters.get("weights", "stash"), parameters.get("activations", "keep")
+    if isinstance(modes, list) and modes and all(mode in MODES for mode in modes):
+        return modes
+    try:
+        if isinstance(modes, tuple) and modes:
+            return [mode_of({name: parameters[name] for name in modes})]
+        if isinstance(modes, str):
+            name, _, key = modes.partition(".")
+            value = parameters[name]
+            return [mode_of((value[key] if isinstance(value, dict) else getattr(value, key)) if key else value)]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise NoModesError(item, marker, f"{type(error).__name__}: {error}") from error
+    raise NoModesError(item, marker, "it names none")
+
+
+def mode_of(value: Any) -> tuple[str, str]:
+    """That of a pair or of a `ddg` block."""
+    if isinstance(value, dict):
+        value = (value.get("weights", DEFAULT[0][0]), value.get("activations", DEFAULT[0][1]))
+    if value not in MODES:
+        raise ValueError(f"{value!r} is neither one of {MODES} nor a block of one")
+    return value
+
+
+class NoModesError(pytest.UsageError):
+    """A marker does not say in which settings of the schedule its test proves what it proves."""
+
+    def __init__(self, item: pytest.Item, marker: pytest.Mark, why: str) -> None:
+        what = ", ".join(map(repr, marker.args))
+        super().__init__(f"{item.nodeid}: proves({what}) needs its modes ({why}); see helpers/matrix.py")
 
 
 def said_by(item: pytest.Item) -> tuple[str, list[Any], list[Any]]:
@@ -89,7 +114,7 @@ def said_by(item: pytest.Item) -> tuple[str, list[Any], list[Any]]:
         (feature, mode, marker.kwargs.get("exact", True))
         for marker in item.iter_markers("proves")
         for feature in marker.args
-        for mode in marker.kwargs.get("modes", [mode_of(item)])
+        for mode in modes_of(item, marker)
     ]
     return item.path.stem, proves, [marker.args for marker in item.iter_markers("refuses")]
 

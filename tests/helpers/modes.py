@@ -9,3 +9,6 @@ MODES = list(product(("stash", "current"), ("keep", "recompute")))
 
 MODE_BLOCKS = [{"weights": weights, "activations": activations} for weights, activations in MODES]
 """The same as `ddg` blocks."""
+
+DEFAULT = MODES[:1]
+"""That of an empty block."""
