@@ -19,12 +19,15 @@ from helpers.distributed import GetRanks, Ranks
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", type=Path, help="write the support matrix of the tests that pass to this file")
+    parser.addoption("--check-matrix", type=Path, help="fail if this file is not what the collected tests claim")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if path := config.getoption("--matrix"):
         runs_tests_only = hasattr(config, "workerinput")
         config.pluginmanager.register(matrix.Plugin(None if runs_tests_only else path))
+    if path := config.getoption("--check-matrix"):
+        config.pluginmanager.register(matrix.StaleCheck(path))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,6 +16,8 @@ A marker that gives none, or names what the test does not have, ends the collect
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -150,3 +152,41 @@ class Plugin:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(str(self.matrix))
             print(f"\nwrote {self.path}")
+
+
+def claimed(items: Iterable[pytest.Item]) -> Matrix:
+    """What the tests say, as if all passed but those that need a GPU, which the page leaves to README."""
+    matrix = Matrix()
+    for item in items:
+        if item.get_closest_marker("gpu") is None:
+            matrix.note(*said_by(item))
+    return matrix
+
+
+def without_counts(page: str) -> list[str]:
+    """Lines of the page: its rows, which cells are filled, and with what."""
+    return re.sub(r"(?<=\| [=~]) \d+(?= \|)", "", page).splitlines()
+
+
+class StaleCheck:
+    """Ends a collection with an error if a page is not what the collected tests claim.
+
+    Args:
+        path: of the page.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        page, claims = without_counts(self.path.read_text()), without_counts(str(claimed(session.items)))
+        lines = list(difflib.unified_diff(page, claims, str(self.path), "what the tests claim", lineterm="", n=0))
+        if lines:
+            raise StalePageError(self.path, lines)
+
+
+class StalePageError(pytest.UsageError):
+    """The page says something else than the tests."""
+
+    def __init__(self, path: Path, lines: list[str]) -> None:
+        super().__init__("\n".join([f"{path} is stale: `make matrix` writes it anew", *lines]))
