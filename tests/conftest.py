@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from helpers import matrix
 from helpers.distributed import GetRanks, Ranks
+from helpers.pure import is_pure
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,9 +31,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(matrix.StaleCheck(path))
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         matrix.said_by(item)  # refuses markers that do not say enough
+        if isinstance(item, pytest.Function) and is_pure(item):
+            item.add_marker("pure")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -76,6 +76,7 @@ def test_a_script_that_knows_nothing_of_it(ranks: GetRanks, tmp_path: Path) -> N
         assert seen["losses"] == [losses[0], *losses[:3]], "one call old, as under DDG"
 
 
+@pytest.mark.smoke
 def test_a_projects_own_engine_keeps_its_instructions(ranks: GetRanks) -> None:
     losses = oracle(4)
     for is_project, reductions, seen in ranks(2).run(train_project):
