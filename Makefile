@@ -9,12 +9,13 @@ STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test matrix bench lint clean
+.PHONY: help setup demo test test-fast matrix check-matrix bench lint clean
 
 help:
 	@echo 'make setup   build $(VENV) with everything the recipes and the tests need (PYTHON=python3.12 to choose another Python)'
 	@echo 'make demo    train a ResNet-20 on two pipeline stages (ARGS="--schedule 1f1b" to pass arguments on)'
-	@echo 'make test    lint, then run the tests (ARGS="-k plan" to pass arguments on to pytest)'
+	@echo 'make test    lint, check that docs/support.md is not stale, run all tests (ARGS="-k plan" to pass arguments on to pytest)'
+	@echo 'make test-fast  only tests that start no processes, and one that trains two stages: for the daily loop'
 	@echo 'make matrix  write docs/support.md, what works with what, from the tests that prove it'
 	@echo 'make bench   measure DDG against other schedules and the simulator: docs/benchmarks.md (ARGS="--stages 4 --turns 1")'
 	@echo 'make lint    ruff, mypy, and who may import whom'
@@ -40,12 +41,19 @@ demo: setup
 # A file's tests run in one process, which shares its ranks among them. Most wait for processes that start.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-test: lint
+test: lint check-matrix
 	@$(PYTEST) $(ARGS)
+
+test-fast: setup
+	@$(PYTEST) -m 'pure or smoke' $(ARGS)
 
 # Only what says what it proves.
 matrix: setup
 	@$(PYTEST) -m 'proves or refuses' --matrix=docs/support.md $(ARGS)
+
+# Collects without running: whether docs/support.md has the rows and cells that the tests claim.
+check-matrix: setup
+	@$(BIN)/python -m pytest --collect-only -qq --check-matrix=docs/support.md >/dev/null
 
 # On an idle machine: it times processes that sleep.
 bench: setup

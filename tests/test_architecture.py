@@ -15,12 +15,12 @@ import pytest
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 import ds_ddg
-import toy
 from ds_ddg.engine import DDGEngine
 from ds_ddg.engine import engine as engine_module
 from ds_ddg.entry import _seams
 from ds_ddg.host import EngineHost, Host
-from versus import GetRanks
+from helpers import toy
+from helpers.distributed import GetRanks
 
 PACKAGE = Path(ds_ddg.__file__).parent
 LONG = {"engine/engine.py": 500, "engine/calls.py": 275}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +17,18 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.lr_schedules import WarmupLR
 from torch import Tensor, nn
 
-import toy
-from distributed import Ranks
 from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.telemetry.stage_metrics import Timestamp
+from helpers import toy
+from helpers.distributed import GetRanks
+from helpers.modes import DEFAULT
+from helpers.monitors import recorded
 
 # The oracle steps schedulers in warm-up calls too, as the engine does.
-pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*before:UserWarning")
-
-GetRanks = Callable[[int], Ranks]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As on the ranks: the number of threads decides in which order a matrix product adds up."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*before:UserWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 def assert_equal(ours: Any, theirs: Any) -> None:
@@ -101,7 +94,7 @@ def train_and_evaluate(rank: int, world_size: int, weights: str, evaluating: boo
 
 
 @pytest.mark.parametrize("weights", ["stash", "current"])
-@pytest.mark.proves("eval_batch with all its arguments")
+@pytest.mark.proves("eval_batch with all its arguments", modes=("weights",))
 def test_eval_batch_is_deepspeeds_on_the_same_weights(ranks: GetRanks, weights: str) -> None:
     """With every combination of arguments that has a result, and training goes on as if nothing had been evaluated."""
     with_eval = ranks(3).run(train_and_evaluate, weights, True)
@@ -199,7 +192,7 @@ def train_with_extras(
 
 
 @pytest.mark.parametrize(("num_stages", "micro_batches", "loss"), [(3, 1, "delayed"), (2, 2, "exact")])
-@pytest.mark.proves("additional losses")
+@pytest.mark.proves("additional losses", modes=DEFAULT)
 def test_additional_losses_are_those_of_the_same_call(
     ranks: GetRanks, num_stages: int, micro_batches: int, loss: str
 ) -> None:
@@ -261,15 +254,6 @@ def train_with_monitor(rank: int, world_size: int, directory: str, period: int |
     return evaluations
 
 
-def recorded(directory: Path) -> dict[str, list[tuple[int, float]]]:
-    """Name to (samples, value) in the order of writing."""
-    found = {}
-    for path in directory.glob("job/*.csv"):
-        _, *rows = csv.reader(path.open())
-        found[path.stem] = [(int(step), float(value)) for step, value in rows]
-    return found
-
-
 def on_board(directory: Path) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard shows, under the names of the CSV files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -295,7 +279,7 @@ def replay(stage: int, calls: int, micro_batches: int = 2) -> list[tuple[int, in
 
 
 @pytest.mark.parametrize("period", [None, 2])
-@pytest.mark.proves("monitors (CSV, TensorBoard), values with the samples of their call")
+@pytest.mark.proves("monitors (CSV, TensorBoard), values with the samples of their call", modes=DEFAULT)
 def test_monitor_gets_every_value_once_with_the_samples_of_its_call(
     ranks: GetRanks, tmp_path: Path, period: int | None
 ) -> None:

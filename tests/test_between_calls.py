@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import toy
 from ds_ddg.comm.p2p import StageError
-from versus import GetRanks, Setup, versus
+from helpers import toy
+from helpers.distributed import GetRanks
+from helpers.versus import Setup, versus
 
 WIDTH = 6
 

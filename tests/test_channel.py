@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 
@@ -14,32 +13,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distributed import Outcome, Ranks
 from ds_ddg.comm import sender as outboxes
-from ds_ddg.comm.message import INLINE_BYTES, Kind
+from ds_ddg.comm.message import Kind
 from ds_ddg.comm.p2p import Peer, StageError, Wire
 from ds_ddg.comm.receiver import Receiver
 from ds_ddg.comm.sender import Sender
 from ds_ddg.comm.stage_links import Links
 from ds_ddg.schedules.ddg import DDGPlan
+from helpers.channel_ends import assert_same, close, samples, survivor
+from helpers.distributed import GetRanks
 
-GetRanks = Callable[[int], Ranks]
 TIMEOUT = 60.0
-
-DTYPES = [
-    torch.bool,
-    torch.uint8,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-    torch.complex64,
-    torch.complex128,
-]
 
 
 def link(rank: int, depth: int = 8, inline: int = 0) -> tuple[Sender, Receiver]:
@@ -52,44 +36,6 @@ def link(rank: int, depth: int = 8, inline: int = 0) -> tuple[Sender, Receiver]:
     other = 1 - rank
     peer = Peer(group, other, f"stage {other} (rank {other})")
     return Sender(Wire(peer, lane=rank), depth), Receiver(Wire(peer, lane=other))
-
-
-def close(outbox: Sender, inbox: Receiver) -> None:
-    inbox.listen()
-    outbox.flush()
-    inbox.take(Kind.FLUSH)
-    outboxes.INLINE_BYTES = INLINE_BYTES
-
-
-def assert_same(got: tuple[Tensor | None, ...], sent: tuple[Tensor | None, ...]) -> None:
-    assert len(got) == len(sent)
-    for received, original in zip(got, sent, strict=True):
-        if original is None or received is None:
-            assert received is original
-        else:
-            assert received.dtype == original.dtype
-            assert torch.equal(received, original.detach())
-
-
-def samples() -> list[tuple[Tensor | None, ...]]:
-    """One message for each thing that could get lost on the way; the same on both ranks."""
-    torch.manual_seed(5)
-    base = torch.randn(3, 4)
-    values = 100 * torch.randn(3, 5, dtype=torch.complex128)
-    each = [values.to(dtype) if dtype.is_complex else values.real.abs().to(dtype) for dtype in DTYPES]
-    return [
-        *((tensor,) for tensor in each),
-        tuple(each),
-        tuple(tensor[0, 0] for tensor in each),  # 0-dim
-        (torch.empty(0), torch.empty(2, 0, 3, dtype=torch.int64)),
-        (base.t(), base[:, ::2], base.expand(2, 3, 4), base[1:2, 1:1]),
-        (torch.nn.Parameter(base), (base.requires_grad_() * 2)),
-        (torch.tensor([1 + 2j, 3 - 4j]).conj(), torch.tensor([1 + 2j, 3 - 4j]).conj().imag),  # lazy in torch
-        (torch.tensor([float("nan"), float("inf"), -0.0]).nan_to_num(7.0),),
-        (None, base, None),
-        (None,),
-        (),
-    ]
 
 
 def exchange_samples(rank: int, world_size: int, first: int, inline: int) -> None:
@@ -416,15 +362,6 @@ def lose_the_receiver(rank: int, world_size: int) -> None:
     while True:
         outbox.post(Kind.DATA, [torch.ones(5)])
         time.sleep(0.05)
-
-
-def survivor(outcomes: list[Outcome]) -> Outcome:
-    first, killed = outcomes
-    assert killed.state == "died"
-    assert killed.exit_code == -signal.SIGKILL
-    assert (first.state, first.exc_type) == ("raised", "StageError"), str(first)
-    assert first.message.startswith("stage 1 (rank 1) is lost: ")
-    return first
 
 
 def give_up(rank: int, world_size: int) -> str:

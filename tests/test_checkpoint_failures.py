@@ -18,10 +18,8 @@ import pytest
 import torch
 from torch import nn
 
-import toy
-from distributed import Outcome, Ranks
-
-GetRanks = Callable[[int], Ranks]
+from helpers import toy
+from helpers.distributed import GetRanks, Outcome
 
 TIMEOUT = 60.0
 SOON = 10.0  # generous: what is caught is a hang, and other processes may be busy on this machine
@@ -147,7 +145,7 @@ def test_a_save_that_fails_on_one_rank_fails_on_all(
 
 
 def fail_with_zero(rank: int, world_size: int, directory: str) -> tuple[str, str]:
-    from test_checkpoint import zero_engine
+    from helpers.resuming import zero_engine
 
     engine = zero_engine(2, "stash")
     train(engine)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,17 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-import toy
-from distributed import Ranks
 from ds_ddg.weights.optimizer_wrappers import clipping_by
-from test_engine_resources import census
+from helpers import toy
+from helpers.census import census
+from helpers.distributed import GetRanks
+from helpers.modes import DEFAULT, MODES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-GetRanks = Callable[[int], Ranks]
 
 CLIP, CALLS, REFILL = 0.05, 10, 4
-MODES = list(itertools.product(("stash", "current"), ("keep", "recompute")))
 
 
 def train_engine(
@@ -66,7 +63,7 @@ def different(a: list[list[Tensor]], b: list[list[Tensor]]) -> list[int]:
     return [k for k, (x, y) in enumerate(zip(a, b, strict=True)) if not all(map(torch.equal, x, y))]
 
 
-@pytest.mark.proves('"clip": "global"')
+@pytest.mark.proves('"clip": "global"', modes=("weights", "activations"))
 @pytest.mark.parametrize(("weights", "activations"), MODES)
 @pytest.mark.parametrize(("stages", "micro_batches", "slack"), [(2, 1, 0), (3, 2, 0), (3, 1, 1)])
 def test_equals_the_oracle(
@@ -122,7 +119,7 @@ def resume(rank: int, world_size: int, directory: str) -> list[tuple[list[Any], 
     return found
 
 
-@pytest.mark.proves('"clip": "global", resumed from a checkpoint')
+@pytest.mark.proves('"clip": "global", resumed from a checkpoint', modes=DEFAULT)
 def test_resumes_with_the_norm_that_was_known(ranks: GetRanks, tmp_path: Path) -> None:
     for one, other in ranks(3).run(resume, str(tmp_path)):
         assert one[0] == other[0]

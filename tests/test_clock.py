@@ -16,8 +16,6 @@ import numpy as np
 import pytest
 import torch
 
-import toy
-from distributed import Ranks
 from ds_ddg.analysis.trace_reader import read
 from ds_ddg.engine.auto_slack import trial_calls
 from ds_ddg.schedules.ddg import DDGPlan
@@ -25,8 +23,9 @@ from ds_ddg.telemetry.clock import DeviceClock, HostClock, clock_for
 from ds_ddg.telemetry.jsonl import Log
 from ds_ddg.telemetry.stage_metrics import StageMeter, Timestamp, WatchedLinks
 from ds_ddg.telemetry.trace_writer import Recorder, _close
+from helpers import toy
+from helpers.distributed import GetRanks
 
-GetRanks = Callable[[int], Ranks]
 CPU = torch.device("cpu")
 
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import toy
-from distributed import spawn
 from ds_ddg.comm.p2p import StageError
-from versus import GetRanks, Setup, versus
+from helpers import toy
+from helpers.distributed import GetRanks, spawn
+from helpers.modes import DEFAULT
+from helpers.versus import Setup, versus
 
 WIDTH = 6
 Made = Callable[[int, Tensor, Tensor], Any]
@@ -84,7 +85,7 @@ def batches(what: str) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("what", BATCHES)
-@pytest.mark.proves("labels that are None, words, or in dicts; micro-batches that are no tuples")
+@pytest.mark.proves("labels that are None, words, or in dicts; micro-batches that are no tuples", modes=DEFAULT)
 def test_under_ddg(ranks: GetRanks, what: str) -> None:
     versus(ranks, Setup(layers, partial(batches, what), micro_batches=2, loss_fn=BATCHES[what][1]))
 
@@ -120,7 +121,7 @@ def on_deepspeeds_schedule(rank: int, world_size: int, what: str, ours: bool) ->
 
 
 @pytest.mark.parametrize("what", [*FOR_DEEPSPEED, "in the same memory"])
-@pytest.mark.proves('"enabled": false with all data that DeepSpeed takes')
+@pytest.mark.proves('"enabled": false with all data that DeepSpeed takes', modes=DEFAULT)
 def test_on_deepspeeds_schedule(ranks: GetRanks, what: str) -> None:
     """``"enabled": false`` runs what DeepSpeed runs, and comes to the same."""
     ours = ranks(2).run(on_deepspeeds_schedule, what, True)

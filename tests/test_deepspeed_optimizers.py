@@ -20,8 +20,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import toy
-from versus import MODES, GetRanks, Setup, versus
+from helpers import toy
+from helpers.distributed import GetRanks
+from helpers.modes import MODE_BLOCKS
+from helpers.versus import Setup, versus
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("one_thread")]
 
@@ -146,10 +148,10 @@ class InOnePiece:
             weight.grad = None
 
 
-@pytest.mark.parametrize("ddg", MODES, ids=lambda ddg: "-".join(ddg.values()))
+@pytest.mark.parametrize("ddg", MODE_BLOCKS, ids=lambda ddg: "-".join(ddg.values()))
 @pytest.mark.parametrize("given", ["FusedAdam", "DeepSpeedCPUAdam"])
 @pytest.mark.parametrize(("stages", "micro_batches", "decoupled"), [(2, 1, True), (3, 2, False)])
-@pytest.mark.proves("DeepSpeed's FusedAdam (the JSON's Adam and AdamW) and DeepSpeedCPUAdam")
+@pytest.mark.proves("DeepSpeed's FusedAdam (the JSON's Adam and AdamW) and DeepSpeedCPUAdam", modes="ddg")
 def test_equals_the_oracle(
     ranks: GetRanks, files: Files, stages: int, micro_batches: int, decoupled: bool, given: str, ddg: dict[str, Any]
 ) -> None:
@@ -157,9 +159,9 @@ def test_equals_the_oracle(
     versus(ranks, setup)
 
 
-@pytest.mark.parametrize("ddg", MODES, ids=lambda ddg: "-".join(ddg.values()))
+@pytest.mark.parametrize("ddg", MODE_BLOCKS, ids=lambda ddg: "-".join(ddg.values()))
 @pytest.mark.parametrize("given", ["FusedAdam", "DeepSpeedCPUAdam"])
-@pytest.mark.proves("DeepSpeed's FusedAdam and DeepSpeedCPUAdam, ZeRO-1")
+@pytest.mark.proves("DeepSpeed's FusedAdam and DeepSpeedCPUAdam, ZeRO-1", modes="ddg")
 def test_equals_the_oracle_with_zero(ranks: GetRanks, files: Files, given: str, ddg: dict[str, Any]) -> None:
     setup = setup_of(files, given, True, ddg=ddg)
     config = {**setup.config, "zero_optimization": {"stage": 1}}

@@ -3,16 +3,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from distributed import Ranks, RanksFailedError, spawn
-
-GetRanks = Callable[[int], Ranks]
+from helpers.distributed import GetRanks, RanksFailedError, spawn
 
 
 def sum_over_ranks(rank: int, world_size: int, offset: float) -> torch.Tensor:

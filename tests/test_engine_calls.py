@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import toy
-from distributed import Ranks
+from helpers import toy
+from helpers.distributed import GetRanks
 
-GetRanks = Callable[[int], Ranks]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 State = list[Tensor]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As on the ranks: the number of threads decides in which order a matrix product adds up."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def assert_equal_states(ours: list[State], oracle: Any) -> None:

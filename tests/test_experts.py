@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import toy
-from test_engine_resources import census
-from test_precision import ZERO_1, fp16_allowed
-from test_topologies import farthest
-from versus import MODES, GetRanks, Made, Setup, adamw, run_oracle, sgd
+from helpers import toy
+from helpers.census import census
+from helpers.distributed import GetRanks
+from helpers.formats import ZERO_1, fp16_allowed
+from helpers.modes import DEFAULT, MODE_BLOCKS
+from helpers.versus import Made, Setup, adamw, farthest, run_oracle, sgd
 
 WIDTH, TOKENS, EXPERTS = 12, 6, 4
 
@@ -250,16 +251,16 @@ def train(rank: int, world_size: int, layout: Layout) -> tuple[int, Made, list[T
 
 
 LAYOUTS = [
-    *(Layout(micro_batches=1 + i % 2, ddg=mode) for i, mode in enumerate(MODES)),
-    Layout(routed=(1,), ddg=MODES[1], optimizer=adamw),
-    Layout(routed=(4,), ep_size=1, micro_batches=2, ddg=MODES[0]),
-    Layout(4, 1, 1, ddg={**MODES[0], "slack": 1}),
-    Layout(1, 4, 2, micro_batches=2, ddg=MODES[0]),
+    *(Layout(micro_batches=1 + i % 2, ddg=mode) for i, mode in enumerate(MODE_BLOCKS)),
+    Layout(routed=(1,), ddg=MODE_BLOCKS[1], optimizer=adamw),
+    Layout(routed=(4,), ep_size=1, micro_batches=2, ddg=MODE_BLOCKS[0]),
+    Layout(4, 1, 1, ddg={**MODE_BLOCKS[0], "slack": 1}),
+    Layout(1, 4, 2, micro_batches=2, ddg=MODE_BLOCKS[0]),
 ]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.proves("expert layers (MoE) over replicas, auxiliary loss", exact=False)
+@pytest.mark.proves("expert layers (MoE) over replicas, auxiliary loss", exact=False, modes="layout.ddg")
 def test_experts_equal_one_process(ranks: GetRanks, layout: Layout) -> None:
     expected = run_oracle(layout.setup())
     found = ranks(layout.ranks).run(train, layout, timeout=180)
@@ -322,7 +323,7 @@ def test_replicas_stay_equal(ranks: GetRanks, name: str, micro_batches: int, cli
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "fp16"])
-@pytest.mark.proves("expert layers (MoE), one stage: DeepSpeed's own")
+@pytest.mark.proves("expert layers (MoE), one stage: DeepSpeed's own", modes=DEFAULT)
 def test_one_stage_equals_deepspeeds_own(ranks: GetRanks, name: str) -> None:
     """But for fp16 without ZeRO, where DeepSpeed does not scale the loss."""
     layout = Layout(1, 2, clip=0.5, micro_batches=2, config=FORMATS[name])
@@ -356,7 +357,7 @@ def checkpoint(rank: int, world_size: int, layout: Layout, directory: str) -> tu
 
 
 @pytest.mark.parametrize("routed", [(2, 4), (1,), (4,)])
-@pytest.mark.proves("expert layers (MoE), resumed from a checkpoint")
+@pytest.mark.proves("expert layers (MoE), resumed from a checkpoint", modes=DEFAULT)
 def test_checkpoint_has_every_expert(ranks: GetRanks, tmp_path: Path, routed: tuple[int, ...]) -> None:
     layout = Layout(clip=0.5, routed=routed, optimizer=adamw)
     for (losses, *states), (its_losses, *its_states) in ranks(4).run(checkpoint, layout, str(tmp_path)):

@@ -14,12 +14,8 @@ import logging
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,121 +26,35 @@ from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 from torch import Tensor, nn
 
 import ds_ddg
-import toy
-from distributed import Outcome, Ranks
+from helpers import toy
+from helpers.distributed import GetRanks, Outcome
+from helpers.failing import (
+    BAD_BATCH,
+    BAD_CALL,
+    MICRO_BATCHES,
+    SIZE,
+    SOON,
+    WIDTH,
+    End,
+    Misbehaves,
+    assert_told,
+    batches,
+    build,
+    catch,
+    config,
+    die_later,
+    explode,
+    train,
+    train_bad_loss,
+)
+from helpers.script_runs import NOISE, launch
 
-GetRanks = Callable[[int], Ranks]
 Batch = tuple[Any, Any]
 
 TIMEOUT = 60.0
-SOON = 10.0  # generous: what is caught is a hang, and other processes may be busy on this machine
-WIDTH, SIZE, MICRO_BATCHES = 6, 4, 2
-BAD_CALL = 3
-BAD_BATCH = BAD_CALL * MICRO_BATCHES  # the first micro-batch of that call
 
 
 # -- models and data that misbehave -----------------------------------------------------------------------------------
-
-
-class ExplodeInBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        raise ArithmeticError("no gradient for you")
-
-
-def explode(*_: Any) -> Any:
-    raise ArithmeticError("no forward for you")
-
-
-def stop(*_: Any) -> Any:
-    raise StopIteration
-
-
-def die(*_: Any) -> Any:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die_later(*_: Any) -> Any:
-    time.sleep(1.0)
-    die()
-
-
-def nap(x: Tensor) -> Tensor:
-    time.sleep(1.0)
-    return x
-
-
-def to_infinity(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Not finite, yet with a finite gradient: the calls after it can be looked at."""
-    return nn.functional.mse_loss(outputs, labels) + float("inf")
-
-
-DEEDS: dict[str, Callable[..., Any]] = {
-    "explode": explode,
-    "explode in backward": ExplodeInBackward.apply,
-    "stop": stop,
-    "list": lambda x: [x],
-    "dict": lambda x: {"x": x},
-    "None": lambda x: None,
-    "mixed tuple": lambda x: (x, 3),
-    "list in tuple": lambda x: (x, [x]),
-    "fewer rows": lambda x: x[:-1],
-    "other dtype": lambda x: x.double(),
-    "sparse": lambda x: x.to_sparse(),
-    "gradient inside": lambda x: torch.autograd.grad(x.square().sum(), x, create_graph=True)[0],
-    "one more tensor": lambda x: (x, x),
-    "die": die,
-    "die later": die_later,
-    "nap": nap,
-    "to infinity": to_infinity,
-    "mistake": lambda x: mistake(x),
-}
-
-
-class Misbehaves(nn.Module):
-    """A linear layer, or a mean squared error; from micro-batch `start` on (`once`: only there) it does its deed."""
-
-    def __init__(self, deed: str = "", start: int = BAD_BATCH, once: bool = False) -> None:
-        super().__init__()
-        self.deed, self.start, self.once = deed, start, once
-        self.seen = 0
-        self.linear = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
-        n, self.seen = self.seen, self.seen + 1
-        misbehaves = self.deed and (n == self.start if self.once else n >= self.start)
-        if labels is not None:
-            return DEEDS[self.deed](x, labels) if misbehaves else nn.functional.mse_loss(x, labels)
-        return DEEDS[self.deed](self.linear(x)) if misbehaves else self.linear(x)
-
-
-def config(**more: Any) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": SIZE,
-        "gradient_accumulation_steps": MICRO_BATCHES,
-        "optimizer": {"type": "SGD", "params": {"lr": 0.01}},
-        "steps_per_print": 10**9,
-        **more,
-    }
-
-
-def build(
-    num_stages: int,
-    layers: list[Any] | None = None,
-    loss_fn: Any = None,
-    module: dict[str, Any] | None = None,
-    **more: Any,
-) -> Any:
-    from deepspeed.pipe import PipelineModule
-
-    layers = [Misbehaves() for _ in range(2 * num_stages)] if layers is None else layers
-    settings = {"num_stages": num_stages, "loss_fn": loss_fn or nn.functional.mse_loss, "partition_method": "uniform"}
-    net = PipelineModule(layers, **{**settings, **(module or {})})
-    return ds_ddg.initialize(model=net, config=config(**more), model_parameters=net.parameters())[0]
 
 
 def misbehaving(
@@ -155,69 +65,6 @@ def misbehaving(
     for k in range(num_stages):
         layers[2 * k + 1] = Misbehaves(deed if k == stage else other, **options)
     return build(num_stages, layers, **({} if ddg is None else {"ddg": ddg}))
-
-
-def batches(count: int | None = None, bad: Callable[[Tensor, Tensor], Any] | None = None) -> Iterator[Any]:
-    """`count` (None: no end of) micro-batches; that of number BAD_BATCH as `bad` makes it of a good one."""
-    n = 0
-    while count is None or n < count:
-        x, y = torch.randn(SIZE, WIDTH), torch.randn(SIZE, WIDTH)
-        yield bad(x, y) if bad is not None and n == BAD_BATCH else (x, y)
-        n += 1
-
-
-@dataclass(frozen=True)
-class End:
-    """How a rank that stays alive came to its end."""
-
-    calls: int
-    kind: str
-    text: str
-    at: float
-    """On the clock that all processes of a machine share."""
-    again: str = ""
-    """What the next call raised."""
-
-
-def catch(action: Callable[[], Any], calls: int = 0) -> End:
-    try:
-        action()
-    except Exception as error:
-        return End(calls, type(error).__name__, str(error), time.monotonic())
-    return End(calls, "", "", time.monotonic())
-
-
-def train(engine: Any, data: Iterator[Any] | None, calls: int = 8) -> End:
-    """Train until something happens; whatever is tried then must fail at once, for the same reason."""
-    for call in range(calls):
-        end = catch(lambda: engine.train_batch(data), call)
-        if end.kind:
-            break
-    if end.kind in ("", "StopIteration"):
-        return end
-    nexts = [catch(lambda: engine.train_batch(batches())), catch(engine.drain)]
-    nexts.append(catch(lambda: engine.eval_batch(batches())))
-    assert {following.kind for following in nexts} == {"StageError"}, nexts
-    assert len({following.text for following in nexts}) == 1, nexts
-    assert nexts[-1].at - end.at < SOON
-    return End(end.calls, end.kind, end.text, end.at, again=nexts[0].text)
-
-
-def assert_told(ends: list[End], culprit: int, kind: str, *parts: str, call: int = BAD_CALL) -> None:
-    """One rank failed; all others end soon with a StageError that says which, when and why."""
-    failed = ends[culprit]
-    assert failed.kind == kind, ends
-    assert failed.calls == call, ends
-    for part in parts:
-        assert part in failed.text, ends
-    head = f"stage {culprit} (rank {culprit}) failed in call {call}: {kind}: "
-    for rank, end in enumerate(ends):
-        assert failed.text in end.again, f"rank {rank} forgot the reason: {ends}"
-        assert end.again.startswith(head), f"rank {rank} forgot the place: {ends}"
-        assert abs(end.at - failed.at) < SOON, ends
-        if rank != culprit:
-            assert end.kind == "StageError", f"rank {rank}: {ends}"
-            assert end.text == end.again, ends
 
 
 # -- refused ----------------------------------------------------------------------------------------------------------
@@ -442,10 +289,6 @@ def test_bad_layer(ranks: GetRanks, deed: str) -> None:
     assert_told(ranks(3).run(train_bad_model, deed, stage, timeout=TIMEOUT), stage, kind, *parts)
 
 
-def train_bad_loss(rank: int, world_size: int) -> End:
-    return train(build(3, loss_fn=Misbehaves("explode")), batches())
-
-
 def test_loss_fn_raises(ranks: GetRanks) -> None:
     ends = ranks(3).run(train_bad_loss, timeout=TIMEOUT)
     assert_told(ends, 2, "ArithmeticError", "no forward for you")
@@ -490,10 +333,6 @@ def train_without_a_loss_fn(rank: int, world_size: int) -> End:
 def test_last_layer_returns_no_loss(ranks: GetRanks) -> None:
     ends = ranks(2).run(train_without_a_loss_fn, timeout=TIMEOUT)
     assert_told(ends, 1, "TypeError", "the last layer, whose output is the loss", f"shape {(SIZE, WIDTH)}", call=0)
-
-
-def mistake(x: Tensor) -> Tensor:
-    raise TypeError("my own mistake")
 
 
 def fail_after_evaluation(rank: int, world_size: int) -> End:
@@ -910,48 +749,12 @@ if "destroy group" in how:
     torch.distributed.destroy_process_group()
 """
 
-NOISE = re.compile(r"terminate called|Traceback|Error\b|exception|core dumped|Aborted|Segmentation|\bleaked\b", re.I)
-
 
 @pytest.fixture(scope="module")
 def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("launched") / "train.py"
     path.write_text(SCRIPT)
     return path
-
-
-def launch(script: Path, how: str, ddg: str = "slack") -> tuple[int, str, float]:
-    """Exit status, output and seconds of the script on two ranks, started as a user starts it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    binaries = Path(sys.executable).parent
-    root = Path(ds_ddg.__file__).parents[1]
-    command = [str(binaries / "deepspeed"), "--num_gpus", "2", "--master_port", str(port), str(script), how, ddg]
-    environment = {
-        **os.environ,
-        "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(root),
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    start = time.monotonic()
-    process = subprocess.Popen(
-        command,
-        cwd=script.parent,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the launcher and, as it never leaves its session, every rank
-        output, _ = process.communicate()
-        pytest.fail(f"the launcher did not end:\n{output}")
-    return process.returncode, output, time.monotonic() - start
 
 
 @pytest.mark.parametrize(

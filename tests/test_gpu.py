@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -20,13 +19,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import toy
-from devices import DEVICE, device, launch
-from test_engine_exact import Case, Course, train, train_oracle
+from helpers import toy
+from helpers.devices import DEVICE, device, launch, needs_kernels, random_state_of_the_device
+from helpers.exact_runs import Case, Course, train, train_oracle
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(600)]
-
-needs_kernels = pytest.mark.skipif(DEVICE == "cpu", reason="about the device itself")
 
 
 def split(self: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,19 +65,6 @@ def train_cases(rank: int, world_size: int, cases: list[DeviceCase]) -> list[tup
     return results
 
 
-@contextmanager
-def random_state_of_the_device() -> Iterator[None]:
-    """Where a script or the oracle keeps the state of the random numbers, it is that of those dropout takes."""
-    if device().type == "cpu":
-        yield
-        return
-    with (
-        mock.patch.object(torch, "get_rng_state", torch.cuda.get_rng_state),
-        mock.patch.object(torch, "set_rng_state", torch.cuda.set_rng_state),
-    ):
-        yield
-
-
 def train_oracles(rank: int, world_size: int, cases: list[DeviceCase]) -> list[list[Course]]:
     """Of every case, by stage."""
     with random_state_of_the_device(), mock.patch.object(toy.Split, "forward", split):
@@ -115,7 +99,7 @@ def assert_close(ours: Course, its: Course, losses: list[Tensor]) -> None:
 
 @pytest.mark.xdist_group("oracles")
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.proves("GPU stages that share one device over gloo, fp32", exact=False)
+@pytest.mark.proves("GPU stages that share one device over gloo, fp32", exact=False, modes="case.ddg")
 def test_engine_equals_the_oracle(trained: Any, oracles: Any, case: DeviceCase) -> None:
     expected = oracles[case]
     for stage, (course, left, where) in enumerate(trained[case]):

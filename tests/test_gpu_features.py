@@ -22,19 +22,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import test_checkpoint
-import test_failures
-import test_fp16
-import test_tied
-import test_wire_data
-import toy
-from devices import DEVICE, ROOT, device, launch
 from ds_ddg.analysis.trace_reader import read
-from test_gpu import needs_kernels, random_state_of_the_device
-from test_model_features import JSON, REPLAY, STASH, checkpointing, from_json, pictures
-from test_precision import FORMATS, train_replicas
-from test_precision import train_engine as train_format
-from versus import Made, Setup, adamw, gaps, run_engine
+from helpers import failing, fp16_runs, resuming, tied_runs, toy, wire_layers
+from helpers.devices import DEVICE, ROOT, device, launch, needs_kernels, random_state_of_the_device
+from helpers.formats import FORMATS, train_replicas
+from helpers.formats import train_engine as train_format
+from helpers.model_features import JSON, REPLAY, STASH, checkpointing, from_json, pictures
+from helpers.modes import DEFAULT
+from helpers.versus import Made, Setup, adamw, gaps, run_engine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -49,7 +44,7 @@ def train_without_dropout(rank: int, world_size: int, what: str) -> tuple[list[f
     with mock.patch.object(nn.Dropout, "forward", lambda _, x: x):
         if what == "tied":
             setting = {"three": world_size == 3, "micro_batches": 2, "ddg": {}, "optimizer": "sgd", "evaluate": True}
-            tied = test_tied.train_engine(rank, world_size, setting, world_size, {})
+            tied = tied_runs.train_engine(rank, world_size, setting, world_size, {})
             return [*tied.losses, *tied.evaluated], tied.states
         result = train_format(rank, world_size, what, 2, "sgd", {}, 1.0)
     return [float(loss) for loss in result.losses], result.states
@@ -70,21 +65,25 @@ def tolerance_of(name: str) -> float:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.proves(f"GPU stages: {name}", exact=False)) for name in FORMATS]
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.proves(f"GPU stages: {name}", exact=False, modes=DEFAULT))
+        for name in FORMATS
+    ],
 )
 def test_formats(name: str) -> None:
     there, here = (launch(train_without_dropout, 2, name, device=where) for where in (DEVICE, "cpu"))
     assert_as_on_the_cpu(there, here, tolerance_of(name))
 
 
-@pytest.mark.proves("GPU stages: tied weights", exact=False)
+@pytest.mark.proves("GPU stages: tied weights", exact=False, modes=DEFAULT)
 def test_tied_weights() -> None:
     there, here = (launch(train_without_dropout, 3, "tied", device=where) for where in (DEVICE, "cpu"))
     assert_as_on_the_cpu(there, here, TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("name", ["fp32, ZeRO-1", "bf16, ZeRO-1"])
-@pytest.mark.proves("GPU stages: data x pipeline, ZeRO-1", exact=False)
+@pytest.mark.proves("GPU stages: data x pipeline, ZeRO-1", exact=False, modes=DEFAULT)
 def test_replicas(name: str) -> None:
     """All four ranks on one device, their collectives over gloo."""
     there, here = (launch(train_replicas, 4, name, device=where) for where in (DEVICE, "cpu"))
@@ -95,7 +94,7 @@ def test_replicas(name: str) -> None:
 
 def train_kinds(rank: int, world_size: int, setup: Setup) -> Made:
     """Without dropout; the layer that makes tensors of its own makes them on the device."""
-    enter = test_wire_data.Enter.forward
+    enter = wire_layers.Enter.forward
 
     def there(self: Any, values: Any) -> Any:
         with device():
@@ -103,24 +102,25 @@ def train_kinds(rank: int, world_size: int, setup: Setup) -> Made:
 
     with (
         mock.patch.object(nn.Dropout, "forward", lambda _, x: x),
-        mock.patch.object(test_wire_data.Enter, "forward", there),
+        mock.patch.object(wire_layers.Enter, "forward", there),
     ):
         return run_engine(rank, world_size, setup)
 
 
 @pytest.mark.parametrize("ddg", [*STASH, REPLAY], ids=str)
-@pytest.mark.proves("GPU stages: bool, integer, complex, 0-dim and empty tensors in tuples", exact=False)
+@pytest.mark.proves("GPU stages: bool, integer, complex, 0-dim and empty tensors in tuples", exact=False, modes="ddg")
 def test_every_kind_of_tensor(ddg: dict[str, Any]) -> None:
-    wire = test_wire_data
-    setup = Setup(wire.every_kind, wire.labelled_by_two, stages=3, ddg=ddg, loss_fn=wire.loss_of_two)
+    setup = Setup(
+        wire_layers.every_kind, wire_layers.labelled_by_two, stages=3, ddg=ddg, loss_fn=wire_layers.loss_of_two
+    )
     there, here = (launch(train_kinds, 3, setup, device=where) for where in (DEVICE, "cpu"))
     assert_close(there, here)
 
 
-@pytest.mark.proves("GPU stages: changing shapes", exact=False)
+@pytest.mark.proves("GPU stages: changing shapes", exact=False, modes=DEFAULT)
 def test_shapes_change_with_micro_batches_in_flight() -> None:
-    data = partial(test_wire_data.sequences, (20, 33, 50), each=3)
-    setup = Setup(test_wire_data.any_length, data, stages=3, micro_batches=1, before=test_wire_data.say_so)
+    data = partial(wire_layers.sequences, (20, 33, 50), each=3)
+    setup = Setup(wire_layers.any_length, data, stages=3, micro_batches=1, before=wire_layers.say_so)
     there, here = (launch(train_kinds, 3, setup, device=where) for where in (DEVICE, "cpu"))
     assert_close(there, here)
 
@@ -137,18 +137,20 @@ def assert_close(there: list[Made], here: list[Made]) -> None:
 # -- on the device alone ----------------------------------------------------------------------------------------------
 
 FP16 = [
-    pytest.param(config, id=name, marks=pytest.mark.proves(f"GPU stages: {name}, dynamic scale", exact=False))
-    for name, config in test_fp16.OPTIMIZERS.items()
+    pytest.param(
+        config, id=name, marks=pytest.mark.proves(f"GPU stages: {name}, dynamic scale", modes=DEFAULT, exact=False)
+    )
+    for name, config in fp16_runs.OPTIMIZERS.items()
 ]
 
 
 @pytest.mark.parametrize("config", FP16)
 def test_loss_scales(config: dict[str, Any]) -> None:
     """DeepSpeed's fp16 as it is meant to run: one stage overflows, and scales that differ change nothing."""
-    job = test_fp16.train
-    test_fp16.assert_overflow_is_its_own(launch(job, 3, config, [24, 10, 10], 1, {}))
+    job = fp16_runs.train
+    fp16_runs.assert_overflow_is_its_own(launch(job, 3, config, [24, 10, 10], 1, {}))
     same, differing = (launch(job, 3, config, powers, 2, {}) for powers in ([10, 10, 10], [12, 9, 11]))
-    test_fp16.assert_scales_change_nothing(same, differing)
+    fp16_runs.assert_scales_change_nothing(same, differing)
 
 
 def train_all(rank: int, world_size: int, setups: list[Setup]) -> list[Made]:
@@ -156,7 +158,7 @@ def train_all(rank: int, world_size: int, setups: list[Setup]) -> list[Made]:
 
 
 @pytest.mark.parametrize("ddg", [*STASH, REPLAY], ids=str)
-@pytest.mark.proves("GPU stages: activation checkpointing, reentrant and not")
+@pytest.mark.proves("GPU stages: activation checkpointing, reentrant and not", modes="ddg")
 def test_checkpointing_changes_no_number(ddg: dict[str, Any]) -> None:
     common = {"stages": 2, "loss_fn": toy.loss_fn, "optimizer": adamw, "ddg": ddg}
     plain = Setup(partial(pictures, False), toy_batches, **common)  # type: ignore[arg-type]
@@ -172,13 +174,13 @@ def toy_batches() -> Iterator[Any]:
 
 def go_on(rank: int, world_size: int, directory: str, forms: Any) -> list[Any]:
     with random_state_of_the_device():
-        return test_checkpoint.go_on(rank, world_size, directory, world_size, forms, {})
+        return resuming.go_on(rank, world_size, directory, world_size, forms, {})
 
 
 @pytest.mark.proves("GPU stages: resuming from a checkpoint", modes=[("stash", "keep"), ("current", "keep")])
 def test_training_resumes_bit_for_bit(tmp_path: Path) -> None:
     forms = ((1, "stash", "adamw"), (4, "current", "sgd"))
-    test_checkpoint.assert_resumed(launch(go_on, 2, str(tmp_path), forms), len(forms))
+    resuming.assert_resumed(launch(go_on, 2, str(tmp_path), forms), len(forms))
 
 
 def plain_layers() -> list[nn.Module]:
@@ -190,7 +192,7 @@ def plain_layers() -> list[nn.Module]:
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None and DEVICE != "cpu", reason="DeepSpeed compiles FusedAdam with nvcc")
-@pytest.mark.proves("GPU stages: DeepSpeed's FusedAdam (the JSON's AdamW)", exact=False)
+@pytest.mark.proves("GPU stages: DeepSpeed's FusedAdam (the JSON's AdamW)", exact=False, modes=DEFAULT)
 def test_fused_adam() -> None:
     """It does what torch's does, in a kernel that autograd does not see."""
     torchs = Setup(plain_layers, toy_batches, loss_fn=toy.loss_fn, arguments=from_json, config=JSON)
@@ -228,10 +230,10 @@ def train_slow(rank: int, world_size: int, folder: str) -> tuple[float, str, flo
             last.synchronize()
         dist.barrier()
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        width = test_failures.WIDTH
+        width = failing.WIDTH
         ddg = {"slack": "auto", "trace": folder}
-        engine = test_failures.build(world_size, [Slow(width, width) for _ in range(world_size)], ddg=ddg)
-        data = test_failures.batches()
+        engine = failing.build(world_size, [Slow(width, width) for _ in range(world_size)], ddg=ddg)
+        data = failing.batches()
         for _ in range(30):
             engine.train_batch(data)
         busy = engine.ddg_stats()["busy"]
@@ -240,7 +242,7 @@ def train_slow(rank: int, world_size: int, folder: str) -> tuple[float, str, flo
 
 
 @needs_kernels
-@pytest.mark.proves('GPU stages: "slack": "auto" and "trace" by the time of the device', exact=False)
+@pytest.mark.proves('GPU stages: "slack": "auto" and "trace" by the time of the device', exact=False, modes=DEFAULT)
 def test_times_are_those_of_the_device(tmp_path: Path) -> None:
     """The host launches a forward in a fraction of a millisecond; the other stage's turns may double what it takes."""
     made = launch(train_slow, 2, str(tmp_path))
@@ -259,10 +261,10 @@ def test_times_are_those_of_the_device(tmp_path: Path) -> None:
 # -- failures ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.proves("GPU stages: an error of one stage is told by all", exact=False)
+@pytest.mark.proves("GPU stages: an error of one stage is told by all", exact=False, modes=DEFAULT)
 def test_an_error_is_told_by_all() -> None:
-    ends = launch(test_failures.train_bad_loss, 3)
-    test_failures.assert_told(ends, 2, "ArithmeticError", "no forward for you")
+    ends = launch(failing.train_bad_loss, 3)
+    failing.assert_told(ends, 2, "ArithmeticError", "no forward for you")
 
 
 class OutOfRange(nn.Linear):
@@ -276,19 +278,19 @@ class OutOfRange(nn.Linear):
         return super().forward(x) + self.weight.index_select(0, index).sum()
 
 
-def fail_on_the_device(rank: int, world_size: int) -> test_failures.End:
-    width = test_failures.WIDTH
+def fail_on_the_device(rank: int, world_size: int) -> failing.End:
+    width = failing.WIDTH
     layers = [OutOfRange(width, width) if i == 2 else nn.Linear(width, width) for i in range(2 * world_size)]
-    engine = test_failures.build(world_size, layers)
-    data = test_failures.batches()
-    return test_failures.catch(lambda: [engine.train_batch(data) for _ in range(20)])
+    engine = failing.build(world_size, layers)
+    data = failing.batches()
+    return failing.catch(lambda: [engine.train_batch(data) for _ in range(20)])
 
 
 def test_a_device_that_fails_is_told_by_all() -> None:
     ends = launch(fail_on_the_device, 3, dying=[1])
     for rank, end in enumerate(ends):
         assert end.kind, f"rank {rank} has heard nothing: {ends}"
-        assert abs(end.at - ends[1].at) < test_failures.SOON, ends
+        assert abs(end.at - ends[1].at) < failing.SOON, ends
         assert re.search("device-side assert|index out of range", end.text), ends
     for rank in (0, 2):
         assert ends[rank].kind == "StageError", ends
@@ -353,11 +355,11 @@ class Elsewhere(nn.Module):
         return x.to(f"cuda:{1 - x.device.index}")
 
 
-def send_from_elsewhere(rank: int, world_size: int) -> test_failures.End:
-    width = test_failures.WIDTH
+def send_from_elsewhere(rank: int, world_size: int) -> failing.End:
+    width = failing.WIDTH
     layers = [nn.Linear(width, width), Elsewhere(), nn.Identity(), nn.Linear(width, width)]
-    engine = test_failures.build(world_size, layers)
-    return test_failures.catch(lambda: engine.train_batch(test_failures.batches()))
+    engine = failing.build(world_size, layers)
+    return failing.catch(lambda: engine.train_batch(failing.batches()))
 
 
 def test_output_on_another_device_is_told_by_all() -> None:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm
 
-import toy
-from versus import MODES, GetRanks, Setup, adamw, versus
+from helpers import toy
+from helpers.distributed import GetRanks
+from helpers.modes import MODE_BLOCKS
+from helpers.versus import Setup, adamw, versus
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -161,8 +163,8 @@ def made(kind: str, stages: int) -> list[nn.Module]:
     return KINDS[kind][0](stages)
 
 
-@pytest.mark.parametrize("mode", MODES, ids=lambda mode: "-".join(mode.values()))
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.proves(kind)) for kind in KINDS])
+@pytest.mark.parametrize("mode", MODE_BLOCKS, ids=lambda mode: "-".join(mode.values()))
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.proves(kind, modes="mode")) for kind in KINDS])
 def test_kind_of_layer(ranks: GetRanks, kind: str, mode: dict[str, Any]) -> None:
     for stages in (2, 3):
         setup = Setup(partial(made, kind, stages), KINDS[kind][1], stages=stages, ddg=mode, optimizer=adamw)

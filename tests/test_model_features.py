@@ -18,12 +18,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import toy
-from versus import MODES, GetRanks, Made, Setup, adamw, gaps, run_engine, run_oracle, sgd, trainable, versus
+from helpers import toy
+from helpers.distributed import GetRanks
+from helpers.model_features import JSON, REPLAY, STASH, checkpointing, from_json, pictures
+from helpers.modes import DEFAULT, MODE_BLOCKS
+from helpers.versus import Made, Setup, adamw, gaps, run_engine, run_oracle, sgd, trainable, versus
 
 WIDTH = 12
-STASH = [mode for mode in MODES if mode["weights"] == "stash"]
-REPLAY = {"weights": "current", "activations": "recompute"}
 
 
 def images() -> Iterator[Any]:
@@ -39,20 +40,6 @@ def vectors() -> Iterator[Any]:
 # -- checkpointing ----------------------------------------------------------------------------------------------------
 
 KINDS = ["reentrant", "not reentrant", "torch"]
-
-
-def checkpointing(kind: str, interval: int) -> dict[str, Any]:
-    """The arguments of a `Setup`, each kind asked for in another place."""
-    if kind == "reentrant":
-        return {"module": {"activation_checkpoint_interval": interval}}
-    if kind == "torch":
-        function = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
-        return {"module": {"activation_checkpoint_interval": interval, "activation_checkpoint_func": function}}
-    return {"config": {"pipeline": {"activation_checkpoint_interval": interval, "use_reentrant": False}}}
-
-
-def pictures(tuples: bool) -> list[Any]:
-    return toy.layers(tuples)
 
 
 CHECKPOINTED = [
@@ -75,7 +62,7 @@ CHECKPOINTED = [
 
 
 @pytest.mark.parametrize(("stages", "micro_batches", "kind", "interval", "ddg", "tuples"), CHECKPOINTED)
-@pytest.mark.proves("activation checkpointing, reentrant and not")
+@pytest.mark.proves("activation checkpointing, reentrant and not", modes="ddg")
 def test_checkpointing_changes_no_number(
     ranks: GetRanks, stages: int, micro_batches: int, kind: str, interval: int, ddg: dict[str, Any], tuples: bool
 ) -> None:
@@ -112,7 +99,7 @@ def masked() -> list[nn.Module]:
 
 @pytest.mark.parametrize("mode", [*STASH, REPLAY], ids=str)
 @pytest.mark.parametrize("stages", [2, 3])
-@pytest.mark.proves("activation checkpointing, reentrant and not")
+@pytest.mark.proves("activation checkpointing, reentrant and not", modes="mode")
 def test_reentrant_checkpointing_of_tuples(ranks: GetRanks, stages: int, mode: dict[str, Any]) -> None:
     versus(ranks, Setup(masked, vectors, stages=stages, ddg=mode, module={"activation_checkpoint_interval": 1}))
 
@@ -228,8 +215,10 @@ def adapted() -> list[nn.Module]:
 FROZEN = [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2)]
 
 
-@pytest.mark.parametrize("stages, frozen, mode", [(k, f, MODES[(k + f + i) % 4]) for k, f in FROZEN for i in (0, 1)])  # noqa: PT006
-@pytest.mark.proves("a frozen stage")
+@pytest.mark.parametrize(
+    ("stages", "frozen", "mode"), [(k, f, MODE_BLOCKS[(k + f + i) % 4]) for k, f in FROZEN for i in (0, 1)]
+)
+@pytest.mark.proves("a frozen stage", modes="mode")
 def test_stage_without_anything_to_train(ranks: GetRanks, stages: int, frozen: int, mode: dict[str, Any]) -> None:
     """First, in the middle or last; it clips and steps nothing, and passes gradients on."""
     layers = partial(frozen_in, stages, frozen)
@@ -237,8 +226,8 @@ def test_stage_without_anything_to_train(ranks: GetRanks, stages: int, frozen: i
     versus(ranks, Setup(layers, vectors, stages=stages, ddg=mode, optimizer=optimizer, clip=0.1))
 
 
-@pytest.mark.parametrize("stages, mode", [(2 + i % 2, mode) for i, mode in enumerate([*MODES, *STASH])])  # noqa: PT006
-@pytest.mark.proves("LoRA-style adapters beside a frozen base")
+@pytest.mark.parametrize("stages, mode", [(2 + i % 2, mode) for i, mode in enumerate([*MODE_BLOCKS, *STASH])])  # noqa: PT006
+@pytest.mark.proves("LoRA-style adapters beside a frozen base", modes="mode")
 def test_adapters_beside_a_frozen_base(ranks: GetRanks, stages: int, mode: dict[str, Any]) -> None:
     versus(ranks, Setup(adapted, vectors, stages=stages, micro_batches=1, ddg=mode, optimizer=adamw, clip=0.5))
 
@@ -250,10 +239,6 @@ def learning_rates(rank: int, world_size: int) -> list[Any]:
     setup = Setup(partial(frozen_in, world_size, 0), vectors, stages=world_size, config=json, arguments=from_json)
     engine, data = setup.engine(), vectors()
     return [(float(engine.train_batch(data)) > 0, tuple(engine.get_lr()))[1] for _ in range(4)]
-
-
-def from_json(net: nn.Module, setup: Setup) -> dict[str, Any]:
-    return {"model_parameters": setup.parameters(net)}
 
 
 def test_frozen_stage_has_a_learning_rate(ranks: GetRanks) -> None:
@@ -286,7 +271,6 @@ def configure_late(engine: Any) -> None:
     engine._configure_optimizer(adamw, groups(engine.module))
 
 
-JSON = {"optimizer": {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1, "torch_adam": True}}}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "callable": {},
     "object": {"arguments": as_object},
@@ -295,9 +279,9 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("mode", [STASH[0], MODES[2]], ids=str)
+@pytest.mark.parametrize("mode", [STASH[0], MODE_BLOCKS[2]], ids=str)
 @pytest.mark.parametrize("given", OPTIMIZERS)
-@pytest.mark.proves("parameter groups; client, callable, JSON and late optimizers")
+@pytest.mark.proves("parameter groups; client, callable, JSON and late optimizers", modes="mode")
 def test_parameter_groups(ranks: GetRanks, given: str, mode: dict[str, Any]) -> None:
     setup = Setup(partial(pictures, False), images, loss_fn=toy.loss_fn, optimizer=adamw, parameters=groups, ddg=mode)
     versus(ranks, replace(setup, stages=2 + (given in ("object", "late")), **OPTIMIZERS[given]))
@@ -349,8 +333,8 @@ def images_with_labels() -> Iterator[Any]:
         yield ((x, y),)
 
 
-@pytest.mark.parametrize("stages, mode", [(2 + i % 2, mode) for i, mode in enumerate(MODES)])  # noqa: PT006
-@pytest.mark.proves("loss_fn=None")
+@pytest.mark.parametrize("stages, mode", [(2 + i % 2, mode) for i, mode in enumerate(MODE_BLOCKS)])  # noqa: PT006
+@pytest.mark.proves("loss_fn=None", modes="mode")
 def test_last_layer_returns_the_loss(ranks: GetRanks, stages: int, mode: dict[str, Any]) -> None:
     versus(ranks, Setup(own_loss, images_with_labels, stages=stages, loss_fn=None, ddg=mode))
 
@@ -383,14 +367,14 @@ class Pull:
 
 
 def train_without_an_argument(rank: int, world_size: int, setup: Setup, set_data: str) -> Made:
-    from versus import run
+    from helpers.versus import run
 
     engine = setup.engine()
     return run(Pull(engine, set_data), setup, in_a_dict(), [engine.module], setup.before)[0]
 
 
 @pytest.mark.parametrize("set_data", ["set_dataloader", "set_dataiterator"])
-@pytest.mark.proves("set_dataloader, set_dataiterator, set_batch_fn")
+@pytest.mark.proves("set_dataloader, set_dataiterator, set_batch_fn", modes=DEFAULT)
 def test_data_through_the_setters(ranks: GetRanks, set_data: str) -> None:
     setup = Setup(partial(pictures, False), images, stages=3, loss_fn=toy.loss_fn)
     by_rank = ranks(3).run(train_without_an_argument, setup, set_data)
@@ -409,8 +393,8 @@ def oracles_other_batch_size(oracle: Any, call: int) -> None:
         oracle.micro_batches = {3: 3, 7: 1}[call]
 
 
-@pytest.mark.parametrize("stages, mode", [(3, STASH[0]), (3, MODES[3]), (2, MODES[2])])  # noqa: PT006
-@pytest.mark.proves("set_train_batch_size")
+@pytest.mark.parametrize("stages, mode", [(3, STASH[0]), (3, MODE_BLOCKS[3]), (2, MODE_BLOCKS[2])])  # noqa: PT006
+@pytest.mark.proves("set_train_batch_size", modes="mode")
 def test_another_number_of_micro_batches(ranks: GetRanks, stages: int, mode: dict[str, Any]) -> None:
     changes = {"before": other_batch_size, "oracle_before": oracles_other_batch_size}
     setup = Setup(partial(pictures, False), images, stages=stages, loss_fn=toy.loss_fn, ddg=mode, **changes)  # type: ignore[arg-type]
@@ -431,9 +415,9 @@ def small() -> list[nn.Module]:
     return [nn.Linear(WIDTH, WIDTH), toy.Residual(WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, 5)]
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("mode", MODE_BLOCKS, ids=str)
 @pytest.mark.parametrize(("compiled", "backend"), [(compile_engine, "aot_eager"), (compile_layers, "eager")])
-@pytest.mark.proves("engine.compile, module.compile")
+@pytest.mark.proves("engine.compile, module.compile", modes="mode")
 def test_compiled_layers(ranks: GetRanks, compiled: Any, backend: str, mode: dict[str, Any]) -> None:
     """Whatever a compiled layer saves or remembers of its weights, it is differentiated at those it saw."""
     setup = Setup(small, vectors, stages=2, micro_batches=1, ddg=mode, ready=partial(compiled, backend=backend))

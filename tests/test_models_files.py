@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +12,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import toy
-from distributed import Ranks
 from ds_ddg import models
 from ds_ddg.models import WeightsError
 from ds_ddg.models.loading import load_pretrained
 from ds_ddg.models.piece import Piece
-from test_models_transformers import MODELS, batch, build_config, in_a_row, original
+from helpers import toy
+from helpers.distributed import GetRanks
+from helpers.model_files import auto_class, layers_of, pipeline
+from helpers.transformers_models import MODELS, batch, build_config, in_a_row, original
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors")
 
-GetRanks = Callable[[int], Ranks]
 
 NAMES = ["bert_mlm", "bert_classifier", "gpt2", "llama", "llama_tied"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As on the ranks: the number of threads decides in which order a matrix product adds up."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def auto_class(name: str) -> Any:
-    return getattr(transformers, f"AutoModelFor{MODELS[name][1]}")
 
 
 def loss_of(name: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -84,12 +74,6 @@ class Opened:
 
     def __exit__(self, *_: Any) -> None:
         safetensors.safe_open = self._safe_open
-
-
-def pipeline(specs: list[Any], stages: int, loss_fn: Any, method: str) -> Any:
-    from deepspeed.pipe import PipelineModule
-
-    return PipelineModule(specs, num_stages=stages, loss_fn=loss_fn, partition_method=method)
 
 
 def own_keys(net: nn.Module) -> list[str]:
@@ -218,13 +202,6 @@ def test_torchvision_state_dict_in_and_out(ranks: GetRanks, tmp_path: Path, suff
     net = nn.Sequential(*(spec.build() for spec in models.torchvision_resnet("resnet34", num_classes=5)))
     with pytest.raises(WeightsError, match="has the weights of resnet18, the layers are those of resnet34"):
         load_pretrained(net, target)
-
-
-def layers_of(name: str, **changes: Any) -> nn.ModuleList:
-    config, auto = build_config(name)
-    for key, value in changes.items():
-        setattr(config, key, value)
-    return in_a_row(models.from_transformers(config, auto))[0]
 
 
 def test_names_of_older_files_are_understood(tmp_path: Path) -> None:

@@ -13,16 +13,15 @@ from deepspeed.pipe import LayerSpec
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-import toy
-from distributed import Ranks
 from ds_ddg import models
 from ds_ddg.models import WeightsError, load_pretrained, save_pretrained
-from test_models_files import auto_class, batch, layers_of, pipeline
-from test_models_transformers import build_config, in_a_row, original
+from helpers import toy
+from helpers.distributed import GetRanks
+from helpers.model_files import auto_class, layers_of, pipeline
+from helpers.transformers_models import batch, build_config, in_a_row, original
 
 transformers = pytest.importorskip("transformers")
 
-GetRanks = Callable[[int], Ranks]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

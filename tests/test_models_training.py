@@ -11,20 +11,19 @@ import torch
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from torch import Tensor, nn
 
-import toy
-from distributed import Ranks
 from ds_ddg import models
 from ds_ddg.reference import Reference
-from test_models_transformers import build_config
+from helpers import toy
+from helpers.distributed import GetRanks
+from helpers.modes import MODES
+from helpers.transformers_models import build_config
 
 pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-GetRanks = Callable[[int], Ranks]
 
 CALLS = 4
-MODES = list(itertools.product(("stash", "current"), ("keep", "recompute")))
 
 
 def without_dropout(name: str) -> list[Any]:

@@ -23,13 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ds_ddg
-import toy
-from distributed import Ranks
 from ds_ddg.analysis.balance import Balance, LayerCost, balance, load, save
 from ds_ddg.cli import main
 from ds_ddg.partition import PipelineModule, profile
-
-GetRanks = Callable[[int], Ranks]
+from helpers import toy
+from helpers.distributed import GetRanks
 
 # -- the split --------------------------------------------------------------------------------------------------------
 

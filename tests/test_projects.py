@@ -22,13 +22,11 @@ from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from torch import Tensor
 
 import ds_ddg
-import toy
-from distributed import Ranks
 from ds_ddg.engine.overrides import WITHOUT_EFFECT
 from ds_ddg.run import main
-from test_swap import Project, oracle
-
-GetRanks = Callable[[int], Ranks]
+from helpers import toy
+from helpers.distributed import GetRanks
+from helpers.projects import Project, oracle
 
 
 class OwnLoop(PipelineEngine):
@@ -406,9 +404,10 @@ def test_an_engine_that_the_swap_does_not_reach_is_named(ranks: GetRanks) -> Non
 SCRIPT = """
 import json, sys
 from deepspeed import initialize
-import deepspeed, torch, toy
+import deepspeed, torch
+from helpers import toy
 from deepspeed.pipe import PipelineModule
-from test_swap import Project
+from helpers.projects import Project
 
 deepspeed.PipelineEngine = {engine}
 net = PipelineModule(toy.layers(), num_stages=2, loss_fn=toy.loss_fn, partition_method="uniform")

@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from distributed import Ranks
+from helpers.distributed import GetRanks
 
 pytest.importorskip("transformers")
 
-GetRanks = Callable[[int], Ranks]
 
 ROOT = Path(__file__).parents[1]
 LENGTH = 16

@@ -5,19 +5,16 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from distributed import Ranks
+from helpers.distributed import GetRanks
 
 pytest.importorskip("transformers")
 
 from recipes import checks
-
-GetRanks = Callable[[int], Ranks]
 
 RECIPES = {"resnet.train": (), "bert.pretrain": (), "bert.finetune": ("--model", "somewhere")}
 

@@ -20,12 +20,11 @@ import pytest
 import torch
 
 from benchmarks import launch
-from distributed import Ranks
+from helpers.distributed import GetRanks
 from recipes import common
 from recipes.checkpoints import Checkpoints
 from recipes.progress import Progress
 
-GetRanks = Callable[[int], Ranks]
 ROOT = Path(__file__).parents[1]
 
 

@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from distributed import Ranks
+from helpers.distributed import GetRanks
 from recipes.resnet import data, model
 from recipes.resnet.images import Split
-
-GetRanks = Callable[[int], Ranks]
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 4,

@@ -14,16 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-import toy
-from distributed import Ranks
 from ds_ddg.analysis.trace_reader import read
 from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.schedules.plan import Op
 from ds_ddg.schedules.synchronous import OneFOneBPlan
 from ds_ddg.telemetry.jsonl import Log
 from ds_ddg.telemetry.trace_writer import Recorder
+from helpers import toy
+from helpers.distributed import GetRanks
 
-GetRanks = Callable[[int], Ranks]
 CALLS = 5
 
 

@@ -29,9 +29,8 @@ from typing import Any
 import pytest
 
 import ds_ddg
-from distributed import Ranks
-
-GetRanks = Callable[[int], Ranks]
+from helpers.distributed import GetRanks
+from helpers.modes import DEFAULT
 
 ROOT = Path(ds_ddg.__file__).parents[1]
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -352,7 +351,7 @@ OTHER_LAUNCHERS = [
 
 
 @pytest.mark.parametrize("case", [*SCRIPT_CASES, *OTHER_LAUNCHERS], ids=str)
-@pytest.mark.proves("unchanged scripts under deepspeed, torchrun, accelerate")
+@pytest.mark.proves("unchanged scripts under deepspeed, torchrun, accelerate", modes=DEFAULT)
 def test_unchanged_script(launched: GetRun, case: Case) -> None:
     run = launched(case)
     assert run.status == 0, run.output

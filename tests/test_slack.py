@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
-import test_tied
-import toy
 from benchmarks.latency import added_latency
-from distributed import Ranks
 from ds_ddg.engine.auto_slack import MOST, smallest_slack, trial_calls
 from ds_ddg.reference import Reference
 from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.schedules.simulator import Cost, replay
 from ds_ddg.telemetry.stage_metrics import Timestamp
+from helpers import tied_runs, toy
+from helpers.distributed import GetRanks
+from helpers.modes import DEFAULT
 
-GetRanks = Callable[[int], Ranks]
 TICK = 0.09  # seconds
 
 
@@ -83,7 +81,7 @@ def choose(rank: int, world_size: int, latency: float, micro_batches: int) -> di
         }
 
 
-@pytest.mark.proves('"slack": "auto"')
+@pytest.mark.proves('"slack": "auto"', modes=DEFAULT)
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("latency", "micro_batches", "slack"), [(0, 1, 0), (0.03, 1, 1), (0.075, 2, 2)])
 def test_chooses_by_what_it_measures_and_trains_on_exactly(
@@ -121,7 +119,7 @@ def choose_tied(rank: int, world_size: int, latency: float) -> tuple[list[int], 
 
     with added_latency(latency):
         net = PipelineModule(
-            test_tied.specs(True), num_stages=3, loss_fn=test_tied.loss_fn, partition_method="uniform"
+            tied_runs.specs(True), num_stages=3, loss_fn=tied_runs.loss_fn, partition_method="uniform"
         )
         torch.manual_seed(11)
         engine, *_ = ds_ddg.initialize(
@@ -132,7 +130,7 @@ def choose_tied(rank: int, world_size: int, latency: float) -> tuple[list[int], 
         )
         measured(engine, latency)
         calls = trial_calls(engine.plan) + CALLS_AFTER
-        data = test_tied.batches(calls)
+        data = tied_runs.batches(calls)
         for _ in range(calls):
             engine.train_batch(data)
         engine.drain()
@@ -146,21 +144,21 @@ def test_tied_weights_go_along(ranks: GetRanks) -> None:
 
     results = ranks(3).run(choose_tied, 0.075)
     assert [slack for slack, _ in results] == [[2]] * 3
-    net = test_tied.oracle_layers(True)
+    net = tied_runs.oracle_layers(True)
     torch.manual_seed(11)
     stages = [torch.nn.Sequential(*net[a:b]) for a, b in pairwise(partition_uniform(len(net), 3))]
     own: list[list[torch.nn.Parameter]] = []
     for stage in stages:
         own.append([p for p in stage.parameters() if all(p is not q for other in own for q in other)])
-    oracle = Reference(stages, test_tied.loss_fn, [toy.OPTIMIZERS["sgd"](parameters) for parameters in own])
-    data = test_tied.batches(trial_calls(DDGPlan(3)) + CALLS_AFTER)
+    oracle = Reference(stages, tied_runs.loss_fn, [toy.OPTIMIZERS["sgd"](parameters) for parameters in own])
+    data = tied_runs.batches(trial_calls(DDGPlan(3)) + CALLS_AFTER)
     for slack, calls in ((0, trial_calls(DDGPlan(3))), (2, CALLS_AFTER)):
         oracle.delays = [DDGPlan(3, 1, slack).delay(stage) for stage in range(3)]
         for _ in range(calls):
             oracle.train_batch(data)
         oracle.drain()
     for (_, state), stage in zip(results, stages, strict=True):
-        pairs = zip(test_tied.sorted_states(state), test_tied.sorted_states(toy.state(stage)), strict=True)
+        pairs = zip(tied_runs.sorted_states(state), tied_runs.sorted_states(toy.state(stage)), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
 
 

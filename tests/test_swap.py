@@ -5,27 +5,24 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import pytest
-import torch
 from deepspeed.pipe import PipelineModule
-from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 import ds_ddg
-import toy
-from distributed import Ranks
 from ds_ddg.run import main
-
-GetRanks = Callable[[int], Ranks]
+from helpers import toy
+from helpers.distributed import GetRanks
+from helpers.projects import Project, oracle
 
 SCRIPT = """
 import json, sys
-import deepspeed, torch, toy
+import deepspeed, torch
+from helpers import toy
 from deepspeed.pipe import PipelineModule
 
 net = PipelineModule(toy.layers(), num_stages=2, loss_fn=toy.loss_fn, partition_method="uniform")
@@ -40,16 +37,6 @@ names = [c.__name__ for c in type(engine).__mro__]
 with open(sys.argv[-1] + str(engine.global_rank), "w") as f:
     json.dump({"argv": sys.argv, "main": __name__, "mro": names, "losses": losses}, f)
 """
-
-
-class Project(PipelineEngine):
-    """A project's own engine, with an instruction of its own in the map that all such engines share."""
-
-    def _exec_reduce_grads(self) -> None:
-        self.reductions = getattr(self, "reductions", 0) + 1
-        super()._exec_reduce_grads()
-
-    _INSTRUCTION_MAP = {**PipelineEngine._INSTRUCTION_MAP, schedule.ReduceGrads: _exec_reduce_grads}  # noqa: RUF012
 
 
 def run_script(rank: int, world_size: int, script: str, target: str) -> bool:
@@ -74,13 +61,6 @@ def train_project(rank: int, world_size: int) -> tuple[bool, int, list[float]]:
     return isinstance(engine, Project), engine.reductions, losses
 
 
-def oracle(calls: int) -> list[float]:
-    torch.set_num_threads(1)
-    reference = toy.reference(2, micro_batches=2)
-    data = toy.batches(2 * calls)
-    return [float(reference.train_batch(data)) for _ in range(calls)]
-
-
 def test_a_script_that_knows_nothing_of_it(ranks: GetRanks, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
@@ -96,6 +76,7 @@ def test_a_script_that_knows_nothing_of_it(ranks: GetRanks, tmp_path: Path) -> N
         assert seen["losses"] == [losses[0], *losses[:3]], "one call old, as under DDG"
 
 
+@pytest.mark.smoke
 def test_a_projects_own_engine_keeps_its_instructions(ranks: GetRanks) -> None:
     losses = oracle(4)
     for is_project, reductions, seen in ranks(2).run(train_project):

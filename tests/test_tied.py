@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,198 +10,33 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import toy
-from distributed import Ranks
 from ds_ddg.reference import Reference
-from test_engine_resources import census
-from test_precision import FORMATS, fp16_allowed, made_for, proving
+from helpers import toy
+from helpers.distributed import GetRanks
+from helpers.formats import FORMATS, fp16_allowed, made_for, proving
+from helpers.modes import DEFAULT, MODES
+from helpers.tied_runs import (
+    CALLS,
+    REFILL,
+    WIDTH,
+    WORDS,
+    Embed,
+    Use,
+    assert_exact,
+    batches,
+    blocks,
+    decode,
+    loss_fn,
+    sorted_states,
+    specs,
+    train_engine,
+    train_oracle,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-GetRanks = Callable[[int], Ranks]
 
-WORDS, WIDTH = 17, 12
-CALLS, REFILL = 9, 3
-MODES = list(itertools.product(("stash", "current"), ("keep", "recompute")))
-
-
-class Embed(nn.Module):
-    """Words to vectors; as a decoder it multiplies by the same weight, with a bias that is its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(5)
-        self.weight = nn.Parameter(torch.randn(WORDS, WIDTH, generator=generator) / 4)
-        self.bias = nn.Parameter(torch.zeros(WORDS))
-
-    def forward(self, words: Tensor) -> Tensor:
-        return nn.functional.embedding(words, self.weight)
-
-
-def decode(module: Embed, x: Tensor) -> Tensor:
-    return nn.functional.linear(x, module.weight, module.bias)
-
-
-def remix(module: Embed, x: Tensor) -> Tensor:
-    """A third use, in between."""
-    return x + nn.functional.linear(x, module.weight, module.bias).tanh().mean(-1, keepdim=True)
-
-
-def blocks() -> list[nn.Module]:
-    torch.manual_seed(7)
-    return [toy.Residual(WIDTH) for _ in range(6)]
-
-
-def specs(three: bool) -> list[Any]:
-    from deepspeed.pipe import TiedLayerSpec
-
-    tie = lambda use: TiedLayerSpec("embed", Embed, forward_fn=use)  # noqa: E731
-    inner = blocks()
-    middle = [tie(remix)] if three else []
-    return [tie(None), *inner[:3], *middle, *inner[3:], tie(decode)]
-
-
-class Use(nn.Module):
-    def __init__(self, module: Embed, use: Callable[[Embed, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.module, self.use = module, use
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.use(self.module, x)
-
-
-def oracle_layers(three: bool) -> list[nn.Module]:
-    """A module for each stage, as in the pipeline: only the weight is one and the same, not the bias."""
-    first, between, last = Embed(), Embed(), Embed()
-    between.weight = last.weight = first.weight
-    inner = blocks()
-    middle = [Use(between, remix)] if three else []
-    return [first, *inner[:3], *middle, *inner[3:], Use(last, decode)]
-
-
-def batches(count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(3)
-    for _ in range(count):
-        words = torch.randint(WORDS, (4, 6), generator=generator)
-        yield words[:, :-1], words[:, 1:]
-
-
-def loss_fn(outputs: Tensor, labels: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(outputs.float().flatten(0, 1), labels.flatten())
-
-
-@dataclass
-class Result:
-    losses: list[float]
-    states: list[Tensor]
-    copies: list[Tensor]
-    """The tied weight after every call."""
-    across: int
-    """Collectives across stages in a call of the filled pipeline."""
-    in_optimizer: int
-    evaluated: list[float]
-
-
-@fp16_allowed()
-def train_engine(
-    rank: int, world_size: int, setting: dict[str, Any], stages: int, more: dict[str, Any], name: str = ""
-) -> Result:
-    """In fp32, or the format called `name`."""
-    from deepspeed.pipe import PipelineModule
-
-    import ds_ddg
-
-    make = toy.OPTIMIZERS.get(setting["optimizer"], setting["optimizer"])
-    if name:
-        make, more = made_for(name, make), {**FORMATS[name].config, **more}
-    with torch.no_grad():  # for stages that share a GPU, see README
-        net = PipelineModule(specs(setting["three"]), num_stages=stages, loss_fn=loss_fn, partition_method="uniform")
-    torch.manual_seed(11)
-    engine, *_ = ds_ddg.initialize(
-        model=net,
-        config=toy.config(setting["micro_batches"], setting["ddg"], **more),
-        optimizer=make,
-        model_parameters=list(net.parameters()),
-    )
-    stage_of = [engine.grid.topology().get_coord(r).pipe for r in range(world_size)]
-    data = batches((CALLS + REFILL) * setting["micro_batches"])
-    losses, copies, evaluated = [], [], []
-    across = 0
-
-    def call() -> None:
-        losses.append(engine.train_batch(data).item())
-        if "embed" in net.tied_modules:
-            copies.append(net.tied_modules["embed"].weight.detach().clone())
-
-    for step in range(CALLS):
-        with census() as seen:
-            call()
-        across = sum(count for key, count in seen.items() if len({stage_of[r] for r in key[1]}) > 1)
-        if step == 4 and setting.get("evaluate"):
-            evaluated.append(float(engine.eval_batch(batches(setting["micro_batches"]))))
-            net.train()
-    engine.drain()
-    for _ in range(REFILL):
-        call()
-    engine.drain()
-    mine = {id(p) for group in engine.optimizer.param_groups for p in group["params"]}
-    tied = [m.weight for m in net.tied_modules.values()]
-    return Result(losses, toy.state(net), copies, across, sum(id(p) in mine for p in tied), evaluated)
-
-
-def train_oracle(setting: dict[str, Any], stages: int) -> tuple[list[float], list[list[Tensor]], list[Tensor]]:
-    from deepspeed.runtime.utils import partition_uniform
-
-    net = oracle_layers(setting["three"])
-    torch.manual_seed(11)
-    parts = partition_uniform(len(net), stages)
-    modules = [nn.Sequential(*net[a:b]) for a, b in itertools.pairwise(parts)]
-    seen: set[nn.Parameter] = set()
-    optimizers = []
-    for module in modules:
-        own = [p for p in module.parameters() if p not in seen]
-        seen.update(own)
-        optimizers.append(toy.OPTIMIZERS[setting["optimizer"]](own))
-    oracle = Reference(
-        modules,
-        loss_fn,
-        optimizers,
-        micro_batches=setting["micro_batches"],
-        clip=setting.get("clip", 0.0),
-        **{"clip_by" if key == "clip" else key: value for key, value in setting["ddg"].items()},
-    )
-    data = batches((CALLS + REFILL) * setting["micro_batches"])
-    losses, copies = [], []
-    for calls in (CALLS, REFILL):
-        for _ in range(calls):
-            losses.append(float(oracle.train_batch(data)))
-            copies.append(net[0].weight.detach().clone())
-        oracle.drain()
-    delay = -(-(stages - 1) * (1 + setting["ddg"].get("slack", 0)) // setting["micro_batches"])
-    known = [losses[max(t - delay, 0)] for t in range(CALLS)]
-    known += [losses[max(t - delay, CALLS - 1)] for t in range(CALLS, CALLS + REFILL)]
-    return known, [toy.state(module) for module in modules], copies
-
-
-def sorted_states(states: list[Tensor]) -> list[Tensor]:
-    """DeepSpeed registers a tied module in another place than the oracle."""
-    return sorted(states, key=lambda t: (t.dim(), tuple(t.shape), t.flatten().tolist()))
-
-
-def assert_exact(got: list[Result], setting: dict[str, Any], stages: int) -> None:
-    losses, states, copies = train_oracle(setting, stages)
-    for k, (result, expected) in enumerate(zip(got, states, strict=True)):
-        assert result.losses == losses, f"stage {k}"
-        for index, (a, b) in enumerate(zip(sorted_states(result.states), sorted_states(expected), strict=True)):
-            assert torch.equal(a, b), f"stage {k}, tensor {index}: {float((a - b).abs().max())}"
-        if result.copies:
-            assert len(result.copies) == len(copies)
-            for t, (a, b) in enumerate(zip(result.copies, copies, strict=True)):
-                assert torch.equal(a, b), f"stage {k}: the tied weight after call {t}"
-    assert [result.across for result in got] == [0] * stages, "a collective across stages"
-
-
-@pytest.mark.proves("weights tied across stages")
+@pytest.mark.proves("weights tied across stages", modes=("weights", "activations"))
 @pytest.mark.parametrize(("weights", "activations"), MODES)
 @pytest.mark.parametrize(("stages", "micro_batches", "slack"), [(2, 1, 0), (3, 2, 0), (3, 1, 1), (4, 4, 0)])
 def test_equals_the_oracle(
@@ -217,7 +50,7 @@ def test_equals_the_oracle(
     assert [result.in_optimizer for result in got] == [1] + [0] * (stages - 1), "the owner's alone"
 
 
-@pytest.mark.proves("weights tied across three stages")
+@pytest.mark.proves("weights tied across three stages", modes=DEFAULT)
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_three_holders(ranks: GetRanks, micro_batches: int) -> None:
     setting = {"three": True, "micro_batches": micro_batches, "ddg": {}, "optimizer": "adamw"}
@@ -226,7 +59,7 @@ def test_three_holders(ranks: GetRanks, micro_batches: int) -> None:
     assert_exact(got, setting, 3)
 
 
-@pytest.mark.proves("weights tied across stages, data x pipeline")
+@pytest.mark.proves("weights tied across stages, data x pipeline", modes=DEFAULT)
 def test_replicas(ranks: GetRanks) -> None:
     """Both have the same data and random numbers, so their mean is exactly that of one."""
     setting = {"three": False, "micro_batches": 2, "ddg": {}, "optimizer": "adamw"}
@@ -236,8 +69,10 @@ def test_replicas(ranks: GetRanks) -> None:
 
 
 CLIPS = [
-    pytest.param("stage", marks=pytest.mark.proves("weights tied across stages, clipped", exact=False)),
-    pytest.param("global", marks=pytest.mark.proves('weights tied across stages, "clip": "global"', exact=False)),
+    pytest.param("stage", marks=pytest.mark.proves("weights tied across stages, clipped", modes=DEFAULT, exact=False)),
+    pytest.param(
+        "global", marks=pytest.mark.proves('weights tied across stages, "clip": "global"', modes=DEFAULT, exact=False)
+    ),
 ]
 
 
@@ -262,7 +97,9 @@ def test_evaluation_in_between_changes_nothing(ranks: GetRanks) -> None:
     assert_exact(got, setting, 3)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.proves(f"weights tied, {n}")) for n in FORMATS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.proves(f"weights tied, {n}", modes=DEFAULT)) for n in FORMATS]
+)
 def test_copies_are_equal_in_every_format(ranks: GetRanks, name: str) -> None:
     """Where the optimizer owns the weights too, the holder's copy is the owner's weight to the bit, at every call."""
     setting = {"three": True, "micro_batches": 2, "ddg": {}, "optimizer": "sgd"}
@@ -307,7 +144,7 @@ def resume(rank: int, world_size: int, directory: str) -> list[tuple[list[float]
     return [four_calls(one), four_calls(other)]
 
 
-@pytest.mark.proves("weights tied, resumed from a checkpoint")
+@pytest.mark.proves("weights tied, resumed from a checkpoint", modes=DEFAULT)
 def test_training_resumes_from_a_checkpoint(ranks: GetRanks, tmp_path: Path) -> None:
     """With the bias of the decoder, which is the last stage's own and which DeepSpeed does not save."""
     for one, other in ranks(2).run(resume, str(tmp_path)):
@@ -370,7 +207,7 @@ class Plain(nn.Embedding):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("ours_first", [True, False])
-@pytest.mark.proves("weights tied, checkpoints to DeepSpeed's engine and back")
+@pytest.mark.proves("weights tied, checkpoints to DeepSpeed's engine and back", modes=DEFAULT)
 def test_checkpoints_go_to_deepspeed_and_back(
     ranks: GetRanks, tmp_path: Path, ours_first: bool, optimizer: str
 ) -> None:
@@ -458,7 +295,7 @@ def test_stage_with_nothing_but_a_tied_weight(ranks: GetRanks) -> None:
     assert assert_head_alone(plain) == assert_head_alone(zero_1)
 
 
-@pytest.mark.parametrize("name", proving(", a stage with nothing but a tied weight", exact=False))
+@pytest.mark.parametrize("name", proving(DEFAULT, ", a stage with nothing but a tied weight", exact=False))
 def test_wrapped_stage_with_nothing_but_a_tied_weight(ranks: GetRanks, name: str) -> None:
     """DeepSpeed's wrappers would fail there without a gradient."""
     assert_head_alone(ranks(2).run(train_head_alone, name))
@@ -520,7 +357,7 @@ def one_group_fast(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
 
 
-@pytest.mark.proves("1F1B between delayed calls, weights tied, bf16 or ZeRO-1", exact=False)
+@pytest.mark.proves("1F1B between delayed calls, weights tied, bf16 or ZeRO-1", exact=False, modes=DEFAULT)
 @pytest.mark.parametrize("three", [False, True])
 def test_switches_schedules_with_wrapped_optimizers(ranks: GetRanks, three: bool) -> None:
     """Unwrapped, the arithmetic is all DeepSpeed's; wrapped, it must be the same, to the rounding of the format."""

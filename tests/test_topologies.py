@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import toy
-from versus import MODES, GetRanks, Made, Setup, adamw, run_oracle, sgd
+from helpers import toy
+from helpers.distributed import GetRanks
+from helpers.modes import MODE_BLOCKS
+from helpers.versus import Made, Setup, adamw, farthest, run_oracle, sgd
 
 WIDTH, HIDDEN, CLASSES = 12, 16, 5
 
@@ -167,16 +169,8 @@ def train(rank: int, world_size: int, layout: Layout) -> tuple[int, Made]:
     return engine.stage_id, (losses, states)
 
 
-def farthest(ours: Made, its: Made) -> float:
-    losses = dict(its[0])
-    far = [abs(loss - losses[call]) for call, loss in ours[0]]
-    for mine, expected in zip(ours[1], its[1], strict=True):
-        far += [float((a - b).abs().max()) for a, b in zip(mine, expected, strict=True)]
-    return max(far)
-
-
 LAYOUTS = [
-    *(Layout(micro_batches=1 + i % 2, ddg=mode, clip=(0.0, 0.3)[i // 2]) for i, mode in enumerate(MODES)),
+    *(Layout(micro_batches=1 + i % 2, ddg=mode, clip=(0.0, 0.3)[i // 2]) for i, mode in enumerate(MODE_BLOCKS)),
     Layout(3, 1, 2, 1, {"weights": "stash", "activations": "recompute"}, 0.3),
     Layout(3, 1, 2, 2, {"weights": "current", "activations": "keep", "slack": 1}, optimizer=adamw),
     Layout(1, 1, 2, 2, {}, 0.3),
@@ -186,7 +180,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.proves("pipeline x data x tensor", exact=False)
+@pytest.mark.proves("pipeline x data x tensor", exact=False, modes="layout.ddg")
 def test_tensor_slices_equal_one_process(ranks: GetRanks, layout: Layout) -> None:
     """The clip goes by the norm of the whole stage: slices add up, what they all hold counts once."""
     expected = run_oracle(layout.setup())
@@ -231,7 +225,7 @@ def test_one_stage_in_slices_equals_deepspeeds_own(ranks: GetRanks) -> None:
 
 def collectives(rank: int, world_size: int) -> tuple[int, int]:
     """Across stages, and inside, in calls of the filled pipeline with DeepSpeed's default clip."""
-    from test_engine_resources import census
+    from helpers.census import census
 
     layout = Layout(2, 1, 2, 1, clip=1.0)
     engine, data = layout.engine(), vectors(0)

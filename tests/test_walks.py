@@ -19,9 +19,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import toy
-from distributed import Ranks
-from versus import MODES
+from helpers import toy
+from helpers.distributed import Ranks
+from helpers.modes import DEFAULT, MODE_BLOCKS
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -77,7 +77,7 @@ def walk(seed: int) -> Walk:
     return Walk(
         stages=rng.choice((2, 3, 3, 4)),
         micro_batches=rng.choice((1, 1, 2, 3)),
-        ddg={**rng.choice(MODES), "slack": rng.choice((0, 0, 1, 2))},
+        ddg={**rng.choice(MODE_BLOCKS), "slack": rng.choice((0, 0, 1, 2))},
         optimizer=rng.choice(list(OPTIMIZERS)),
         clip=clip,
         # DeepSpeed's own schedule cannot send these.
@@ -197,7 +197,9 @@ class Oracle:
         return seen
 
 
-@pytest.mark.proves("random sequences of calls, drains, evaluations, other M, schedules and checkpoints")
+@pytest.mark.proves(
+    "random sequences of calls, drains, evaluations, other M, schedules and checkpoints", modes=DEFAULT
+)
 @pytest.mark.parametrize("seed", range(FIRST, END))
 def test_walk(ranks: Callable[[int], Ranks], tmp_path: Path, seed: int) -> None:
     path = walk(seed)

@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-import toy
-from distributed import Ranks, spawn
 from ds_ddg.telemetry.wandb import InOrder
-from test_around_training import recorded
+from helpers import toy
+from helpers.distributed import GetRanks, spawn
+from helpers.monitors import recorded
 
-GetRanks = Callable[[int], Ranks]
 Rows = dict[int, dict[str, float]]
 """Values by step and name."""
 
@@ -87,7 +86,7 @@ def assert_same_as_csv(rows: Rows, directory: Path) -> None:
 
 @pytest.mark.parametrize("ddg", [{}, {"slack": 1}, {"loss": "exact"}], ids=str)
 @pytest.mark.parametrize("stages", [1, 3])
-@pytest.mark.proves("monitors (W&B), values with the samples of their call")
+@pytest.mark.proves("monitors (W&B), values with the samples of their call", modes="ddg")
 def test_nothing_is_dropped(ranks: GetRanks, tmp_path: Path, stages: int, ddg: dict[str, Any]) -> None:
     assert_same_as_csv(ranks(stages).run(train, str(tmp_path), ddg, False)[0], tmp_path)
 

@@ -6,19 +6,30 @@ import gc
 import math
 from collections.abc import Iterator
 from functools import partial
-from itertools import count, cycle, product
+from itertools import count, product
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import toy
-from versus import MODES, GetRanks, Setup, adamw, versus
+from helpers import toy
+from helpers.distributed import GetRanks
+from helpers.modes import DEFAULT, MODE_BLOCKS
+from helpers.versus import Setup, adamw, versus
+from helpers.wire_layers import (
+    WIDTH,
+    any_length,
+    every_kind,
+    labelled_by_two,
+    loss_of_two,
+    say_so,
+    sequences,
+)
 
-WIDTH = 12
 GRID = [
-    {"stages": k, "micro_batches": 1 + (k + i) % 2, "ddg": mode} for k, (i, mode) in product((2, 3), enumerate(MODES))
+    {"stages": k, "micro_batches": 1 + (k + i) % 2, "ddg": mode}
+    for k, (i, mode) in product((2, 3), enumerate(MODE_BLOCKS))
 ]
 
 
@@ -30,87 +41,8 @@ def grid(*more: dict[str, Any]) -> Any:
 # -- kinds of tensors -------------------------------------------------------------------------------------------------
 
 
-class Enter(nn.Module):
-    """From (values, mask, order) to one tensor of each kind, those without a gradient between those with one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(WIDTH, WIDTH)
-        self.level = nn.Parameter(torch.tensor([0.5]))
-
-    def forward(self, values: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
-        x, mask, order = values
-        length = x.shape[1]
-        bias = torch.linspace(-1, 1, length * length).view(length, length)  # a float that nobody differentiates
-        level = self.level[0] * 2.0
-        flags = mask.to(torch.uint8)
-        spin = torch.complex(self.linear(x[:, 0]), x[:, 1])
-        return (
-            mask,
-            self.linear(x),
-            bias,
-            order,
-            level,
-            x.new_empty(0, 3),
-            order.new_empty(0),
-            flags,
-            spin,
-            bias.bfloat16(),
-        )
-
-
-class Attend(nn.Module):
-    """Attention takes other kernels where the bias requires a gradient: a wrong flag shows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.linear = nn.Linear(WIDTH, WIDTH)
-        self.drop = nn.Dropout(0.2)
-
-    def forward(self, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        mask, x, bias, order, level, none, nobody, flags, spin, half = values
-        assert (mask.dtype, flags.dtype, order.dtype) == (torch.bool, torch.uint8, torch.int64)
-        assert (none.shape, nobody.shape, level.shape) == ((0, 3), (0,), ())
-        assert not bias.requires_grad
-        heads = self.linear(self.norm(x)).unflatten(-1, (2, WIDTH // 2)).transpose(1, 2)
-        seen = nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=bias)
-        x = x[order] + self.drop(seen.transpose(1, 2).flatten(2)).masked_fill(mask[..., None], 0.0) * level
-        x = x + flags[..., None] * half.float().mean() + none.sum()
-        return mask, x, bias, order.flip(0), level * 1.1, none, nobody, flags, spin * (1 + 0.5j), half
-
-
-class Leave(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(WIDTH, 5)
-
-    def forward(self, values: tuple[Tensor, ...]) -> Tensor:
-        return self.linear(values[1].mean(1) + values[8].abs())
-
-
-def every_kind() -> list[nn.Module]:
-    torch.manual_seed(7)
-    return [Enter(), Attend(), Attend(), Attend(), Leave()]
-
-
-def labelled_by_two() -> Iterator[Any]:
-    generator = torch.Generator().manual_seed(3)
-    for _ in count():
-        x, mask = torch.randn(4, 6, WIDTH, generator=generator), torch.rand(4, 6, generator=generator) > 0.7
-        labels = torch.randint(5, (4,), generator=generator), torch.rand(4, generator=generator) > 0.3
-        yield (x, mask, torch.randperm(4, generator=generator)), labels
-
-
-def loss_of_two(outputs: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
-    assert isinstance(labels, tuple)
-    target, counts = labels
-    assert counts.dtype == torch.bool
-    return (nn.functional.cross_entropy(outputs, target, reduction="none") * counts).mean()
-
-
-@grid({"stages": 3, "micro_batches": 2, "ddg": {**MODES[0], "slack": 1}})
-@pytest.mark.proves("bool, integer, complex, 0-dim and empty tensors in tuples; tuple labels")
+@grid({"stages": 3, "micro_batches": 2, "ddg": {**MODE_BLOCKS[0], "slack": 1}})
+@pytest.mark.proves("bool, integer, complex, 0-dim and empty tensors in tuples; tuple labels", modes="case.ddg")
 def test_every_kind_of_tensor(ranks: GetRanks, case: dict[str, Any]) -> None:
     """Bool, integer, complex, 0-dim, empty, and floats that need no gradient; labels in a tuple."""
     versus(ranks, Setup(every_kind, labelled_by_two, loss_fn=loss_of_two, optimizer=adamw, **case))
@@ -144,7 +76,7 @@ def vectors(labels: int = 5) -> Iterator[Any]:
 
 
 @grid()
-@pytest.mark.proves("activations without a gradient")
+@pytest.mark.proves("activations without a gradient", modes="case.ddg")
 def test_activations_without_a_gradient(ranks: GetRanks, case: dict[str, Any]) -> None:
     """With three stages the first has nothing to train and sends nothing to differentiate."""
     versus(ranks, Setup(without_gradient, vectors, **case))
@@ -189,8 +121,8 @@ def aliases() -> list[nn.Module]:
     return [Aliases(), Aliases(), Aliases(), Total()]
 
 
-@grid({"stages": 3, "micro_batches": 1, "ddg": {**MODES[2], "slack": 2}})
-@pytest.mark.proves("outputs that are views, inputs or weights")
+@grid({"stages": 3, "micro_batches": 1, "ddg": {**MODE_BLOCKS[2], "slack": 2}})
+@pytest.mark.proves("outputs that are views, inputs or weights", modes="case.ddg")
 def test_tensors_that_share_memory(ranks: GetRanks, case: dict[str, Any]) -> None:
     """What is sent may still be on its way when its weights are updated or its buffer counts on."""
     versus(ranks, Setup(aliases, vectors, **case))
@@ -229,7 +161,7 @@ def claim_a_mask(engine: Any) -> None:
 
 
 @pytest.mark.parametrize("stages", [2, 3])
-@pytest.mark.proves("DeepSpeed's attention-mask flag and class names")
+@pytest.mark.proves("DeepSpeed's attention-mask flag and class names", modes=DEFAULT)
 def test_deepspeeds_attention_mask_flag_is_harmless(ranks: GetRanks, stages: int) -> None:
     versus(ranks, Setup(masked, masked_vectors, stages=stages, ready=claim_a_mask))
 
@@ -257,7 +189,7 @@ def train_a_class_name(rank: int, world_size: int) -> list[float]:
     return losses[1]
 
 
-@pytest.mark.proves("DeepSpeed's attention-mask flag and class names")
+@pytest.mark.proves("DeepSpeed's attention-mask flag and class names", modes=DEFAULT)
 def test_deepspeeds_class_name_trick_still_works(ranks: GetRanks) -> None:
     """Its own schedule cannot send a bool without it."""
     first, second = ranks(2).run(train_a_class_name)
@@ -267,44 +199,19 @@ def test_deepspeeds_class_name_trick_still_works(ranks: GetRanks) -> None:
 # -- shapes -----------------------------------------------------------------------------------------------------------
 
 
-class Mean(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean(1)
-
-
-def any_length() -> list[nn.Module]:
-    torch.manual_seed(7)
-    return [nn.Linear(WIDTH, WIDTH), toy.Residual(WIDTH), toy.Residual(WIDTH), Mean(), nn.Linear(WIDTH, 5)]
-
-
-def sequences(lengths: tuple[int, ...], each: int = 1) -> Iterator[Any]:
-    """Of the lengths given, in turn; `each`: micro-batches of one length."""
-    generator = torch.Generator().manual_seed(3)
-    for length in cycle(lengths):
-        for _ in range(each):
-            size = 3 + length % 3
-            yield torch.randn(size, length, WIDTH, generator=generator), torch.randn(size, 5, generator=generator)
-
-
 @grid(
-    {"stages": 3, "micro_batches": 1, "ddg": {**MODES[0], "slack": 2}},
-    {"stages": 3, "micro_batches": 4, "ddg": {**MODES[2], "slack": 1}},
+    {"stages": 3, "micro_batches": 1, "ddg": {**MODE_BLOCKS[0], "slack": 2}},
+    {"stages": 3, "micro_batches": 4, "ddg": {**MODE_BLOCKS[2], "slack": 1}},
 )
-@pytest.mark.proves("dynamic_shape=True")
+@pytest.mark.proves("dynamic_shape=True", modes="case.ddg")
 def test_dynamic_shape(ranks: GetRanks, case: dict[str, Any]) -> None:
     """Another shape each micro-batch, some so small that they ride in the header; the first comes back."""
     data = partial(sequences, (33, 7, 50, 1, 33))
     versus(ranks, Setup(any_length, data, module={"dynamic_shape": True}, **case))
 
 
-def say_so(engine: Any, call: int) -> None:
-    """As curricula do it: on every rank, just before a call of another shape."""
-    if call % 3 == 0:
-        engine.reset_activation_shape()
-
-
-@grid({"stages": 3, "micro_batches": 1, "ddg": {**MODES[1], "slack": 1}})
-@pytest.mark.proves("reset_activation_shape() with micro-batches in flight")
+@grid({"stages": 3, "micro_batches": 1, "ddg": {**MODE_BLOCKS[1], "slack": 1}})
+@pytest.mark.proves("reset_activation_shape() with micro-batches in flight", modes="case.ddg")
 def test_shape_changes_after_a_reset(ranks: GetRanks, case: dict[str, Any]) -> None:
     """The pipeline stays full across it: micro-batches of both shapes are under way."""
     data = partial(sequences, (20, 33, 50), each=3 * case["micro_batches"])

@@ -10,19 +10,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import toy
-from distributed import Ranks
+from helpers import toy
+from helpers.distributed import GetRanks
 
-GetRanks = Callable[[int], Ranks]
 Made = tuple[list[tuple[int, float]], list[list[Tensor]]]
-
-MODES = [{"weights": w, "activations": a} for w, a in product(("stash", "current"), ("keep", "recompute"))]
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
@@ -170,3 +166,11 @@ def versus(ranks: GetRanks, setup: Setup, timeout: float = 90) -> list[Made]:
         moved = any(not torch.equal(a, b) for a, b in zip(start[k], expected[k][1][-1], strict=True))
         assert moved == bool(trainable(stage) or list(stage.buffers())), f"stage {k} does not train"
     return expected
+
+
+def farthest(ours: Made, its: Made) -> float:
+    losses = dict(its[0])
+    far = [abs(loss - losses[call]) for call, loss in ours[0]]
+    for mine, expected in zip(ours[1], its[1], strict=True):
+        far += [float((a - b).abs().max()) for a, b in zip(mine, expected, strict=True)]
+    return max(far)

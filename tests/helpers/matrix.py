@@ -1,18 +1,23 @@
 """The support matrix of docs/support.md, written from the tests that passed: ``make matrix``.
 
-A test says what it proves with a marker:
+A test says with a marker what it proves, and in which settings of the schedule:
 
-    @pytest.mark.proves("bf16")                       the engine equals the oracle with it
-    @pytest.mark.proves("bf16", exact=False)          to a tolerance that the test names
-    @pytest.mark.refuses("fp16 on CPU", "use bf16")   the engine refuses it, on every rank, with that remedy
+    @pytest.mark.proves("bf16", modes="ddg")              the engine equals the oracle with it
+    @pytest.mark.proves("bf16", modes=..., exact=False)   to a tolerance that the test names
+    @pytest.mark.refuses("fp16 on CPU", "use bf16")       the engine refuses it, on every rank, with that remedy
 
-Which settings of the schedule a test is about is read off its parameters: "weights" and "activations", a "mode" of
-both, a "ddg" block, a "case" or "layout" that has one; or `modes=[("current", "keep")]` says it. A test without any
-of them is about the default, "stash" and "keep".
+    modes=[("current", "keep")]         these pairs of `weights` and `activations`; often `helpers.modes.DEFAULT`
+    modes="ddg"                         the parameter of that name holds the pair, or a `ddg` block
+    modes="case.ddg"                    the parameter `case` has one, as a key or an attribute
+    modes=("weights", "activations")    parameters that are keys of a block; keys left out have their default
+
+A marker that gives none, or names what the test does not have, ends the collection with an error.
 """
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,9 +26,9 @@ from typing import Any
 
 import pytest
 
-_SAID = "matrix"
+from helpers.modes import DEFAULT, MODES
 
-MODES = [("stash", "keep"), ("stash", "recompute"), ("current", "keep"), ("current", "recompute")]
+_SAID = "matrix"
 
 HEADER = """\
 # What works
@@ -70,17 +75,39 @@ def cell(proofs: list[bool]) -> str:
     return f"{'=' if all(proofs) else '~'} {len(proofs)}" if proofs else "-"
 
 
-def mode_of(item: pytest.Item) -> tuple[str, str]:
-    """The settings of the schedule that a test is about."""
+def modes_of(item: pytest.Item, marker: pytest.Mark) -> list[tuple[str, str]]:
+    """The settings of the schedule that a marker of a test names."""
+    modes = marker.kwargs.get("modes")
     parameters: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
-    for name in ("ddg", "mode", "case", "layout"):
-        block = parameters.get(name)
-        block = block.get("ddg", block) if isinstance(block, dict) else getattr(block, "ddg", block)
-        if isinstance(block, tuple):
-            return block[0], block[1]
-        if isinstance(block, dict):
-            return block.get("weights", "stash"), block.get("activations", "keep")
-    return parameters.get("weights", "stash"), parameters.get("activations", "keep")
+    if isinstance(modes, list) and modes and all(mode in MODES for mode in modes):
+        return modes
+    try:
+        if isinstance(modes, tuple) and modes:
+            return [mode_of({name: parameters[name] for name in modes})]
+        if isinstance(modes, str):
+            name, _, key = modes.partition(".")
+            value = parameters[name]
+            return [mode_of((value[key] if isinstance(value, dict) else getattr(value, key)) if key else value)]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise NoModesError(item, marker, f"{type(error).__name__}: {error}") from error
+    raise NoModesError(item, marker, "it names none")
+
+
+def mode_of(value: Any) -> tuple[str, str]:
+    """That of a pair or of a `ddg` block."""
+    if isinstance(value, dict):
+        value = (value.get("weights", DEFAULT[0][0]), value.get("activations", DEFAULT[0][1]))
+    if value not in MODES:
+        raise ValueError(f"{value!r} is neither one of {MODES} nor a block of one")
+    return value
+
+
+class NoModesError(pytest.UsageError):
+    """A marker does not say in which settings of the schedule its test proves what it proves."""
+
+    def __init__(self, item: pytest.Item, marker: pytest.Mark, why: str) -> None:
+        what = ", ".join(map(repr, marker.args))
+        super().__init__(f"{item.nodeid}: proves({what}) needs its modes ({why}); see helpers/matrix.py")
 
 
 def said_by(item: pytest.Item) -> tuple[str, list[Any], list[Any]]:
@@ -89,7 +116,7 @@ def said_by(item: pytest.Item) -> tuple[str, list[Any], list[Any]]:
         (feature, mode, marker.kwargs.get("exact", True))
         for marker in item.iter_markers("proves")
         for feature in marker.args
-        for mode in marker.kwargs.get("modes", [mode_of(item)])
+        for mode in modes_of(item, marker)
     ]
     return item.path.stem, proves, [marker.args for marker in item.iter_markers("refuses")]
 
@@ -125,3 +152,41 @@ class Plugin:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(str(self.matrix))
             print(f"\nwrote {self.path}")
+
+
+def claimed(items: Iterable[pytest.Item]) -> Matrix:
+    """What the tests say, as if all passed but those that need a GPU, which the page leaves to README."""
+    matrix = Matrix()
+    for item in items:
+        if item.get_closest_marker("gpu") is None:
+            matrix.note(*said_by(item))
+    return matrix
+
+
+def without_counts(page: str) -> list[str]:
+    """Lines of the page: its rows, which cells are filled, and with what."""
+    return re.sub(r"(?<=\| [=~]) \d+(?= \|)", "", page).splitlines()
+
+
+class StaleCheck:
+    """Ends a collection with an error if a page is not what the collected tests claim.
+
+    Args:
+        path: of the page.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        page, claims = without_counts(self.path.read_text()), without_counts(str(claimed(session.items)))
+        lines = list(difflib.unified_diff(page, claims, str(self.path), "what the tests claim", lineterm="", n=0))
+        if lines:
+            raise StalePageError(self.path, lines)
+
+
+class StalePageError(pytest.UsageError):
+    """The page says something else than the tests."""
+
+    def __init__(self, path: Path, lines: list[str]) -> None:
+        super().__init__("\n".join([f"{path} is stale: `make matrix` writes it anew", *lines]))

@@ -14,13 +14,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DEVICE = os.environ.get("DS_DDG_TEST_DEVICE", "cuda")
 TIMEOUT = 500.0
 
@@ -44,7 +47,7 @@ def launch(
         processes = []
         for rank in range(world_size):
             with (directory / f"log{rank}").open("w") as log:
-                command = [sys.executable, "-c", f"import devices; devices.serve({name!r}, {rank})"]
+                command = [sys.executable, "-c", f"from helpers import devices; devices.serve({name!r}, {rank})"]
                 environment = environment_of(rank, world_size, device, backend)
                 processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
         deadline = time.monotonic() + TIMEOUT
@@ -110,3 +113,19 @@ def device() -> torch.device:
     from deepspeed.accelerator import get_accelerator
 
     return torch.device(get_accelerator().current_device_name())
+
+
+needs_kernels = pytest.mark.skipif(DEVICE == "cpu", reason="about the device itself")
+
+
+@contextmanager
+def random_state_of_the_device() -> Iterator[None]:
+    """Where a script or the oracle keeps the state of the random numbers, it is that of those dropout takes."""
+    if device().type == "cpu":
+        yield
+        return
+    with (
+        mock.patch.object(torch, "get_rng_state", torch.cuda.get_rng_state),
+        mock.patch.object(torch, "set_rng_state", torch.cuda.set_rng_state),
+    ):
+        yield

@@ -3,8 +3,9 @@
     results = spawn(fn, 4, *args)                    # fresh processes: fn(rank, 4, *args) on each
     results = Ranks(4).run(fn, *args)                # the same on processes that stay for the next call
 
-`fn` is a module-level function of an importable module (test modules are); arguments and return values are pickled.
-When it starts, `torch.distributed` (gloo, file rendezvous) and `deepspeed.comm` are initialized and the seeds are set.
+`fn` is a module-level function of an importable module (helpers and test modules are); arguments and return values are
+pickled. When it starts, `torch.distributed` (gloo, file rendezvous) and `deepspeed.comm` are initialized and the seeds
+are set.
 
     parent                    fork server                 rank 0 .. world_size-1
       | start  ----------------->| imports torch and         |
@@ -48,8 +49,6 @@ LINGER = 1.0
 CALLS = 25
 """Of the same processes. Each engine leaves the threads of its groups in them, which wake a hundred times a second."""
 LOG_TAIL = 6000
-
-# What the ranks import sooner or later, the last two not before DeepSpeed builds its first engine and optimizer.
 _PRELOAD = [
     "numpy",
     "pytest",
@@ -297,6 +296,10 @@ class Ranks:
             Outcome(**{**vars(outcomes[rank]), "exit_code": exit_codes[rank], "log": logs[rank]})
             for rank in range(self.world_size)
         ], first
+
+
+GetRanks = Callable[[int], Ranks]
+"""What the fixture `ranks` is."""
 
 
 class _Worker:

@@ -1,0 +1,1 @@
+"""What test modules share; ranks import it by name, as they do test modules."""

@@ -1,0 +1,14 @@
+"""The four settings of the schedule: which weights a delayed backward sees, and what waits for it."""
+
+from __future__ import annotations
+
+from itertools import product
+
+MODES = list(product(("stash", "current"), ("keep", "recompute")))
+"""Pairs of `weights` and `activations`."""
+
+MODE_BLOCKS = [{"weights": weights, "activations": activations} for weights, activations in MODES]
+"""The same as `ddg` blocks."""
+
+DEFAULT = MODES[:1]
+"""That of an empty block."""

@@ -1,0 +1,52 @@
+"""Training scripts under the launcher, and how they end."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import ds_ddg
+
+NOISE = re.compile(r"terminate called|Traceback|Error\b|exception|core dumped|Aborted|Segmentation|\bleaked\b", re.I)
+
+
+def launch(script: Path, how: str, ddg: str = "slack") -> tuple[int, str, float]:
+    """Exit status, output and seconds of the script on two ranks, started as a user starts it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    binaries = Path(sys.executable).parent
+    root = Path(ds_ddg.__file__).parents[1]
+    command = [str(binaries / "deepspeed"), "--num_gpus", "2", "--master_port", str(port), str(script), how, ddg]
+    environment = {
+        **os.environ,
+        "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(root),
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    start = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        cwd=script.parent,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the launcher and, as it never leaves its session, every rank
+        output, _ = process.communicate()
+        pytest.fail(f"the launcher did not end:\n{output}")
+    return process.returncode, output, time.monotonic() - start
