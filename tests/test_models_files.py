@@ -16,8 +16,8 @@ import toy
 from distributed import Ranks
 from ds_ddg import models
 from ds_ddg.models import WeightsError
+from ds_ddg.models.library_layer import Piece
 from ds_ddg.models.loading import load_pretrained
-from ds_ddg.models.piece import Piece
 from test_models_transformers import MODELS, batch, build_config, in_a_row, original
 
 transformers = pytest.importorskip("transformers")

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from distributed import Ranks
 from ds_ddg import models
-from ds_ddg.models.piece import Piece
-from ds_ddg.models.transformer import TransformerLayer
+from ds_ddg.models.library_layer import Piece
+from ds_ddg.models.transformers.layers import TransformerLayer
 
 transformers = pytest.importorskip("transformers")
 

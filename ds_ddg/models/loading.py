@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ds_ddg.models.exact import kind_of_number, listed, refuse_unknown_keys
-from ds_ddg.models.piece import Origin, pieces_of
+from ds_ddg.models.library_layer import Origin, pieces_of
 from ds_ddg.models.ranks import gather, together
-from ds_ddg.models.weights import INDEX, Reader, WeightsError, index_of, opened
+from ds_ddg.models.weight_checks import kind_of_number, listed, refuse_unknown_keys
+from ds_ddg.models.weight_files import INDEX, Reader, WeightsError, index_of, opened
 
 __all__ = ["Loaded", "load_pretrained", "read_state_dict"]
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ds_ddg.models.weights import WeightsError
+from ds_ddg.models.weight_files import WeightsError
 
 __all__ = ["gather", "own_rank", "together"]
 

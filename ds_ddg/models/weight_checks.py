@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_ddg.models.piece import Origin, Piece
-from ds_ddg.models.weights import WeightsError
+from ds_ddg.models.library_layer import Origin, Piece
+from ds_ddg.models.weight_files import WeightsError
 
 __all__ = [
     "beside",

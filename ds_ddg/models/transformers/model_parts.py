@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_ddg.models.skeleton import Enough, Skeleton, Stub, materialise, splice
-from ds_ddg.models.structure import learn
+from ds_ddg.models.transformers.discovery import learn
+from ds_ddg.models.transformers.stub_model import Enough, Skeleton, Stub, materialise, splice
 
 __all__ = ["Blueprint"]
 
@@ -84,7 +84,7 @@ class Blueprint:
         self._frames = self._frames or _Frames(self)
         return self._frames.of(index, hidden, inputs)
 
-    # What files need, see `piece.Origin`.
+    # What files need, see `library_layer.Origin`.
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every key of the state dict with its shape, tied weights once."""

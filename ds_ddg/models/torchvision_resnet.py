@@ -19,13 +19,13 @@ import torch
 from deepspeed.pipe import LayerSpec
 from torch import Tensor, nn
 
-from ds_ddg.models.piece import Piece
+from ds_ddg.models.library_layer import Piece
 
 __all__ = ["ImageHead", "ImageStem", "ResidualBlock", "torchvision_resnet"]
 
 
 class ResNet:
-    """A torchvision model without weights, see `piece.Origin`.
+    """A torchvision model without weights, see `library_layer.Origin`.
 
     Args:
         name: such as "resnet50" or "wide_resnet50_2".

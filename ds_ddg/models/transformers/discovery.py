@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_ddg.models.skeleton import Skeleton, topmost
+from ds_ddg.models.transformers.stub_model import Skeleton, topmost
 
 __all__ = ["Structure", "learn"]
 

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 
-from ds_ddg.models.blueprint import Blueprint
-from ds_ddg.models.transformer import Embeddings, Head, TransformerLayer, Unembed, WordEmbedding
+from ds_ddg.models.transformers.layers import Embeddings, Head, TransformerLayer, Unembed, WordEmbedding
+from ds_ddg.models.transformers.model_parts import Blueprint
 
 __all__ = ["causal_lm", "from_transformers", "masked_lm", "sequence_classification"]
 

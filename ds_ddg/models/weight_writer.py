@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ds_ddg.models.ranks import gather, own_rank, together
-from ds_ddg.models.weights import INDEX, SINGLE, WeightsError
+from ds_ddg.models.weight_files import INDEX, SINGLE, WeightsError
 
 __all__ = ["replace_weights"]
 
