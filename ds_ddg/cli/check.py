@@ -39,7 +39,7 @@ def _run(options: argparse.Namespace) -> str:
     with redirect_stdout(sys.stderr):
         from ds_ddg.config import DDGConfig
 
-        from .rules import automatic, checked, read
+        from .deepspeed_config import automatic, checked, read
 
         values = read(options.config)
         settings = DDGConfig.parse(values.get("ddg"))
