@@ -9,7 +9,7 @@ Nothing here imports torch, so a saved profile is split again for another number
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import accumulate, pairwise
 from math import inf
@@ -17,7 +17,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Balance", "LayerCost", "balance", "load", "save", "size", "table"]
+from ds_ddg.analysis.format import size, table
+
+__all__ = ["Balance", "LayerCost", "balance", "load", "save"]
 
 
 @dataclass(frozen=True)
@@ -206,14 +208,6 @@ def load(path: str | PathLike[str]) -> list[LayerCost]:
         ) from error
 
 
-def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Records of equal keys, as aligned columns."""
-    rows = [list(records[0])] + [["-" if v is None else f"{v:g}" if isinstance(v, float) else str(v)
-                                  for v in record.values()] for record in records]  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-
-
 def _memory(layer: LayerCost) -> int:
     return layer.parameter_bytes + layer.activation_bytes
 
@@ -221,12 +215,3 @@ def _memory(layer: LayerCost) -> int:
 def _span(first: int, names: Sequence[str]) -> str:
     last = f" .. {first + len(names) - 1} {names[-1]}" if len(names) > 1 else ""
     return f"{first} {names[0]}{last}"
-
-
-def size(num_bytes: float) -> str:
-    """Bytes for people, in powers of 1000."""
-    for unit in ("B", "kB", "MB"):
-        if num_bytes < 999.95:
-            return f"{num_bytes:.{1 if unit != 'B' else 0}f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.1f} GB"

@@ -10,7 +10,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_ddg.analysis.balance import table
+from ds_ddg.analysis.format import table
 from ds_ddg.schedules.ddg import DDGPlan
 
 if TYPE_CHECKING:

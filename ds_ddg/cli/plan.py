@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from ds_ddg.analysis.balance import table
+from ds_ddg.analysis.format import table
 from ds_ddg.analysis.recommend import Model, Setup, title
 from ds_ddg.analysis.timeline_plot import clock, save, text
 from ds_ddg.schedules.ddg import DDGPlan

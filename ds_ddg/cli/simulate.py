@@ -9,7 +9,8 @@ from itertools import product
 from math import inf
 from typing import Any
 
-from ds_ddg.analysis.balance import LayerCost, load, size, table
+from ds_ddg.analysis.balance import LayerCost, load
+from ds_ddg.analysis.format import size, table
 from ds_ddg.analysis.recommend import Model, Setup, candidates, recommend, setups, title
 from ds_ddg.analysis.sweep_plot import save_curves
 from ds_ddg.analysis.timeline_plot import save

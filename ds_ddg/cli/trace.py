@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from ds_ddg.analysis.balance import table
+from ds_ddg.analysis.format import table
 from ds_ddg.analysis.recommend import title
 from ds_ddg.analysis.timeline_plot import clock, save
 from ds_ddg.analysis.trace_reader import REASONS, Run, Share, read
