@@ -61,7 +61,7 @@ def network(name: str) -> tuple[list[Any], str, Any]:
 
 
 def sample(name: str) -> Any:
-    """A micro-batch."""
+    """Return one micro-batch."""
     import torch
 
     if name == "resnet":
@@ -148,7 +148,7 @@ def predictions(names: Sequence[str], grid: Sequence[int], parts: Sequence[Seque
 
 
 def page(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
-    """In markdown."""
+    """Return the page in Markdown."""
     errors = sorted(abs(row["measured"] / row["predicted"] - 1) for row in rows)
     over = max(row["measured"] / row["predicted"] - 1 for row in rows)
     lines = [

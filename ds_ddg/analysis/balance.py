@@ -44,17 +44,17 @@ class LayerCost:
 
     @property
     def total_ms(self) -> float:
-        """Forward and backward."""
+        """The time of a forward and a backward, in ms."""
         return self.forward_ms + self.backward_ms
 
 
 @dataclass(frozen=True)
 class Balance:
-    """Layers on stages, and what that predicts; prints as a table."""
+    """A split of layers into stages, and what it predicts; it prints as a table."""
 
     layers: tuple[LayerCost, ...]
     parts: tuple[int, ...]
-    """As ``PipelineModule.parts``: stage k has the layers parts[k] .. parts[k+1] - 1."""
+    """The borders of the stages, as in ``PipelineModule.parts``: stage k has the layers parts[k] .. parts[k+1] - 1."""
 
     @property
     def stages(self) -> list[tuple[LayerCost, ...]]:
@@ -161,7 +161,7 @@ def _best_pace(times: Sequence[float], num_stages: int) -> float:
 
 
 def _cheapest(layers: Sequence[LayerCost], times: Sequence[float], num_stages: int, limit: float) -> tuple[int, ...]:
-    """Of the splits without a stage slower than `limit`, the one with least traffic, then least memory."""
+    """Return the split with the least traffic, then the least memory, among those with no stage above `limit`."""
     memory = list(accumulate((_memory(layer) for layer in layers), initial=0))
     traffic = [0, *(layer.output_bytes for layer in layers)]
     # rows[k][j]: (traffic, largest memory, start of the last stage) of k stages that share the first j layers.

@@ -56,7 +56,7 @@ class Model:
     def of_layers(
         cls, layers: Sequence[LayerCost], num_stages: int, update: float, link: float, bandwidth: float
     ) -> Model:
-        """Layers as they were measured, in their best split; all times in ms, `bandwidth` in bytes per ms.
+        """Build a model of measured layers in their best split; all times are in ms, `bandwidth` is in bytes per ms.
 
         A hop carries what the largest of the stages' outputs is.
         """
@@ -77,7 +77,7 @@ class Model:
 
     @classmethod
     def of_stages(cls, stages: Sequence[Sequence[LayerCost]], cost: Cost, input_bytes: float = 0.0) -> Model:
-        """Measured layers, split by whoever calls; the arguments as in the class."""
+        """Build a model of measured layers that the caller has split into `stages`; the rest is as in the class."""
         weights = tuple(float(sum(layer.parameter_bytes for layer in stage)) for stage in stages)
         activations = tuple(float(sum(layer.activation_bytes for layer in stage)) for stage in stages)
         outputs = tuple(float(stage[-1].output_bytes) for stage in stages)
@@ -96,12 +96,12 @@ class Setup:
 
     @property
     def time_per_call(self) -> float:
-        """In the steady state, in the unit of the cost."""
+        """The time that one call takes in the steady state, in the unit of the cost."""
         return _period(self.plan, self._cost)
 
     @property
     def time_per_micro_batch(self) -> float:
-        """Likewise."""
+        """The time that one micro-batch takes in the steady state, in the unit of the cost."""
         return self.time_per_call / self.plan.micro_batches
 
     @property
@@ -114,7 +114,7 @@ class Setup:
 
     @property
     def speedup(self) -> float:
-        """Over one device."""
+        """How many times faster than one device the pipeline is."""
         return self.one_device / self.time_per_call
 
     @property
@@ -124,7 +124,7 @@ class Setup:
 
     @property
     def versions(self) -> list[int]:
-        """Of the weights, by stage."""
+        """The largest number of weight versions that are alive at once, for each stage."""
         current = self.weights == "current"
         return [1 if current else self.plan.versions(stage) for stage in range(self.plan.num_stages)]
 
@@ -153,13 +153,16 @@ class Setup:
 
     @property
     def _cost(self) -> Cost:
-        """With the second forward; the last stage has none, but it is never the one that the others wait for."""
+        """The model's cost plus the second forward of "recompute".
+
+        The last stage runs no second forward, but the others never wait for it.
+        """
         cost = self.model.cost
         again = cost.forward + cost.overhead
         return replace(cost, backward=cost.backward + again) if self._recomputes(0) else cost
 
     def record(self) -> dict[str, Any]:
-        """As plain data, for a table and for programs."""
+        """Return the setup and what it costs as plain data, for a table and for programs."""
         plan = self.plan
         memory = self.memory
         row = {
@@ -203,7 +206,7 @@ def _period(plan: Plan, cost: Cost) -> float:
 
 
 def title(plan: Plan) -> str:
-    """What a picture of `plan` is called."""
+    """Return the title of a picture of `plan`."""
     slack = f", slack {plan.slack}" if isinstance(plan, DDGPlan) and plan.slack else ""
     return f"{plan.name}, K = {plan.num_stages} stages, M = {plan.micro_batches}{slack}"
 

@@ -22,7 +22,7 @@ HELP = "a DeepSpeed config with its ddg block: is it right, and what does each s
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of the command."""
+    """Add the arguments of ``ds-ddg check`` to `parser`."""
     parser.set_defaults(run=_run)
     parser.add_argument("config", metavar="CONFIG.json", help="a DeepSpeed config; imports DeepSpeed to ask it")
     parser.add_argument("--stages", type=int, default=4, metavar="K", help="pipeline stages (default 4)")

@@ -25,7 +25,7 @@ _COUNTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accum
 
 
 def read(path: str) -> dict[str, Any]:
-    """What DeepSpeed reads from the file; its JSON may have comments.
+    """Return what DeepSpeed reads from the file at `path`; its JSON may have comments.
 
     Raises:
         OSError: it cannot be read.
@@ -51,7 +51,7 @@ def read(path: str) -> dict[str, Any]:
 
 
 def automatic(values: Mapping[str, Any], above: str = "") -> Iterator[str]:
-    """Paths of the keys whose value is "auto"."""
+    """Yield the dotted path of each key whose value is "auto"."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from automatic(value, f"{above}{key}.")
@@ -60,7 +60,7 @@ def automatic(values: Mapping[str, Any], above: str = "") -> Iterator[str]:
 
 
 def checked(values: dict[str, Any], settings: DDGConfig, num_stages: int, replicas: int) -> tuple[int, float]:
-    """DeepSpeed's own checks, then the engine's, on a pipeline of `num_stages` plain layers; M, and the clipping.
+    """Run DeepSpeed's checks, then the engine's, for `num_stages` plain layers; return M and the clipping norm.
 
     Raises:
         ValueError: with what a run would end with.

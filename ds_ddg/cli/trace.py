@@ -23,7 +23,7 @@ HELP = "what each stage of a run really did, and what its gaps waited for"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of the command."""
+    """Add the arguments of ``ds-ddg trace`` to `parser`."""
     parser.set_defaults(run=_run)
     parser.add_argument("run_dir", metavar="RUN_DIR", help='the folder of "ddg": {"trace": RUN_DIR}')
     parser.add_argument("--ticks", type=int, default=8, metavar="N", help="show the last N micro-batches (default 8)")

@@ -140,7 +140,14 @@ def _matched(origin: Origin, path: Path) -> tuple[dict[str, list[tuple[Path, str
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a file or directory in this process, for ``model.load_state_dict``. `WeightsError` as above."""
+    """Read all tensors of a file or directory into this process, for ``model.load_state_dict``.
+
+    Args:
+        path: a file of weights, or a directory with one or several.
+
+    Raises:
+        WeightsError: the files are missing or damaged.
+    """
     files = set(index_of(Path(path)).values())
     state: dict[str, Tensor] = {}
     for file in sorted(files):

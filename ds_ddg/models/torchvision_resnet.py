@@ -68,19 +68,19 @@ class ResNet:
         return {key: tuple(tensor.shape) for key, tensor in self.model.state_dict().items()}
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """The same keys with their types."""
+        """Every key of the state dict with its type."""
         return {key: tensor.dtype for key, tensor in self.model.state_dict().items()}
 
     def aliases(self) -> dict[str, str]:
-        """None: nothing is tied."""
+        """Return an empty dict, as a ResNet ties no weights."""
         return {}
 
     def rename(self, keys: list[str]) -> dict[str, str]:
-        """Keys as they are."""
+        """Map every key to itself, as torchvision has not renamed its keys."""
         return {key: key for key in keys}
 
     def ignored(self, key: str) -> bool:
-        """Nothing is."""
+        """Return False: torchvision's files have no known leftovers."""
         return False
 
     def check(self, directory: Path) -> None:

@@ -97,7 +97,7 @@ def refuse_missing(origin: Origin, held: Iterable[str]) -> None:
 
 
 def beside(net: nn.Module, pieces: Iterable[Piece]) -> list[str]:
-    """Names of weights in `net` that belong to none of the pieces, nor to the loss function."""
+    """Return the names of weights in `net` that belong to none of the pieces, nor to the loss function."""
     known = {id(tensor) for piece in pieces for tensor in piece.state_dict(keep_vars=True).values()}
     state = net.state_dict(keep_vars=True)
     return [name for name, tensor in state.items() if id(tensor) not in known and not name.startswith("loss_fn.")]
@@ -110,7 +110,7 @@ def tied_in(net: Any, pieces: Iterable[Piece]) -> set[str]:
 
 
 def digest(tensor: Tensor) -> str:
-    """Equal for equal bits."""
+    """Return a digest of the bits of `tensor`: equal digests mean equal bits."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(data.numpy().data).hexdigest()
 

@@ -20,7 +20,7 @@ __all__ = ["Structure", "learn"]
 
 @dataclass(frozen=True)
 class Structure:
-    """Paths in a model."""
+    """Where a model has its layers, as paths of modules."""
 
     layers: tuple[str, ...]
     """The transformer layers, in order."""

@@ -30,7 +30,7 @@ class WordEmbedding(Piece):
 
     @property
     def weight(self) -> Tensor:
-        """What is tied: (vocabulary, width)."""
+        """The tied weight, (vocabulary, width)."""
         return self.part(self._path).weight  # type: ignore[return-value]
 
     def forward(self, values: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -92,7 +92,7 @@ class Blueprint:
         return {key: tuple(t.shape) for key, t in self.model.state_dict().items() if key not in aliases}
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """The same keys with the type that the model was built with."""
+        """Every key of `shapes` with the type that the model was built with."""
         aliases = self.structure.aliases
         return {key: tensor.dtype for key, tensor in self.model.state_dict().items() if key not in aliases}
 
@@ -162,7 +162,7 @@ class _Frames:
         self._checked = False
 
     def of(self, index: int, hidden: Tensor, inputs: Sequence[Tensor]) -> Call:
-        """Those of layer `index`."""
+        """Return the arguments of layer `index`."""
         # Only for the layer right after the last one: the first layer of a stage never is, and DeepSpeed may receive
         # the next micro-batch's inputs into the same tensors.
         same = len(inputs) == len(self._inputs) and all(a is b for a, b in zip(inputs, self._inputs, strict=True))
