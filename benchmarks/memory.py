@@ -127,7 +127,8 @@ def rank_main(
 
 def predictions(names: Sequence[str], grid: Sequence[int], parts: Sequence[Sequence[int]]) -> list[list[float]]:
     """For every setting, bytes by stage; `parts` are the borders of its stages."""
-    from ds_ddg.analysis.recommend import Model, Setup
+    from ds_ddg.analysis.recommend import Setup
+    from ds_ddg.analysis.stage_costs import Model
     from ds_ddg.profiling.layer_profiler import profile
     from ds_ddg.schedules.ddg import DDGPlan
     from ds_ddg.schedules.simulator import Cost

@@ -7,7 +7,8 @@ import json
 import sys
 
 from ds_ddg.analysis.format import table
-from ds_ddg.analysis.recommend import Model, Setup, title
+from ds_ddg.analysis.recommend import Setup, title
+from ds_ddg.analysis.stage_costs import Model
 from ds_ddg.analysis.timeline_plot import clock, save, text
 from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.schedules.plan import Plan

@@ -11,7 +11,8 @@ from typing import Any
 
 from ds_ddg.analysis.balance import LayerCost, load
 from ds_ddg.analysis.format import size, table
-from ds_ddg.analysis.recommend import Model, Setup, candidates, recommend, setups, title
+from ds_ddg.analysis.recommend import Setup, candidates, recommend, setups, title
+from ds_ddg.analysis.stage_costs import Model
 from ds_ddg.analysis.sweep_plot import save_curves
 from ds_ddg.analysis.timeline_plot import save
 from ds_ddg.schedules.ddg import DDGPlan
