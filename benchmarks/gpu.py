@@ -157,7 +157,7 @@ def rows_of(cells: list[Cell], turns: list[list[dict[str, float]]]) -> Iterator[
 
 
 def page(result: dict[str, Any]) -> str:
-    """Markdown."""
+    """Return the page in Markdown."""
     about = result["about"]
     tables: list[list[list[str]]] = [[], []]
     for row in result["rows"]:

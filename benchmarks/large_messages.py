@@ -35,13 +35,13 @@ OUT = Path(__file__).parents[1] / "docs" / "benchmarks" / "large_messages.md"
 
 
 class Cell(NamedTuple):
-    """One setting."""
+    """One setting that is measured."""
 
     stages: int
     megabytes: float
     changing: bool
     slack: int | None
-    """None: one process."""
+    """Number of stages; None for one process."""
 
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:

@@ -61,7 +61,7 @@ def network(name: str) -> tuple[list[Any], str, Any]:
 
 
 def sample(name: str) -> Any:
-    """A micro-batch."""
+    """Return one micro-batch."""
     import torch
 
     if name == "resnet":
@@ -127,7 +127,8 @@ def rank_main(
 
 def predictions(names: Sequence[str], grid: Sequence[int], parts: Sequence[Sequence[int]]) -> list[list[float]]:
     """For every setting, bytes by stage; `parts` are the borders of its stages."""
-    from ds_ddg.analysis.recommend import Model, Setup
+    from ds_ddg.analysis.recommend import Setup
+    from ds_ddg.analysis.stage_costs import Model
     from ds_ddg.profiling.layer_profiler import profile
     from ds_ddg.schedules.ddg import DDGPlan
     from ds_ddg.schedules.simulator import Cost
@@ -148,7 +149,7 @@ def predictions(names: Sequence[str], grid: Sequence[int], parts: Sequence[Seque
 
 
 def page(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
-    """In markdown."""
+    """Return the page in Markdown."""
     errors = sorted(abs(row["measured"] / row["predicted"] - 1) for row in rows)
     over = max(row["measured"] / row["predicted"] - 1 for row in rows)
     lines = [

@@ -10,7 +10,8 @@ from itertools import groupby
 from statistics import median
 from typing import Any
 
-from ds_ddg.analysis.recommend import Model, Setup
+from ds_ddg.analysis.recommend import Setup
+from ds_ddg.analysis.stage_costs import Model
 from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.schedules.plan import Plan
 from ds_ddg.schedules.simulator import Cost

@@ -43,11 +43,11 @@ class Recipe:
     """The difference that is still as good, in that unit; negative where more is better."""
 
     def difference(self, ddg: float, one_f_one_b: float) -> float:
-        """In % or points."""
+        """Return the difference in % or points."""
         return 100 * (ddg - one_f_one_b) / (one_f_one_b if self.relative else 1)
 
     def as_good(self, difference: float) -> bool:
-        """Whether it is within the limit."""
+        """Return whether the difference is within the limit."""
         difference = round(difference, 9)
         return difference >= self.limit if self.limit < 0 else difference <= self.limit
 

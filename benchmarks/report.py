@@ -19,7 +19,7 @@ _NUMBERS = "efficiency", "lowest, highest", "predicted", "error", "no core"
 
 
 def machine() -> dict[str, Any]:
-    """What a result depends on."""
+    """Return the facts of this machine on which a result depends."""
     packages = {name: version(name) for name in ("torch", "deepspeed")}
     return {"cores": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version(), **packages}
 
@@ -132,6 +132,6 @@ def _error(row: Row) -> float:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Markdown."""
+    """Return the records as a table in Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

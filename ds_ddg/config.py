@@ -41,7 +41,7 @@ class DDGConfig(BaseModel):
     """What train_batch returns: the newest loss known without a wait, or this call's own (costs the overlap)."""
 
     sync_steps: int = Field(default=0, ge=0)
-    """The first so many calls run DeepSpeed's 1F1B, then DDG."""
+    """Number of calls at the start that run DeepSpeed's 1F1B, before DDG begins."""
 
     trace: str | None = Field(default=None, min_length=1)
     """Folder to record in what each rank does and when, for ``ds-ddg trace``."""

@@ -27,7 +27,7 @@ __all__ = ["PipelineModule", "profile"]
 
 
 class PipelineModule(deepspeed.pipe.PipelineModule):
-    """DeepSpeed's own, with a ``partition_method="profile"`` that works.
+    """DeepSpeed's ``PipelineModule`` with a ``partition_method="profile"`` that works.
 
     Args:
         layers: as for DeepSpeed's.

@@ -110,7 +110,17 @@ class Reference:
         self.waiting: list[deque[Callable[[], None]]] = [deque() for _ in stages]
 
     def train_batch(self, data_iter: Iterator[tuple[Any, Any]]) -> Tensor:
-        """One call: M ticks on every stage, one update; the mean loss of this call, 0-dim."""
+        """Run one call: M ticks on every stage, then one update of each stage that a gradient has reached.
+
+        Args:
+            data_iter: yields M micro-batches ``(inputs, labels)``; inputs are a tensor or a tuple of tensors.
+
+        Returns:
+            The mean loss of this call's own micro-batches, 0-dim and detached.
+
+        Raises:
+            StopIteration: the data ended inside the call, which then makes no update.
+        """
         total = torch.zeros(())
         arrived = set()
         for _ in range(self.micro_batches):
@@ -128,7 +138,7 @@ class Reference:
         return total / self.micro_batches
 
     def drain(self) -> None:
-        """What is in flight, an update whenever M gradients have come in and once for the rest."""
+        """Finish all backward passes in flight: one update whenever M gradients have come in, and one for the rest."""
         for k in reversed(range(len(self.stages))):
             while self.waiting[k]:
                 for _ in range(min(self.micro_batches, len(self.waiting[k]))):
@@ -137,7 +147,7 @@ class Reference:
         self.told = len(self.norms) - 1
 
     def _update(self, k: int) -> float:
-        """Clip, step; the square of the norm of stage k's gradients."""
+        """Clip and step stage `k`; return the square of the norm of its gradients before the clip."""
         for parameter in self.owned[k]:
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)  # as DeepSpeed does for a parameter without use
@@ -222,7 +232,7 @@ class Reference:
         return _as_tuple(output)
 
     def _forward_again(self, k: int, leaves: _Values, state: _State, buffers: _State, random: Tensor) -> _Values:
-        """With the buffers and random numbers of the first time, and no second trace in the running statistics."""
+        """Run a forward again with the buffers and random numbers of the first, and leave running statistics alone."""
         after, self.rng[k] = self.rng[k], random
         values = self._forward(k, leaves, {**state, **buffers})
         self.rng[k] = after

@@ -43,7 +43,7 @@ class _Command(NamedTuple):
     target: str
     is_module: bool
     arguments: list[str]
-    """The script's own, those of the launcher first."""
+    """The script's arguments, with those of the launcher first."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -169,7 +169,7 @@ def _find(name: str) -> ModuleSpec | None:
 
 
 def _run_as_main(module: ModuleType, code: CodeType, argv: list[str]) -> None:
-    """As python itself does it. ``runpy`` would take the module away again, before atexit functions have run."""
+    """Run the script as python itself does; ``runpy`` would remove the module before atexit functions have run."""
     module.__dict__["__builtins__"] = builtins
     sys.argv = argv
     sys.modules["__main__"] = module

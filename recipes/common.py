@@ -124,7 +124,7 @@ def share_gpus() -> str | None:
 
 
 def gather(value: T) -> list[T]:
-    """What every rank has got, by rank; pickled."""
+    """Return the values of all ranks, ordered by rank; they travel pickled."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
@@ -173,7 +173,7 @@ def read_config(path: str | None, schedule: str | None) -> dict[str, Any]:
 
 
 def schedule_of(config: dict[str, Any]) -> str:
-    """What `read_config` has come to."""
+    """Return the schedule, "ddg" or "1f1b", that `config` from `read_config` sets."""
     return "ddg" if DDGConfig.parse(config["ddg"]).enabled else "1f1b"
 
 

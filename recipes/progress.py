@@ -82,7 +82,7 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Spent in training so far, without evaluation and checkpoints."""
+        """The seconds spent in training so far, without evaluation and checkpoints."""
         return self._spent + (0.0 if self._start is None else time.perf_counter() - self._start)
 
     def update(self, loss: Tensor, loss_call: int) -> None:
@@ -123,7 +123,7 @@ class Progress:
         return sum(last) / len(last) if last else None
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return what a checkpoint has to keep."""
         return {
             "calls": self.calls,
             "seconds": self.seconds,

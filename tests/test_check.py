@@ -142,6 +142,48 @@ def test_what_a_run_would_fail_on_is_refused(
     assert message in "\n".join(error[[line.startswith("ds-ddg: error: ") for line in error].index(True) :])
 
 
+SGD = {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optimizer": {"type": "SGD", "params": {"lr": -1}}}, "SGD: ValueError: Invalid learning rate: -1"),
+        ({"optimizer": {"type": "SGD", "params": {"nesterov": True}}}, "Nesterov momentum requires a momentum"),
+        ({"optimizer": {"type": "SGD", "params": {"differentiable": True}}}, '"optimizer": SGD: RuntimeError: a leaf'),
+        ({"optimizer": {"type": "SparseAdam"}}, "SparseAdam does not support dense gradients"),
+        ({"optimizer": {"type": "Adam", "params": {"torch_adam": True, "betas": [1, 2]}}}, "Invalid beta parameter"),
+        (
+            {"optimizer": {"type": "Adam", "params": {"amsgrad": True}}},
+            "FusedAdam does not support the AMSG",
+        ),
+        (
+            {"optimizer": {"type": "Lamb", "params": {"amsgrad": True}}},
+            "FusedLamb does not support the AMSG",
+        ),
+        ({"optimizer": {"type": "MuAdam"}}, '"optimizer": muadam needs the package "mup"'),
+        ({"optimizer": {"type": "SGD", "params": {"lr": "x"}}}, "'<' not supported between instances of 'str' and"),
+        ({**SGD, "scheduler": {"type": "StepLR", "params": {"step_size": 0}}}, "StepLR: ZeroDivisionError"),
+        ({**SGD, "scheduler": {"type": "LambdaLR", "params": {"lr_lambda": 1}}}, "LambdaLR: TypeError: 'int' object"),
+        (
+            {**SGD, "scheduler": {"type": "LRRangeTest", "params": {"lr_range_test_step_size": 0}}},
+            "a positive integer",
+        ),
+        (
+            {**SGD, "scheduler": {"type": "StepLR", "params": {"step_size": 1}}, "bf16": {"enabled": True}},
+            "StepLR is PyTorch's, and takes no optimizer that DeepSpeed has wrapped",
+        ),
+        ({**SGD, "data_types": {"grad_accum_dtype": "bf16"}}, "unsupported mix of model_dtype=torch.float32"),
+        ({**SGD, "data_types": {"param_dtype": "bf16"}}, "conflicts with the enabled precision mode"),
+    ],
+)
+def test_what_a_run_refuses_while_it_builds(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    """The parameters have names that are right, and values that are not."""
+    assert message in check(capsys, tmp_path, {**PLAIN, **change}, status=2)
+
+
 def test_keys_that_are_there_twice(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     config = '{"train_batch_size": 4, "ddg": {"slack": 1, "slack": 2}}'
     assert "Duplicate keys in DeepSpeed config: ['slack']" in check(capsys, tmp_path, config, status=2)

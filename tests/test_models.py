@@ -8,7 +8,7 @@ from deepspeed.pipe import LayerSpec
 from torch import nn
 
 from ds_ddg.models import cifar_resnet
-from ds_ddg.models.resnet import BasicBlock, Head, Stem
+from ds_ddg.models.cifar_resnet import BasicBlock, Head, Stem
 
 
 def build(specs: list[LayerSpec]) -> list[nn.Module]:

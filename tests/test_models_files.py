@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ds_ddg import models
 from ds_ddg.models import WeightsError
+from ds_ddg.models.library_layer import Piece
 from ds_ddg.models.loading import load_pretrained
-from ds_ddg.models.piece import Piece
 from helpers import toy
 from helpers.distributed import GetRanks
 from helpers.model_files import auto_class, layers_of, pipeline

@@ -13,8 +13,8 @@ from deepspeed.pipe import LayerSpec
 from torch import Tensor, nn
 
 from ds_ddg import models
-from ds_ddg.models.piece import Piece
-from ds_ddg.models.transformer import TransformerLayer
+from ds_ddg.models.library_layer import Piece
+from ds_ddg.models.transformers.layers import TransformerLayer
 from helpers.distributed import GetRanks
 from helpers.transformers_models import MODELS, SIZES, batch, build_config, in_a_row, original
 

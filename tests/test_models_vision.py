@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ds_ddg import models
-from ds_ddg.models.vision import ImageHead, ImageStem, ResidualBlock
+from ds_ddg.models.torchvision_resnet import ImageHead, ImageStem, ResidualBlock
 
 torchvision = pytest.importorskip("torchvision")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ds_ddg.analysis.balance import LayerCost
-from ds_ddg.analysis.recommend import Model, Setup, candidates, recommend, setups, steady
+from ds_ddg.analysis.recommend import Setup, candidates, recommend, setups, steady
+from ds_ddg.analysis.stage_costs import Model
 from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.schedules.simulator import Cost, replay
 from ds_ddg.schedules.synchronous import OneFOneBPlan

@@ -9,7 +9,7 @@ Nothing here imports torch, so a saved profile is split again for another number
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import accumulate, pairwise
 from math import inf
@@ -17,7 +17,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Balance", "LayerCost", "balance", "load", "save", "size", "table"]
+from ds_ddg.analysis.format import size, table
+
+__all__ = ["Balance", "LayerCost", "balance", "load", "save"]
 
 
 @dataclass(frozen=True)
@@ -42,17 +44,17 @@ class LayerCost:
 
     @property
     def total_ms(self) -> float:
-        """Forward and backward."""
+        """The time of a forward and a backward, in ms."""
         return self.forward_ms + self.backward_ms
 
 
 @dataclass(frozen=True)
 class Balance:
-    """Layers on stages, and what that predicts; prints as a table."""
+    """A split of layers into stages, and what it predicts; it prints as a table."""
 
     layers: tuple[LayerCost, ...]
     parts: tuple[int, ...]
-    """As ``PipelineModule.parts``: stage k has the layers parts[k] .. parts[k+1] - 1."""
+    """The borders of the stages, as in ``PipelineModule.parts``: stage k has the layers parts[k] .. parts[k+1] - 1."""
 
     @property
     def stages(self) -> list[tuple[LayerCost, ...]]:
@@ -159,7 +161,7 @@ def _best_pace(times: Sequence[float], num_stages: int) -> float:
 
 
 def _cheapest(layers: Sequence[LayerCost], times: Sequence[float], num_stages: int, limit: float) -> tuple[int, ...]:
-    """Of the splits without a stage slower than `limit`, the one with least traffic, then least memory."""
+    """Return the split with the least traffic, then the least memory, among those with no stage above `limit`."""
     memory = list(accumulate((_memory(layer) for layer in layers), initial=0))
     traffic = [0, *(layer.output_bytes for layer in layers)]
     # rows[k][j]: (traffic, largest memory, start of the last stage) of k stages that share the first j layers.
@@ -206,14 +208,6 @@ def load(path: str | PathLike[str]) -> list[LayerCost]:
         ) from error
 
 
-def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Records of equal keys, as aligned columns."""
-    rows = [list(records[0])] + [["-" if v is None else f"{v:g}" if isinstance(v, float) else str(v)
-                                  for v in record.values()] for record in records]  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-
-
 def _memory(layer: LayerCost) -> int:
     return layer.parameter_bytes + layer.activation_bytes
 
@@ -221,12 +215,3 @@ def _memory(layer: LayerCost) -> int:
 def _span(first: int, names: Sequence[str]) -> str:
     last = f" .. {first + len(names) - 1} {names[-1]}" if len(names) > 1 else ""
     return f"{first} {names[0]}{last}"
-
-
-def size(num_bytes: float) -> str:
-    """Bytes for people, in powers of 1000."""
-    for unit in ("B", "kB", "MB"):
-        if num_bytes < 999.95:
-            return f"{num_bytes:.{1 if unit != 'B' else 0}f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.1f} GB"

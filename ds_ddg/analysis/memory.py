@@ -32,13 +32,13 @@ class Backward(NamedTuple):
     """What a backward pass has alive at its peak, its micro-batch's activations included."""
 
     first: float
-    """Where there are no gradients of the weights yet: with those that it makes."""
+    """The peak of the first backward of a call, with the weight gradients that it makes."""
     later: float
-    """Where they are all there already, on top of them."""
+    """The peak of every later backward, without the weight gradients, which are all there already."""
 
     @classmethod
     def of_equal_layers(cls, weights: float, activations: float, message: float) -> Backward:
-        """Of many layers alike: for each layer's activations that go there is a gradient of its weights.
+        """Estimate the peak for many equal layers: as a layer's activations go, a gradient of its weights comes.
 
         Two gradients of activations are at work: of a layer's output, and of its input.
         """
@@ -46,7 +46,12 @@ class Backward(NamedTuple):
 
     @classmethod
     def of_layers(cls, layers: Sequence[LayerCost], received: float) -> Backward:
-        """Of measured layers; `received` is the gradient that the first one makes of its input, 0 if none."""
+        """Compute the peak for measured layers.
+
+        Args:
+            layers: the layers of one stage, in order.
+            received: bytes of the gradient that the first layer makes of its input; 0 if it makes none.
+        """
         first = later = 0.0
         kept, made = 0.0, float(sum(layer.parameter_bytes for layer in layers))
         for layer in layers:
@@ -61,14 +66,14 @@ class Backward(NamedTuple):
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one stage, in bytes."""
+    """The sizes of what one stage holds, in bytes."""
 
     weights: float
-    """One version; as much as their gradients."""
+    """Size of one version of the weights; their gradients take as much."""
     activations: float
-    """Of a micro-batch, without its input."""
+    """Size of the activations of one micro-batch, without its input."""
     received: float
-    """The input of a micro-batch: data, or a message."""
+    """Size of the input of one micro-batch, which is data or a message."""
     sent: float
     """What goes to the next stage for a micro-batch; as much as the gradient that comes back. 0 on the last stage."""
     backward: Backward
@@ -111,7 +116,7 @@ def _moments(plan: DDGPlan, stage: int, sizes: Sizes, stash: bool) -> Iterator[f
 
 
 def _synchronous(plan: Plan, stage: int, sizes: Sizes) -> float:
-    """DeepSpeed's own schedules: at most this, as not every backward finds all passes alive."""
+    """Return an upper bound for DeepSpeed's own schedules: not every backward finds all passes alive."""
     passes = plan.activations(stage) / plan.num_chunks
     one = plan.micro_batches == 1
     work = sizes.backward.first if one else sizes.weights + sizes.backward.later

@@ -1,6 +1,6 @@
 """What a set-up costs in time and memory, for every schedule, and which one to take for a memory limit.
 
-Times come from `ds_ddg.schedules.simulator`, counts from the plan; a `Model` says what the stages of a model cost.
+Times come from `ds_ddg.schedules.simulator`, counts from the plan, and what the stages of a model cost from a `Model`.
 Nothing here imports torch.
 """
 
@@ -13,76 +13,18 @@ from itertools import product
 from math import gcd, inf
 from typing import Any
 
-from ds_ddg.analysis.balance import LayerCost, balance
 from ds_ddg.analysis.memory import Backward, Sizes, fullest
+from ds_ddg.analysis.stage_costs import Model
 from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.schedules.plan import Plan
 from ds_ddg.schedules.simulator import UNIT_COST, Cost, replay
 from ds_ddg.schedules.synchronous import DualPipeVPlan, GPipePlan, OneFOneBPlan
 from ds_ddg.schedules.timeline import Timeline
 
-__all__ = ["Model", "Setup", "candidates", "recommend", "setups", "steady", "title"]
+__all__ = ["Setup", "candidates", "recommend", "setups", "steady", "title"]
 
 _AS_FAST = 1.01
 """Setups within one per cent of the fastest are as fast: no measurement could tell them apart."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """What each stage costs; bytes are per stage, in order, or empty where they are not known.
-
-    Optimizer states are the same under every schedule, so they are not counted.
-    """
-
-    cost: Cost
-    weight_bytes: Sequence[float] = ()
-    """One version of a stage's weights; their gradients take as much."""
-    activation_bytes: Sequence[float] = ()
-    """What one micro-batch keeps on a stage until its backward, without its input."""
-    input_bytes: float = 0.0
-    """The data of a micro-batch."""
-    output_bytes: Sequence[float] = ()
-    """What each stage sends on for a micro-batch; by default what the cost says, all the same."""
-    backward: Sequence[Backward] = ()
-    """What a backward pass has alive; by default, as if every stage had many layers, all alike."""
-
-    def __post_init__(self) -> None:
-        for name in ("weight_bytes", "activation_bytes"):
-            value = getattr(self, name)
-            if not all(0 <= number < inf for number in value):
-                raise ValueError(f"{name} must be finite and 0 or more, got {list(value)}")
-
-    @classmethod
-    def of_layers(
-        cls, layers: Sequence[LayerCost], num_stages: int, update: float, link: float, bandwidth: float
-    ) -> Model:
-        """Layers as they were measured, in their best split; all times in ms, `bandwidth` in bytes per ms.
-
-        A hop carries what the largest of the stages' outputs is.
-        """
-        split = balance(layers, num_stages)
-        times = split.stage_ms
-        mean = sum(times) / num_stages
-        forward = sum(layer.forward_ms for layer in layers) / num_stages
-        cost = Cost(
-            forward,
-            mean - forward,
-            update,
-            link=link,
-            num_bytes=max((stage[-1].output_bytes for stage in split.stages[:-1]), default=0),
-            bandwidth=bandwidth,
-            scale=tuple(time / mean for time in times) if mean else (),
-        )
-        return cls.of_stages(split.stages, cost)
-
-    @classmethod
-    def of_stages(cls, stages: Sequence[Sequence[LayerCost]], cost: Cost, input_bytes: float = 0.0) -> Model:
-        """Measured layers, split by whoever calls; the arguments as in the class."""
-        weights = tuple(float(sum(layer.parameter_bytes for layer in stage)) for stage in stages)
-        activations = tuple(float(sum(layer.activation_bytes for layer in stage)) for stage in stages)
-        outputs = tuple(float(stage[-1].output_bytes) for stage in stages)
-        backward = tuple(map(Backward.of_layers, stages, (0.0, *outputs[:-1])))
-        return cls(cost, weights, activations, input_bytes, outputs, backward)
 
 
 @dataclass(frozen=True)
@@ -96,12 +38,12 @@ class Setup:
 
     @property
     def time_per_call(self) -> float:
-        """In the steady state, in the unit of the cost."""
+        """The time that one call takes in the steady state, in the unit of the cost."""
         return _period(self.plan, self._cost)
 
     @property
     def time_per_micro_batch(self) -> float:
-        """Likewise."""
+        """The time that one micro-batch takes in the steady state, in the unit of the cost."""
         return self.time_per_call / self.plan.micro_batches
 
     @property
@@ -114,7 +56,7 @@ class Setup:
 
     @property
     def speedup(self) -> float:
-        """Over one device."""
+        """How many times faster than one device the pipeline is."""
         return self.one_device / self.time_per_call
 
     @property
@@ -124,7 +66,7 @@ class Setup:
 
     @property
     def versions(self) -> list[int]:
-        """Of the weights, by stage."""
+        """The largest number of weight versions that are alive at once, for each stage."""
         current = self.weights == "current"
         return [1 if current else self.plan.versions(stage) for stage in range(self.plan.num_stages)]
 
@@ -153,13 +95,16 @@ class Setup:
 
     @property
     def _cost(self) -> Cost:
-        """With the second forward; the last stage has none, but it is never the one that the others wait for."""
+        """The model's cost plus the second forward of "recompute".
+
+        The last stage runs no second forward, but the others never wait for it.
+        """
         cost = self.model.cost
         again = cost.forward + cost.overhead
         return replace(cost, backward=cost.backward + again) if self._recomputes(0) else cost
 
     def record(self) -> dict[str, Any]:
-        """As plain data, for a table and for programs."""
+        """Return the setup and what it costs as plain data, for a table and for programs."""
         plan = self.plan
         memory = self.memory
         row = {
@@ -203,7 +148,7 @@ def _period(plan: Plan, cost: Cost) -> float:
 
 
 def title(plan: Plan) -> str:
-    """What a picture of `plan` is called."""
+    """Return the title of a picture of `plan`."""
     slack = f", slack {plan.slack}" if isinstance(plan, DDGPlan) and plan.slack else ""
     return f"{plan.name}, K = {plan.num_stages} stages, M = {plan.micro_batches}{slack}"
 

@@ -50,7 +50,7 @@ Records = list[tuple[Event, dict[str, float]]]
 class _Rank(NamedTuple):
     about: dict[str, Any]
     spans: dict[int, tuple[dict[str, Any], Records]]
-    """By the number of changes of plan before: the plan, and what was done under it."""
+    """Maps the number of earlier changes of plan to the plan, and to what was done under it."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Run:
 
     @cached_property
     def timeline(self) -> Timeline:
-        """All operations."""
+        """The operations of all stages."""
         return Timeline(tuple(event for stage in self.stages for event, _ in stage), len(self.stages))
 
     @property
@@ -93,7 +93,7 @@ class Run:
         return min((e.start for e in events), default=0.0), max((e.end for e in events), default=0.0)
 
     def shares(self) -> list[Share]:
-        """Of each stage, in the steady state."""
+        """Return what each stage did with its time in the steady state."""
         begin, end = self.steady
         length = (end - begin) or 1.0
 
@@ -120,7 +120,7 @@ class Run:
         return found
 
     def cost(self) -> Cost:
-        """The times that were measured, in seconds; links without latency."""
+        """Return the measured times as a cost, in seconds; its links have no latency."""
         times = [share.milliseconds for share in self.shares()]
         mean = {kind: sum(t.get(kind, 0.0) for t in times) / len(times) / 1e3 for kind in (FORWARD, BACKWARD, UPDATE)}
         work = [t.get(FORWARD, 0.0) + t.get(BACKWARD, 0.0) for t in times]

@@ -10,7 +10,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_ddg.analysis.balance import table
+from ds_ddg.analysis.format import table
 from ds_ddg.schedules.ddg import DDGPlan
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ HELP = "a DeepSpeed config with its ddg block: is it right, and what does each s
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of the command."""
+    """Add the arguments of ``ds-ddg check`` to `parser`."""
     parser.set_defaults(run=_run)
     parser.add_argument("config", metavar="CONFIG.json", help="a DeepSpeed config; imports DeepSpeed to ask it")
     parser.add_argument("--stages", type=int, default=4, metavar="K", help="pipeline stages (default 4)")
@@ -39,7 +39,7 @@ def _run(options: argparse.Namespace) -> str:
     with redirect_stdout(sys.stderr):
         from ds_ddg.config import DDGConfig
 
-        from .rules import automatic, checked, read
+        from .deepspeed_config import automatic, checked, read
 
         values = read(options.config)
         settings = DDGConfig.parse(values.get("ddg"))

@@ -18,13 +18,13 @@ _Item = TypeVar("_Item")
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    """``--json`` and ``--out``."""
+    """Add ``--json`` and ``--out`` to `parser`."""
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
     parser.add_argument("--out", metavar="FILE", help="also write a picture (.svg, .png) or a Perfetto trace (.json)")
 
 
 def check_output(path: str | None, suffixes: Sequence[str] = _PICTURES) -> None:
-    """ValueError if ``--out`` cannot be written, before anything is computed for it."""
+    """Raise ValueError if ``--out`` cannot be written, before anything is computed for it."""
     if path is None:
         return
     if Path(path).suffix.lower() not in suffixes:
@@ -36,7 +36,7 @@ def check_output(path: str | None, suffixes: Sequence[str] = _PICTURES) -> None:
 
 
 def list_of(number: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """A reader of one number or several with commas between them."""
+    """Return an argparse type that reads one number, or several with commas between them."""
 
     def parse(text: str) -> list[Any]:
         try:
@@ -48,7 +48,7 @@ def list_of(number: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 
 def num_bytes(text: str) -> float:
-    """``1.5G`` is 1.5e9, as in powers of 1000; ArgumentTypeError if `text` is no such size."""
+    """Read a size such as ``1.5G``, which is 1.5e9 bytes. Raises ArgumentTypeError if `text` is no such size."""
     unit = _UNITS.get(text[-1:].upper())
     try:
         return float(text[:-1]) * unit if unit else float(text)
@@ -57,7 +57,7 @@ def num_bytes(text: str) -> float:
 
 
 def progress(items: Sequence[_Item], what: str) -> Iterable[_Item]:
-    """`items`, with a bar on a terminal's stderr from the second second on."""
+    """Return `items`; going through them shows a bar on a terminal's stderr after one second."""
     if not sys.stderr.isatty():
         return items
     from tqdm import tqdm  # type: ignore[import-untyped]

@@ -25,7 +25,7 @@ HELP = "split layers into stages of equal time, as measured"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of the command."""
+    """Add the arguments of ``ds-ddg partition`` to `parser`."""
     parser.set_defaults(run=_run)
     parser.add_argument(
         "source",

@@ -6,8 +6,9 @@ import argparse
 import json
 import sys
 
-from ds_ddg.analysis.balance import table
-from ds_ddg.analysis.recommend import Model, Setup, title
+from ds_ddg.analysis.format import table
+from ds_ddg.analysis.recommend import Setup, title
+from ds_ddg.analysis.stage_costs import Model
 from ds_ddg.analysis.timeline_plot import clock, save, text
 from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.schedules.plan import Plan
@@ -20,12 +21,12 @@ __all__ = ["HELP", "add_arguments", "shown"]
 
 HELP = "show one schedule: what each stage does, keeps and waits for"
 _MANY = 100_000
-"""Operations for which one has to wait."""
+"""Number of operations above which the user is told that a replay takes a while."""
 _SYNCHRONOUS = {plan.name: plan for plan in (OneFOneBPlan, GPipePlan, DualPipeVPlan)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of the command."""
+    """Add the arguments of ``ds-ddg plan`` to `parser`."""
     parser.set_defaults(run=_run)
     parser.add_argument("--stages", type=int, required=True, metavar="K", help="pipeline stages")
     parser.add_argument("--micro-batches", type=int, default=1, metavar="M", help="micro-batches per call (default 1)")

@@ -9,8 +9,10 @@ from itertools import product
 from math import inf
 from typing import Any
 
-from ds_ddg.analysis.balance import LayerCost, load, size, table
-from ds_ddg.analysis.recommend import Model, Setup, candidates, recommend, setups, title
+from ds_ddg.analysis.balance import LayerCost, load
+from ds_ddg.analysis.format import size, table
+from ds_ddg.analysis.recommend import Setup, candidates, recommend, setups, title
+from ds_ddg.analysis.stage_costs import Model
 from ds_ddg.analysis.sweep_plot import save_curves
 from ds_ddg.analysis.timeline_plot import save
 from ds_ddg.schedules.ddg import DDGPlan
@@ -33,11 +35,11 @@ _COSTS: dict[str, tuple[Any, Any, str]] = {
     "weight_bytes": (list_of(num_bytes), (), "size of a stage's weights, such as 1.5G; one number, or one a stage"),
     "activation_bytes": (list_of(num_bytes), (), "what a micro-batch keeps on a stage until its backward; likewise"),
 }
-"""What a profile says as well."""
+"""Options whose values a profile gives as well."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of the command."""
+    """Add the arguments of ``ds-ddg simulate`` to `parser`."""
     parser.set_defaults(run=_run)
     lists = "; a list such as 1,4,16 gives a row each"
     parser.add_argument("--stages", type=list_of(int), required=True, metavar="K", help="pipeline stages" + lists)
@@ -174,7 +176,7 @@ def _notes(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> list[
 
 
 def _unit(options: argparse.Namespace) -> str:
-    """Of time, by the first that takes any."""
+    """Say what the unit of time is, in terms of the first cost that takes any time."""
     times = {name: _COSTS[name][1] if (got := getattr(options, name)) is None else got for name in _COSTS}
     name = "forward" if times["forward"] else "backward"
     return f"units of which the {name} of a stage takes {times[name]:g}"

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from ds_ddg.analysis.balance import table
+from ds_ddg.analysis.format import table
 from ds_ddg.analysis.recommend import title
 from ds_ddg.analysis.timeline_plot import clock, save
 from ds_ddg.analysis.trace_reader import REASONS, Run, Share, read
@@ -23,7 +23,7 @@ HELP = "what each stage of a run really did, and what its gaps waited for"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of the command."""
+    """Add the arguments of ``ds-ddg trace`` to `parser`."""
     parser.set_defaults(run=_run)
     parser.add_argument("run_dir", metavar="RUN_DIR", help='the folder of "ddg": {"trace": RUN_DIR}')
     parser.add_argument("--ticks", type=int, default=8, metavar="N", help="show the last N micro-batches (default 8)")

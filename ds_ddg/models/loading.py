@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ds_ddg.models.exact import kind_of_number, listed, refuse_unknown_keys
-from ds_ddg.models.piece import Origin, pieces_of
+from ds_ddg.models.library_layer import Origin, pieces_of
 from ds_ddg.models.ranks import gather, together
-from ds_ddg.models.weights import INDEX, Reader, WeightsError, index_of, opened
+from ds_ddg.models.weight_checks import kind_of_number, listed, refuse_unknown_keys
+from ds_ddg.models.weight_files import INDEX, Reader, WeightsError, index_of, opened
 
 __all__ = ["Loaded", "load_pretrained", "read_state_dict"]
 
@@ -140,7 +140,14 @@ def _matched(origin: Origin, path: Path) -> tuple[dict[str, list[tuple[Path, str
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a file or directory in this process, for ``model.load_state_dict``. `WeightsError` as above."""
+    """Read all tensors of a file or directory into this process, for ``model.load_state_dict``.
+
+    Args:
+        path: a file of weights, or a directory with one or several.
+
+    Raises:
+        WeightsError: the files are missing or damaged.
+    """
     files = set(index_of(Path(path)).values())
     state: dict[str, Tensor] = {}
     for file in sorted(files):

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ds_ddg.models.weights import WeightsError
+from ds_ddg.models.weight_files import WeightsError
 
 __all__ = ["gather", "own_rank", "together"]
 
@@ -15,12 +15,12 @@ T = TypeVar("T")
 
 
 def own_rank() -> int:
-    """0 where there is one process."""
+    """Return the global rank of this process; 0 where there is one process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def gather(value: T) -> list[T]:
-    """What every rank has got, by rank."""
+    """Return the values of all ranks, ordered by rank; a collective call."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -29,7 +29,7 @@ def gather(value: T) -> list[T]:
 
 
 def together(work: Callable[[], T]) -> T:
-    """Do it on all ranks; if it fails on one, all of them raise a `WeightsError`, and none is left waiting for it."""
+    """Do the work on all ranks; if one fails, all raise `WeightsError`, and no rank is left waiting."""
     result: Any = None
     error: Exception | None = None
     try:
@@ -45,5 +45,5 @@ def together(work: Callable[[], T]) -> T:
 
 
 def _told(error: Exception) -> str:
-    """Errors of these kinds speak for themselves."""
+    """Put an error into words; the messages of ValueError and OSError are used as they are."""
     return f"{error}" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_ddg.models.exact import (
+from ds_ddg.models.library_layer import Origin, pieces_of
+from ds_ddg.models.ranks import gather, own_rank, together
+from ds_ddg.models.weight_checks import (
     beside,
     digest,
     listed,
@@ -27,10 +29,8 @@ from ds_ddg.models.exact import (
     refuse_unknown_keys,
     tied_in,
 )
-from ds_ddg.models.piece import Origin, pieces_of
-from ds_ddg.models.ranks import gather, own_rank, together
-from ds_ddg.models.weights import WeightsError
-from ds_ddg.models.writing import replace_weights
+from ds_ddg.models.weight_files import WeightsError
+from ds_ddg.models.weight_writer import replace_weights
 
 __all__ = ["save_pretrained"]
 

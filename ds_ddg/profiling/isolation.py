@@ -17,12 +17,12 @@ __all__ = ["cut", "fresh", "gradients_put_back", "leaves", "tensors", "unchanged
 
 
 def tensors(values: Any) -> list[Tensor]:
-    """Those in `values`, however nested."""
+    """Yield the tensors in `values`, however nested."""
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def cut(tensor: Tensor) -> Tensor:
-    """The same numbers as a leaf of the graph, which needs a gradient if they did."""
+    """Return the same numbers as a leaf of the graph, which needs a gradient if `tensor` does."""
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 

@@ -38,7 +38,7 @@ class Op(NamedTuple):
 
     @property
     def label(self) -> str:
-        """What it is where the stage is clear from the context: ``B5``."""
+        """The name of the operation where the stage is clear from the context: ``B5``."""
         return f"{self.kind}{self.micro_batch}" + "'" * self.chunk
 
     @classmethod

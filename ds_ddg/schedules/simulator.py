@@ -99,7 +99,7 @@ def replay(
 
 
 def num_operations(plan: Plan, calls: int) -> int:
-    """How many a replay of so many calls goes through, at most."""
+    """Return the largest number of operations that a replay of `calls` calls goes through."""
     return plan.num_stages * calls * (2 * plan.num_chunks * plan.micro_batches + 1)
 
 
@@ -131,7 +131,7 @@ def _flow(plan: Plan, calls: int, cost: Cost, drain: bool, shown: Container[int]
         return begin
 
     def run(stage: int, begin: float) -> None:
-        """Take the next operations of `stage`."""
+        """Run the next operations of `stage`."""
         ops = todo[stage].popleft()
         for op in ops:
             end = begin + times[stage][op.kind]

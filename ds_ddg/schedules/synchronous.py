@@ -88,7 +88,7 @@ class DualPipeVPlan(Plan):
         return ([next(ops) for _ in range(size)] for _ in range(calls) for size in sizes)
 
     def _along(self, op: Op, step: int) -> Op | None:
-        """Down all stages with the first chunk, up again with the second."""
+        """Follow a micro-batch down all stages with the first chunk, and up again with the second."""
         turn = 2 * self.num_stages - 1  # the V is its own mirror image
         place = (turn - op.stage if op.chunk else op.stage) + step
         if not 0 <= place < self.num_stages * self.num_chunks:

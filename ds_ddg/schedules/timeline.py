@@ -51,7 +51,7 @@ class Timeline:
 
     @property
     def makespan(self) -> float:
-        """From the first start to the last end, over all stages."""
+        """The time from the first start to the last end, over all stages."""
         return max((end for _, _, end in self), default=0.0) - min((start for _, start, _ in self), default=0.0)
 
     def period(self, stage: int = 0) -> float:

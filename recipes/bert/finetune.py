@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from any fo
 
 import ds_ddg
 from ds_ddg.models import classification_loss, load_pretrained, sequence_classification
-from ds_ddg.models.transformer import Head
+from ds_ddg.models.transformers.layers import Head
 from recipes import checks, common
 from recipes.bert import glue, model
 from recipes.bert.batches import IGNORED, Batch, MakeBatch, TrainBatches, held_out_batches

@@ -26,7 +26,7 @@ from ds_ddg.models import (
     save_pretrained,
     torchvision_resnet,
 )
-from ds_ddg.models.writing import replace_weights
+from ds_ddg.models.weight_writer import replace_weights
 from recipes.common import gather
 
 PARTITION = "type:Stem|Block"

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_ddg.models.skeleton import Skeleton, topmost
+from ds_ddg.models.transformers.stub_model import Skeleton, topmost
 
 __all__ = ["Structure", "learn"]
 
 
 @dataclass(frozen=True)
 class Structure:
-    """Paths in a model."""
+    """Where a model has its layers, as paths of modules."""
 
     layers: tuple[str, ...]
     """The transformer layers, in order."""

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_ddg.models.skeleton import Enough, Skeleton, Stub, materialise, splice
-from ds_ddg.models.structure import learn
+from ds_ddg.models.transformers.discovery import learn
+from ds_ddg.models.transformers.stub_model import Enough, Skeleton, Stub, materialise, splice
 
 __all__ = ["Blueprint"]
 
@@ -84,7 +84,7 @@ class Blueprint:
         self._frames = self._frames or _Frames(self)
         return self._frames.of(index, hidden, inputs)
 
-    # What files need, see `piece.Origin`.
+    # What files need, see `library_layer.Origin`.
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every key of the state dict with its shape, tied weights once."""
@@ -92,7 +92,7 @@ class Blueprint:
         return {key: tuple(t.shape) for key, t in self.model.state_dict().items() if key not in aliases}
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """The same keys with the type that the model was built with."""
+        """Every key of `shapes` with the type that the model was built with."""
         aliases = self.structure.aliases
         return {key: tensor.dtype for key, tensor in self.model.state_dict().items() if key not in aliases}
 
@@ -162,7 +162,7 @@ class _Frames:
         self._checked = False
 
     def of(self, index: int, hidden: Tensor, inputs: Sequence[Tensor]) -> Call:
-        """Those of layer `index`."""
+        """Return the arguments of layer `index`."""
         # Only for the layer right after the last one: the first layer of a stage never is, and DeepSpeed may receive
         # the next micro-batch's inputs into the same tensors.
         same = len(inputs) == len(self._inputs) and all(a is b for a, b in zip(inputs, self._inputs, strict=True))

@@ -89,7 +89,7 @@ def materialise(model: Any, path: str, module: nn.Module) -> nn.Module:
 
 
 def _initialise(model: nn.Module, path: str, module: nn.Module) -> None:
-    """As the library does it: children first, each by the innermost model that it is in."""
+    """Initialise weights as the library does: children first, each by the innermost model that contains it."""
     from transformers import PreTrainedModel, initialization
 
     names = path.split(".")

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 
-from ds_ddg.models.blueprint import Blueprint
-from ds_ddg.models.transformer import Embeddings, Head, TransformerLayer, Unembed, WordEmbedding
+from ds_ddg.models.transformers.layers import Embeddings, Head, TransformerLayer, Unembed, WordEmbedding
+from ds_ddg.models.transformers.model_parts import Blueprint
 
 __all__ = ["causal_lm", "from_transformers", "masked_lm", "sequence_classification"]
 
@@ -49,7 +49,9 @@ def from_transformers(
         dtype: of the weights. DeepSpeed's ``bf16`` and ``fp16`` make their own copies: leave it at float32 for those.
 
     Raises:
-        ValueError: for models that are not one stack of layers in which each gets what the one before returned.
+        ValueError: for models that are not one stack of layers in which each gets what the one before returned, and
+            for a directory without a config.json or a config that names no model class.
+        TypeError: `source` is neither a config nor a directory.
     """
     import transformers
 
@@ -81,9 +83,19 @@ def from_transformers(
 
 
 def causal_lm(source: Source, **options: Any) -> list[LayerSpec]:
-    """`from_transformers` for ``AutoModelForCausalLM``: GPT-2, Llama, Qwen, Mistral and their like.
+    """Build the layer specs of a causal language model: GPT-2, Llama, Qwen, Mistral and others of their kind.
 
-    Data: ``(input_ids, input_ids)`` or ``((input_ids, attention_mask), labels)``; loss `next_token_loss`.
+    Args:
+        source: a transformers config, or a directory with a config.json.
+        **options: ``inputs`` and ``dtype``, as for `from_transformers`.
+
+    Returns:
+        Specs for data ``(input_ids, input_ids)`` or ``((input_ids, attention_mask), labels)``, all (B, S) int64. The
+        last one returns logits (B, S, vocabulary) for `next_token_loss`.
+
+    Raises:
+        ValueError: as `from_transformers`.
+        TypeError: as `from_transformers`.
     """
     from transformers import AutoModelForCausalLM
 
@@ -94,14 +106,42 @@ _BERT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def masked_lm(source: Source, inputs: Sequence[str] = _BERT_INPUTS, **options: Any) -> list[LayerSpec]:
-    """`from_transformers` for ``AutoModelForMaskedLM``: BERT, RoBERTa; loss `masked_lm_loss`."""
+    """Build the layer specs of a masked language model: BERT, RoBERTa.
+
+    Args:
+        source: a transformers config, or a directory with a config.json.
+        inputs: names of the model's inputs, in the order of the data's tuple, which may end early.
+        **options: ``dtype``, as for `from_transformers`.
+
+    Returns:
+        Specs for data ``((input_ids, attention_mask, ...), labels)``, all (B, S) int64. The last one returns logits
+        (B, S, vocabulary) for `masked_lm_loss`.
+
+    Raises:
+        ValueError: as `from_transformers`.
+        TypeError: as `from_transformers`.
+    """
     from transformers import AutoModelForMaskedLM
 
     return from_transformers(source, AutoModelForMaskedLM, inputs=inputs, **options)
 
 
 def sequence_classification(source: Source, inputs: Sequence[str] = _BERT_INPUTS, **options: Any) -> list[LayerSpec]:
-    """`from_transformers` for ``AutoModelForSequenceClassification``; loss `classification_loss`."""
+    """Build the layer specs of a classifier of texts; the config's ``num_labels`` says of how many classes.
+
+    Args:
+        source: a transformers config, or a directory with a config.json.
+        inputs: names of the model's inputs, in the order of the data's tuple, which may end early.
+        **options: ``dtype``, as for `from_transformers`.
+
+    Returns:
+        Specs for data ``((input_ids, attention_mask, ...), labels)``; inputs are (B, S) and labels (B,), all int64.
+        The last one returns logits (B, classes) for `classification_loss`.
+
+    Raises:
+        ValueError: as `from_transformers`.
+        TypeError: as `from_transformers`.
+    """
     from transformers import AutoModelForSequenceClassification
 
     return from_transformers(source, AutoModelForSequenceClassification, inputs=inputs, **options)

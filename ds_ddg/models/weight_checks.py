@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_ddg.models.piece import Origin, Piece
-from ds_ddg.models.weights import WeightsError
+from ds_ddg.models.library_layer import Origin, Piece
+from ds_ddg.models.weight_files import WeightsError
 
 __all__ = [
     "beside",
@@ -97,7 +97,7 @@ def refuse_missing(origin: Origin, held: Iterable[str]) -> None:
 
 
 def beside(net: nn.Module, pieces: Iterable[Piece]) -> list[str]:
-    """Names of weights in `net` that belong to none of the pieces, nor to the loss function."""
+    """Return the names of weights in `net` that belong to none of the pieces, nor to the loss function."""
     known = {id(tensor) for piece in pieces for tensor in piece.state_dict(keep_vars=True).values()}
     state = net.state_dict(keep_vars=True)
     return [name for name, tensor in state.items() if id(tensor) not in known and not name.startswith("loss_fn.")]
@@ -110,7 +110,7 @@ def tied_in(net: Any, pieces: Iterable[Piece]) -> set[str]:
 
 
 def digest(tensor: Tensor) -> str:
-    """Equal for equal bits."""
+    """Return a digest of the bits of `tensor`: equal digests mean equal bits."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(data.numpy().data).hexdigest()
 

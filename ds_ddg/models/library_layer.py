@@ -16,13 +16,13 @@ class Origin(Protocol):
     """The library's model as a whole, of which no rank has the weights."""
 
     name: str
-    """What the library calls it."""
+    """The name that the library has for the model."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every key of the model's state dict with its shape, tied weights once."""
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """The same keys with the type that the model was built with."""
+        """Every key of `shapes` with the type that the model was built with."""
 
     def aliases(self) -> dict[str, str]:
         """Other keys of tied weights -> the one in `shapes`."""

@@ -19,13 +19,13 @@ import torch
 from deepspeed.pipe import LayerSpec
 from torch import Tensor, nn
 
-from ds_ddg.models.piece import Piece
+from ds_ddg.models.library_layer import Piece
 
 __all__ = ["ImageHead", "ImageStem", "ResidualBlock", "torchvision_resnet"]
 
 
 class ResNet:
-    """A torchvision model without weights, see `piece.Origin`.
+    """A torchvision model without weights, see `library_layer.Origin`.
 
     Args:
         name: such as "resnet50" or "wide_resnet50_2".
@@ -68,19 +68,19 @@ class ResNet:
         return {key: tuple(tensor.shape) for key, tensor in self.model.state_dict().items()}
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """The same keys with their types."""
+        """Every key of the state dict with its type."""
         return {key: tensor.dtype for key, tensor in self.model.state_dict().items()}
 
     def aliases(self) -> dict[str, str]:
-        """None: nothing is tied."""
+        """Return an empty dict, as a ResNet ties no weights."""
         return {}
 
     def rename(self, keys: list[str]) -> dict[str, str]:
-        """Keys as they are."""
+        """Map every key to itself, as torchvision has not renamed its keys."""
         return {key: key for key in keys}
 
     def ignored(self, key: str) -> bool:
-        """Nothing is."""
+        """Return False: torchvision's files have no known leftovers."""
         return False
 
     def check(self, directory: Path) -> None:

@@ -15,14 +15,14 @@ from pathlib import Path
 from torch import Tensor
 
 from ds_ddg.models.ranks import gather, own_rank, together
-from ds_ddg.models.weights import INDEX, SINGLE, WeightsError
+from ds_ddg.models.weight_files import INDEX, SINGLE, WeightsError
 
 __all__ = ["replace_weights"]
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 _UNFINISHED = ".unfinished_weights"
-"""A folder, as no library looks for weights in one."""
+"""Name of the folder for unfinished files; no library looks for weights in it."""
 
 _ADAPTER = "adapter_config.json"
 
@@ -92,7 +92,7 @@ def _write(folder: Path, shards: Mapping[str, Mapping[str, Tensor]], describe: C
 
 
 def _finish(directory: Path, folder: Path, where: Mapping[str, tuple[str, int]]) -> None:
-    """On rank 0: from here on only names change."""
+    """Put the new files in place on rank 0; from here on only names change."""
     if own_rank() != 0:
         return
     shards = {name for name, _ in where.values()}
@@ -119,7 +119,7 @@ def _finish(directory: Path, folder: Path, where: Mapping[str, tuple[str, int]])
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """On the CPU and with memory of its own: engines keep weights as views into one buffer."""
+    """Return `tensor` on the CPU with memory of its own, as engines keep weights as views into one buffer."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 

@@ -7,9 +7,9 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ds_ddg.models.blueprint import Blueprint
-from ds_ddg.models.piece import Piece
-from ds_ddg.models.skeleton import Enough, Skeleton
+from ds_ddg.models.library_layer import Piece
+from ds_ddg.models.transformers.model_parts import Blueprint
+from ds_ddg.models.transformers.stub_model import Enough, Skeleton
 
 __all__ = [
     "Embeddings",
@@ -30,7 +30,7 @@ class WordEmbedding(Piece):
 
     @property
     def weight(self) -> Tensor:
-        """What is tied: (vocabulary, width)."""
+        """The tied weight, (vocabulary, width)."""
         return self.part(self._path).weight  # type: ignore[return-value]
 
     def forward(self, values: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
