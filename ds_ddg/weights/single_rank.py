@@ -3,6 +3,9 @@
 DeepSpeed's mixed-precision and ZeRO optimizers reduce gradients, norm and overflow flag over the replicas of a stage
 in every update, also where there is only one. Gloo then hands each tensor to a thread and back, and fetches it from a
 GPU for that, which makes the main thread wait for all the work that it has launched there.
+
+The "fake" backend of torch does not replace this group: torch 2.14.1 creates none until a private module of its own
+tests (``torch.testing._internal.distributed.fake_pg``) has been imported.
 """
 
 from __future__ import annotations
