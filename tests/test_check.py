@@ -93,6 +93,7 @@ PLAIN = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2, 
         ({"optimizer": {"type": "sgd"}}, "\"optimizer\": DeepSpeed knows no \"type\" 'sgd'; did you mean 'SGD'?"),
         ({"optimizer": {"type": "Mine"}}, "knows no \"type\" 'Mine'; it knows ASGD, Adadelta"),
         ({"optimizer": {"type": "LBFGS"}}, "LBFGS runs the model itself"),
+        ({"scheduler": {"type": "ReduceLROnPlateau", "params": {}}}, "ReduceLROnPlateau needs a metric"),
         ({"optimizer": {"type": "Optimizer"}}, "knows no \"type\" 'Optimizer'"),
         (
             {"optimizer": {"type": "SGD", "params": {"learning_rate": 1}}},

@@ -23,7 +23,7 @@ from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
-from ds_ddg.weights.optimizer_wrappers import needs_closure
+from ds_ddg.weights.optimizer_wrappers import needs_closure, refuse_metric
 
 __all__ = ["check_optimizer_and_scheduler"]
 
@@ -97,11 +97,12 @@ def _without_kernels() -> Iterator[None]:
         yield
 
 
-def check_optimizer_and_scheduler(config: Any) -> None:
+def check_optimizer_and_scheduler(config: Any, delayed: bool = True) -> None:
     """Build both as a run does.
 
     Args:
         config: the parsed ``DeepSpeedConfig``.
+        delayed: whether the run is on the delayed schedule.
 
     Raises:
         ValueError: DeepSpeed refuses the config, or the optimizer or scheduler refuses its parameters.
@@ -152,6 +153,8 @@ def check_optimizer_and_scheduler(config: Any) -> None:
         with catch_warnings():
             simplefilter("ignore")  # PyTorch's warning that the optimizer has not stepped before
             _step(scheduler)
+    if delayed:
+        refuse_metric(scheduler)
 
 
 def _wrapped(builder: _Builder, optimizer: Any) -> bool:

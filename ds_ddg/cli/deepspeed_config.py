@@ -75,7 +75,7 @@ def checked(values: dict[str, Any], settings: DDGConfig, num_stages: int, replic
         topology=lambda: PipeDataParallelTopology(num_pp=num_stages, num_dp=replicas),
     )
     refuse_unsupported(config, pipeline, settings.enabled)
-    check_optimizer_and_scheduler(config)
+    check_optimizer_and_scheduler(config, settings.enabled)
     return int(config.gradient_accumulation_steps), float(config.gradient_clipping)
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "needs_closure",
     "norm_unscaled",
     "refuse_closure",
+    "refuse_metric",
     "with_a_parameter",
 ]
 
@@ -134,6 +135,18 @@ def needs_closure(step: Any) -> bool:
     except ValueError:
         return False
     return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def refuse_metric(scheduler: Any) -> None:
+    """Raise ValueError for a scheduler that goes by a metric: DeepSpeed 0.19.8 gives it the batch size for one.
+
+    Source: ``DeepSpeedEngine._take_model_step``, which calls ``lr_scheduler.step(self.train_batch_size())``.
+    """
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise ValueError(
+            "ReduceLROnPlateau needs a metric in each step, and DeepSpeed would give it the batch size, which never "
+            "gets better; call its step(loss) yourself between calls, or use a scheduler that goes by calls"
+        )
 
 
 def refuse_closure(optimizer: Any) -> None:
