@@ -168,7 +168,10 @@ REMEDIES = {
         '"enabled": false in a run of its own',
     ),
     "an optimizer that runs the model itself": ("optimizers that need a closure (LBFGS)", "any other"),
-    "a scheduler that goes by a metric": ("schedulers that need a metric (ReduceLROnPlateau)", "one that goes by calls"),
+    "a scheduler that goes by a metric": (
+        "schedulers that need a metric (ReduceLROnPlateau)",
+        "one that goes by calls",
+    ),
     "weights of two stages": ("a layer's weights in layers of two stages, without `TiedLayerSpec`", "`TiedLayerSpec`"),
     "ZeRO-1 offload": ("ZeRO's `offload_optimizer`", "ZeRO-1 without it"),
     "ZeRO-2": ("ZeRO stage 2", "stage 0 or 1; no pipeline of DeepSpeed's can run it"),
