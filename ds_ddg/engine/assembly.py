@@ -19,6 +19,7 @@ from ds_ddg.telemetry.console import Console
 from ds_ddg.telemetry.reporter import Reporter
 from ds_ddg.telemetry.stage_metrics import WatchedLinks
 from ds_ddg.telemetry.trace_writer import TraceWriter, start_recorder
+from ds_ddg.weights.optimizer_wrappers import refuse_metric
 from ds_ddg.weights.stage_optimizer import StageOptimizer
 from ds_ddg.weights.tied import TiedWeights
 
@@ -71,8 +72,13 @@ def assemble(
         console: the printed lines.
         failures: runs what a script calls.
         engine_name: what errors call the engine.
+
+    Raises:
+        ValueError: the scheduler or the folder of the trace cannot be used.
     """
     settings = stage.config
+    if settings.enabled:
+        refuse_metric(host.lr_scheduler)
     everyone = group_of_all(stage.rank) if settings.timed else None
     reporter = Reporter(stage, run, host, links, updates, console)
     tracer = TraceWriter(stage, run, host, start_recorder(stage, host, links, feed, everyone))

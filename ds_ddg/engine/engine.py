@@ -41,7 +41,6 @@ from ds_ddg.telemetry.reporter import Reporter
 from ds_ddg.telemetry.stage_metrics import WatchedLinks
 from ds_ddg.telemetry.trace_writer import TraceWriter
 from ds_ddg.weights.experts import create_expert_groups, expert_sizes
-from ds_ddg.weights.optimizer_wrappers import refuse_metric
 from ds_ddg.weights.stage_groups import StagePeers
 from ds_ddg.weights.stage_optimizer import StageOptimizer
 from ds_ddg.weights.tied import TiedWeights
@@ -115,8 +114,6 @@ class DDGEngine(PipelineEngine):
         self._failures.run(self._finish_init, feed)  # from here on the other stages hear if it fails
 
     def _finish_init(self, feed: Feed) -> None:
-        if self.ddg.enabled:
-            refuse_metric(self.lr_scheduler)
         self._calls, self._checkpoint, self._reporter, self._runner, self._tracer = assemble(
             self._stage,
             self._run,
