@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast matrix check-matrix bench lint clean
+.PHONY: help setup demo test test-fast matrix check-matrix docs bench lint clean
 
 help:
 	@echo 'make setup   build $(VENV) with everything the recipes and the tests need (PYTHON=python3.12 to choose another Python)'
@@ -17,6 +17,7 @@ help:
 	@echo 'make test    lint, check that docs/support.md is not stale, run all tests (ARGS="-k plan" to pass arguments on to pytest)'
 	@echo 'make test-fast  only tests that start no processes, and one that trains two stages: for the daily loop'
 	@echo 'make matrix  write docs/support.md, what works with what, from the tests that prove it'
+	@echo 'make docs    write docs/configuration.md and build the site into build/site; any warning is an error'
 	@echo 'make bench   measure DDG against other schedules and the simulator: docs/benchmarks.md (ARGS="--stages 4 --turns 1")'
 	@echo 'make lint    ruff, mypy, and who may import whom'
 	@echo 'make clean   remove caches, build files and runs/, keep $(VENV)'
@@ -54,6 +55,11 @@ matrix: setup
 # Collects without running: whether docs/support.md has the rows and cells that the tests claim.
 check-matrix: setup
 	@$(BIN)/python -m pytest --collect-only -qq --check-matrix=docs/support.md >/dev/null
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: setup
+	@$(BIN)/python docs/site/configuration.py
+	@$(BIN)/python -m mkdocs build --strict
 
 # On an idle machine: it times processes that sleep.
 bench: setup

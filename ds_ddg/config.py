@@ -18,33 +18,39 @@ __all__ = ["DDGConfig"]
 class DDGConfig(BaseModel):
     """Settings of the delayed schedule, frozen once read."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
 
     enabled: bool = True
-    """False: DeepSpeed's own 1F1B, for A/B runs of one script."""
+    """Whether the delayed schedule runs; False: DeepSpeed's own 1F1B, for A/B runs of one script."""
 
     weights: Literal["stash", "current"] = "stash"
-    """Weights a delayed backward sees: those of its own forward (the paper's equation) or the newest."""
+    """The weights that a delayed backward sees. "stash": those of its own forward, the paper's equation. "current": the
+    newest ones, as in the authors' code of 2018, without copies of weights."""
 
     activations: Literal["keep", "recompute"] = "keep"
-    """Keep the graph until its gradient arrives, or only the stage's input and run the forward again."""
+    """What waits for a gradient. "keep": the graph of the forward. "recompute": the stage's input alone, and the forward
+    runs again; with ``"weights": "current"`` this is Features Replay."""
 
     slack: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
-    """Extra micro-batches in flight per hop: hides the latency of the links, costs staleness. "auto": measured in the
-    first calls, then the smallest that hides it."""
+    """Extra micro-batches in flight per hop: they hide the latency of the network and cost staleness. "auto": the first
+    calls run at slack 0 and are timed; then all ranks take the smallest slack that hides the latency (8 at most), print
+    why, and go on from a drained pipeline. Set the number printed to repeat such a run exactly."""
 
     clip: Literal["stage", "global"] = "stage"
-    """``gradient_clipping`` by the stage's own norm, or by that of the whole pipeline in the newest call for which
-    every stage can know it without a wait: call t - L - 2 in call t, with L = ceil(d_0 / M)."""
+    """The norm that ``gradient_clipping`` goes by. "stage": the stage's own, as waiting for the others would bring the
+    bubble back. "global": that of the whole pipeline, in the newest call for which every stage knows it without a wait:
+    call t - L - 2 in call t, with L = ceil(d_0 / M)."""
 
     loss: Literal["delayed", "exact"] = "delayed"
-    """What train_batch returns: the newest loss known without a wait, or this call's own (costs the overlap)."""
+    """The loss that ``train_batch`` returns. "delayed": the newest one known without a wait. "exact": that of the same
+    call, which costs the overlap."""
 
     sync_steps: int = Field(default=0, ge=0)
-    """Number of calls at the start that run DeepSpeed's 1F1B, before DDG begins."""
+    """The number of calls at the start that run DeepSpeed's 1F1B, before the delayed schedule begins."""
 
     trace: str | None = Field(default=None, min_length=1)
-    """Folder to record in what each rank does and when, for ``ds-ddg trace``."""
+    """A folder where each rank records what it does and when, for ``ds-ddg trace``; at most 16 MB a rank, the end of a
+    long run."""
 
     @property
     def timed(self) -> bool:
