@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from deepspeed import comm as dist
-from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.pipe import PipelineModule
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -16,6 +15,9 @@ from ds_ddg.models import save_pretrained
 from recipes import common
 
 T = TypeVar("T")
+
+PARTITION = "type:TransformerLayer"
+"""The partition method: each stage gets the same number of transformer layers."""
 
 
 def from_first_rank(work: Callable[[], T]) -> T:
@@ -55,22 +57,6 @@ def load_tokenizer(directory: Path, length: int) -> PreTrainedTokenizerBase:
     if not 4 <= length <= longest:
         raise ValueError(f"--length must be from 4 to the model's {longest} tokens, got {length}")
     return tokenizer
-
-
-def pipeline(specs: list[LayerSpec], loss_fn: Callable[..., Any], stages: int, seed: int) -> PipelineModule:
-    """The same number of transformer layers on each stage, and weights that do not depend on the number of stages."""
-    # It broadcasts the tied weights, and over gloo a GPU's are written in place, which autograd would forbid.
-    with torch.no_grad():
-        return PipelineModule(
-            specs,
-            num_stages=stages,
-            loss_fn=loss_fn,
-            partition_method="type:TransformerLayer",
-            # Layer i starts from seed base_seed + i.
-            seed_layers=True,
-            seed_fn=torch.manual_seed,
-            base_seed=1000 * seed,
-        )
 
 
 def parameter_groups(net: nn.Module) -> list[dict[str, Any]]:
