@@ -21,7 +21,7 @@ class DDGConfig(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     enabled: bool = True
-    """False: DeepSpeed's own 1F1B, for A/B runs of one script."""
+    """Whether to run DDG; if not, DeepSpeed's own 1F1B runs, for A/B runs of one script."""
 
     weights: Literal["stash", "current"] = "stash"
     """Weights a delayed backward sees: those of its own forward (the paper's equation) or the newest."""
@@ -38,7 +38,7 @@ class DDGConfig(BaseModel):
     every stage can know it without a wait: call t - L - 2 in call t, with L = ceil(d_0 / M)."""
 
     loss: Literal["delayed", "exact"] = "delayed"
-    """What train_batch returns: the newest loss known without a wait, or this call's own (costs the overlap)."""
+    """The loss that train_batch returns: the newest known without a wait, or this call's own (costs the overlap)."""
 
     sync_steps: int = Field(default=0, ge=0)
     """Number of calls at the start that run DeepSpeed's 1F1B, before DDG begins."""
@@ -66,7 +66,7 @@ class DDGConfig(BaseModel):
 
 
 def _explain(problems: Sequence[Mapping[str, Any]]) -> str:
-    """What is wrong with the value of one key, which may be of several types."""
+    """Put into words why the value of one key, which may be of several types, is wrong."""
     problem = problems[0]
     if not problem["loc"]:
         return f'"ddg" must be a block of settings such as {{"enabled": true}}, got {problem["input"]!r}'

@@ -17,7 +17,7 @@ __all__ = ["EngineHost", "Host"]
 
 
 class Host(Protocol):
-    """What collaborators read, set and call of a ``PipelineEngine``, by DeepSpeed's names."""
+    """The attributes and methods of a ``PipelineEngine`` that collaborators use, by DeepSpeed's names."""
 
     # What it is made of
     module: Any
@@ -93,7 +93,7 @@ class Host(Protocol):
         """Carry out instructions as the present schedule wants it."""
 
     def mean_loss(self) -> Tensor:
-        """DeepSpeed's mean over micro-batches and replicas, on the last stage, without its broadcast to the others."""
+        """Return DeepSpeed's mean over micro-batches and replicas on the last stage, without its broadcast."""
 
 
 class EngineHost:

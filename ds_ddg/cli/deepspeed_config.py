@@ -80,7 +80,7 @@ def checked(values: dict[str, Any], settings: DDGConfig, num_stages: int, replic
 
 
 def _parsed(values: dict[str, Any], replicas: int) -> Any:
-    """The ``DeepSpeedConfig`` of a run with so many `replicas`."""
+    """Return the ``DeepSpeedConfig`` of a run with so many `replicas`."""
 
     class Config(DeepSpeedConfig):
         def _configure_train_batch_size(self) -> None:
@@ -98,7 +98,7 @@ def _parsed(values: dict[str, Any], replicas: int) -> Any:
 
 
 def _wrong_types(values: Mapping[str, Any]) -> Iterator[str]:
-    """Where DeepSpeed would fail with an error that does not name the key, or go on with nonsense."""
+    """Yield the keys with which DeepSpeed would fail without naming them, or go on with nonsense."""
     for key in _COUNTS:
         if values.get(key) is not None and type(values[key]) is not int:
             yield f'"{key}" must be a whole number, got {values[key]!r}'

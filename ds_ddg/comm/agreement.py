@@ -57,7 +57,7 @@ class Agreement:
 
     @contextmanager
     def all_or_none(self, what: str, consequence: str = "") -> Iterator[None]:
-        """If this block fails on one rank, it fails on all, and users get the reason on each.
+        """Inside this block a failure of one rank makes all ranks fail, and users get the reason on each.
 
         Args:
             what: the call, as users know it.

@@ -34,7 +34,7 @@ class AllRanks:
         """Sends under way, with their handles: gloo withdraws a send when its handle is freed."""
 
     def gone(self) -> list[Peer]:
-        """The peers to whom the connection is broken, as far as that has been noticed; asking waits for nothing."""
+        """Return the peers whose connection is broken, as far as that has been noticed; asking waits for nothing."""
         return [wire.peer for wire in self._wires if not wire.peer.connected]
 
     def tell(self, **info: Any) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ds_ddg.models.ranks import gather, own_rank, together
+from ds_ddg.models.ranks import all_or_none, gather, own_rank
 from ds_ddg.models.weight_files import INDEX, SINGLE, WeightsError
 
 __all__ = ["replace_weights"]
@@ -54,9 +54,9 @@ def replace_weights(
     names = [
         SINGLE if total == 1 else f"model-{before + i + 1:05}-of-{total:05}.safetensors" for i in range(len(shards))
     ]
-    together(lambda: _begin(directory, folder))
+    all_or_none(lambda: _begin(directory, folder))
     try:
-        together(lambda: _write(folder, dict(zip(names, shards, strict=True)), describe))
+        all_or_none(lambda: _write(folder, dict(zip(names, shards, strict=True)), describe))
         where = gather(
             {
                 key: (name, tensor.nbytes)
@@ -64,7 +64,7 @@ def replace_weights(
                 for key, tensor in shard.items()
             }
         )
-        together(lambda: _finish(directory, folder, {key: place for part in where for key, place in part.items()}))
+        all_or_none(lambda: _finish(directory, folder, {key: place for part in where for key, place in part.items()}))
     finally:
         if own_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
@@ -126,11 +126,11 @@ def _own(tensor: Tensor) -> Tensor:
 
 def _shards(state: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
     shards: list[dict[str, Tensor]] = []
-    room = -1
+    left = -1
     for key, tensor in state.items():
-        if tensor.nbytes > room or not shards:
+        if tensor.nbytes > left or not shards:
             shards.append({})
-            room = limit
+            left = limit
         shards[-1][key] = tensor
-        room -= tensor.nbytes
+        left -= tensor.nbytes
     return shards

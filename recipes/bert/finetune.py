@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def prepare(args: argparse.Namespace) -> tuple[glue.Examples, glue.Examples, list[str]]:
-    """Training examples, held-out examples, names of the labels."""
+    """Return training examples, held-out examples and the names of the labels."""
     if args.train is None:
         train, held_out = glue.stdlib_packages()
     else:
@@ -82,7 +82,11 @@ class Encoder:
 
 
 def load_encoder(net: PipelineModule, directory: Path) -> None:
-    """Pretrained weights for all but the head, which may be new in part or as a whole. ValueError if others lack."""
+    """Load pretrained weights for all but the head, which may be new in part or as a whole.
+
+    Raises:
+        ValueError: the files lack weights of another layer.
+    """
     loaded = load_pretrained(net, directory, strict=False)
     heads = [module for module in net.modules() if isinstance(module, Head)]
     new = set(loaded.missing) & {key for head in heads for key in head.original_state()}
@@ -95,7 +99,12 @@ def load_encoder(net: PipelineModule, directory: Path) -> None:
 
 
 def measure(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, classes), (B,) -> sum of the losses, then how often each label got each answer (classes x classes)."""
+    """Return the sum of the losses, then how often each label got each answer (classes x classes).
+
+    Args:
+        logits: (B, classes).
+        labels: (B,), `IGNORED` where a row only fills up the batch.
+    """
     loss = cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     classes, counted = logits.shape[1], labels != IGNORED
     pairs = labels[counted] * classes + logits.argmax(dim=1)[counted]
@@ -103,7 +112,7 @@ def measure(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def scores(counts: list[float], classes: int) -> dict[str, float]:
-    """Accuracy and F1 of what `measure` counted."""
+    """Return accuracy and F1 of the answers that `measure` counted."""
     table = torch.tensor(counts).view(classes, classes)
     labels, answers = torch.meshgrid(torch.arange(classes), torch.arange(classes), indexing="ij")
     pairs = {"y_true": labels.flatten(), "y_pred": answers.flatten(), "sample_weight": table.flatten()}

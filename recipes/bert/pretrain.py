@@ -69,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def prepare(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, Tensor, Tensor]:
-    """Tokenizer, packed training text and packed held-out text, both (N, length) int32."""
+    """Return the tokenizer, the packed training text and the packed held-out text, both (N, length) int32."""
     documents = corpus.read_documents(args.text) if args.text else corpus.docstrings()
     train, held_out = corpus.split(documents, corpus.read_documents(args.held_out) if args.held_out else None)
     if args.model:
@@ -80,7 +80,7 @@ def prepare(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, Tensor, 
 
 
 def new_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> BertConfig:
-    """A BERT of the size asked for."""
+    """Return the config of a BERT of the size asked for."""
     return BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=args.hidden,
@@ -97,7 +97,12 @@ def new_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def measure(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, S, vocabulary), (B, S) -> sum of the losses, number of tokens to predict."""
+    """Return the sum of the losses and the number of tokens to predict.
+
+    Args:
+        logits: (B, S, vocabulary).
+        labels: (B, S), `IGNORED` where there is nothing to predict.
+    """
     loss = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return torch.stack([loss, (labels != IGNORED).sum()])
 

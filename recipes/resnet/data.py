@@ -33,16 +33,16 @@ NO_LABEL = -100
 
 
 def load(dataset: str, data_dir: Path | None = None, image_size: int | None = None) -> tuple[Split, Split]:
-    """Training and test split of one of `DATASETS`.
+    """Load training and test split of one of `DATASETS`.
 
     Args:
-        dataset: "digits" and "random" need no files.
-        data_dir: of the others.
-        image_size: of "imagefolder" and "random", 224 if None; the others are 32x32.
+        dataset: its name; "digits" and "random" need no files.
+        data_dir: the folder with the files of the other data sets.
+        image_size: height and width for "imagefolder" and "random", 224 if None; the others are 32x32.
 
     Raises:
         ValueError: the arguments do not fit, or a file is not in its format.
-        FileNotFoundError: says what was expected where.
+        FileNotFoundError: a file is missing; the message says what was expected where.
     """
     if dataset not in DATASETS:
         raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {dataset!r}")
@@ -60,7 +60,7 @@ def load(dataset: str, data_dir: Path | None = None, image_size: int | None = No
 
 
 class _Wanted(NamedTuple):
-    """One micro-batch, not read yet."""
+    """A micro-batch that is not read yet."""
 
     indices: Tensor
     labels: Tensor
@@ -69,15 +69,15 @@ class _Wanted(NamedTuple):
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank reads.
+    """The part of the data that one rank reads.
 
     Args:
         micro_batch_size: images of a micro-batch.
-        rank: in the data-parallel group.
-        size: of the data-parallel group.
+        rank: rank in the data-parallel group.
+        size: size of the data-parallel group.
         images: False on stages that need labels only.
         workers: processes that read images from disk.
-        dtype: that the network wants.
+        dtype: the type that the network takes.
     """
 
     micro_batch_size: int
@@ -88,7 +88,7 @@ class Share:
     dtype: torch.dtype = torch.float32
 
     def read(self, split: Split, wanted: list[_Wanted]) -> Iterator[Batch]:
-        """The micro-batches, in order. Lazy: no worker starts before the first one is asked for."""
+        """Yield the micro-batches, in order; no worker starts before the first one is asked for."""
         if not self.images:
             yield from ((None, micro_batch.labels) for micro_batch in wanted)
             return
@@ -116,13 +116,13 @@ class _MicroBatches(Dataset[Tensor]):
 class TrainBatches:
     """Shuffled, augmented micro-batches for one data-parallel rank: `len()` ``train_batch()`` calls of them an epoch.
 
-    What does not fill a call is left out of the epoch, another part every epoch.
+    Images that do not fill a call are left out of the epoch, other images in every epoch.
 
     Args:
-        split: of training images.
-        share: this rank's.
-        micro_batches: of one call.
-        seed: of order and augmentation.
+        split: the training images.
+        share: the part of this rank.
+        micro_batches: micro-batches of one call.
+        seed: seed of order and augmentation.
     """
 
     def __init__(self, split: Split, share: Share, micro_batches: int, seed: int) -> None:
@@ -147,7 +147,7 @@ class TrainBatches:
         return len(self._sampler) // (self._share.micro_batch_size * self._micro_batches)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The micro-batches of an epoch's calls from call number `start` of it on."""
+        """Return the micro-batches of an epoch from its call number `start` on."""
         self._sampler.set_epoch(epoch)
         order = torch.tensor(list(self._sampler)).split(self._share.micro_batch_size)
         numbers = range(start * self._micro_batches, len(self) * self._micro_batches)
@@ -158,7 +158,7 @@ class TrainBatches:
         return self._share.read(self._split, wanted)
 
     def from_call(self, call: int) -> Generator[Batch, None, None]:
-        """One epoch after the other without end, from the micro-batches of ``train_batch()`` call number `call` on."""
+        """Yield micro-batches from ``train_batch()`` call number `call` on, one epoch after the other, without end."""
         first, done = divmod(call, len(self))
         yield from self.epoch(first, done)
         for epoch in itertools.count(first + 1):

@@ -36,7 +36,7 @@ _CIFAR = re.compile(r"cifar_resnet(\d+)")
 
 
 def layer_specs(name: str, num_classes: int) -> list[LayerSpec]:
-    """ValueError for a name that nobody knows; it says which there are."""
+    """Return the layers of the network called `name`; ValueError lists the names if there is none."""
     if match := _CIFAR.fullmatch(name):
         return cifar_resnet(int(match[1]), num_classes)
     try:
@@ -48,7 +48,8 @@ def layer_specs(name: str, num_classes: int) -> list[LayerSpec]:
 def save_weights(net: PipelineModule, name: str, directory: Path) -> None:
     """Write the weights of all stages into `directory`; call it on every rank, with nothing in flight.
 
-    `WeightsError` on every rank if one of them cannot; what was there before is there still.
+    Raises:
+        WeightsError: a rank cannot write; every rank raises it, and what was there before is there still.
     """
     if not _CIFAR.fullmatch(name):
         save_pretrained(net, directory)
@@ -67,7 +68,7 @@ def _shape(key: str, state: Mapping[str, Tensor]) -> torch.Size | None:
 
 
 def load_weights(net: nn.Module, name: str, path: Path) -> None:
-    """Fill this rank's stage from a file or a directory. `WeightsError` if they are damaged or another model's."""
+    """Fill this rank's stage from a file or a directory; `WeightsError` if they are damaged or another model's."""
     if not _CIFAR.fullmatch(name):
         load_pretrained(net, path)
         return

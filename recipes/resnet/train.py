@@ -68,14 +68,19 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def measure(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, classes), (B,) -> loss, top-1 and top-5 hits, images: sums over those not labelled `data.NO_LABEL`."""
+    """Return sums of loss, top-1 hits, top-5 hits and images, without images labelled `data.NO_LABEL`.
+
+    Args:
+        logits: (B, classes).
+        labels: (B,).
+    """
     loss = cross_entropy(logits.float(), labels, ignore_index=data.NO_LABEL, reduction="sum")
     hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
     return torch.stack([loss, hits[:, 0].sum(), hits.sum(), (labels != data.NO_LABEL).sum()])
 
 
 def evaluate(engine: ds_ddg.DDGEngine, batches: data.HeldOutBatches) -> dict[str, float]:
-    """Over the whole test split: mean loss, and the share of images with the right class first, or among five."""
+    """Return the mean loss over the test split, and the shares of images with the right class first and among five."""
     loss, top1, top5, images = common.evaluate(engine, batches, len(batches), measure)
     return {"test_loss": loss / images, "test_accuracy": top1 / images, "test_top5_accuracy": top5 / images}
 

@@ -51,12 +51,12 @@ class Stub(nn.Module):
 
 
 def splice(model: nn.Module, others: dict[str, nn.Module]) -> nn.Module:
-    """A deep copy of `model` with other modules at some paths; these themselves are not copied."""
+    """Return a deep copy of `model` with other modules at some paths; these themselves are not copied."""
     return copy.deepcopy(model, {id(model.get_submodule(path)): other for path, other in others.items()})
 
 
 def topmost(model: nn.Module, inside: Iterable[str]) -> list[str]:
-    """The paths that cover all of `model` except `inside` and what is above those."""
+    """Return the paths that cover all of `model` except `inside` and what is above those."""
     inside = set(inside)
     above = {".".join(path.split(".")[:depth]) for path in inside for depth in range(path.count(".") + 1)}
     paths = []
@@ -138,13 +138,13 @@ class Skeleton:
         self.train(False)
 
     def train(self, mode: bool) -> None:
-        """Training or evaluation mode for what is not real: dropout without weights is the skeleton's."""
+        """Set training or evaluation mode for what is not real: dropout without weights is the skeleton's."""
         if self.model.training is not mode:
             for module in self._own:
                 module.training = mode
 
     def run(self, inputs: Mapping[str, Tensor], like: Tensor | None, answers: Mapping[str, Answer]) -> Any:
-        """The model's output, or what a stub raised `Enough` with.
+        """Return the model's output, or what a stub raised `Enough` with.
 
         Args:
             inputs: of the model, by name.
