@@ -53,8 +53,8 @@ class DDGSchedule(PipeSchedule):
     Args:
         plan: the plan that `ops` come from.
         stage_id: this stage.
-        ops: what ``plan.call`` or ``plan.drain`` says the stage has to do.
-        draining: the operations finish what is in flight and belong to no call.
+        ops: operations of the stage, from ``plan.call`` or ``plan.drain``.
+        draining: whether the operations finish what is in flight and belong to no call.
     """
 
     def __init__(self, plan: Plan, stage_id: int, ops: Sequence[Op], draining: bool = False) -> None:

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     The ``deepspeed`` launcher puts ``--local_rank=N`` before the script's name; the script finds it among its own.
 
     Raises:
-        SystemExit: with a message, if there is no script to run.
+        SystemExit: there is no script to run; it has a message.
     """
     command = _parse(list(sys.argv[1:] if arguments is None else arguments))
     run = _run_module if command.is_module else _run_script

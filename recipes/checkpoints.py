@@ -41,7 +41,7 @@ class Checkpoints:
         engine: made by ``ds_ddg.initialize``.
         progress: the record of the run, saved and restored with the engine.
         every: calls between two saves, unless --checkpoint-every says otherwise.
-        **settings: what else decides about the training besides the settings of `progress`: the DeepSpeed `config`,
+        **settings: settings that decide about the training, besides those of `progress`: the DeepSpeed `config`,
             arguments of the recipe. A checkpoint of a run with other settings is refused.
     """
 

@@ -50,10 +50,10 @@ def pipeline(
     """Build a pipeline whose initial weights do not depend on the number of stages.
 
     Args:
-        specs: its layers.
+        specs: layers of the pipeline.
         loss_fn: ``loss_fn(outputs, labels)`` to a scalar.
         stages: number of stages.
-        seed: of the weights.
+        seed: seed of the weights.
         partition: DeepSpeed's ``partition_method``.
     """
     # It broadcasts the tied weights, and over gloo a GPU's are written in place, which autograd would forbid.
@@ -85,7 +85,7 @@ def set_up(
         args: the arguments that `common.add_arguments` has added, and ``epochs``.
         config: the DeepSpeed config.
         net: the network.
-        parameters: its parameters, or groups of them.
+        parameters: parameters of the network, or groups of them.
         calls_per_epoch: ``train_batch()`` calls in an epoch, and between two checkpoints.
         shown: settings that are among the metrics.
         hidden: other settings that decide about the training.

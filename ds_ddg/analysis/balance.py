@@ -127,7 +127,7 @@ def balance(layers: Sequence[LayerCost], num_stages: int) -> Balance:
     stage needs the least memory, then the one with the earliest cuts: the answer depends on nothing but the costs.
 
     Args:
-        layers: what each layer costs, in order.
+        layers: the costs of the layers, in order.
         num_stages: K; every stage gets a layer at least.
 
     Raises:
@@ -196,7 +196,7 @@ def load(path: str | PathLike[str]) -> list[LayerCost]:
 
     Raises:
         ValueError: the file holds something else, or a cost is out of range.
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     try:
         return [LayerCost(**entry) for entry in json.loads(Path(path).read_text(encoding="utf-8"))["layers"]]

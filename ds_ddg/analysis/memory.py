@@ -83,11 +83,11 @@ def fullest(plan: Plan, stage: int, sizes: Sizes, stash: bool = True, recompute:
     """Return bytes that `stage` has alive at its fullest moment, for weights, gradients, activations and messages.
 
     Args:
-        plan: says what is in flight.
+        plan: the plan, which says what is in flight.
         stage: this stage.
-        sizes: of this stage.
-        stash: every micro-batch in flight keeps the weights of its forward; otherwise there is one version.
-        recompute: activations are computed anew for the backward, so only the inputs wait.
+        sizes: sizes of what the stage holds.
+        stash: whether every micro-batch in flight keeps the weights of its forward; otherwise there is one version.
+        recompute: whether activations are computed anew for the backward, so only the inputs wait.
     """
     if not isinstance(plan, DDGPlan):
         return _synchronous(plan, stage, sizes)

@@ -55,7 +55,9 @@ def text(timeline: Events, updates: bool = False) -> str:
 
 
 def clock(timeline: Events, unit: float | None = None) -> str:
-    """Draw one line per stage on a common clock, one column per `unit` of time; dots are the bubble::
+    """Draw one line per stage on a common clock, one column per `unit` of time; dots are the bubble.
+
+    ::
 
         stage 0 | F0 .  .  B0---
         stage 1 | .  F0 B0--- .

@@ -154,7 +154,7 @@ def read(folder: str | Path, replica: int = 0) -> Run:
     """Read the newest run in `folder`, of data-parallel replica number `replica` (its first tensor slice).
 
     Raises:
-        OSError: it cannot be read.
+        OSError: a record cannot be read.
         ValueError: there are no records, or not of every stage, or the files hold something else.
     """
     paths = sorted(Path(folder).glob("stage*-replica*-slice*.jsonl"))

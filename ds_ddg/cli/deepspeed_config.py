@@ -28,8 +28,8 @@ def read(path: str) -> dict[str, Any]:
     """Return what DeepSpeed reads from the file at `path`; its JSON may have comments.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no JSON, says something twice, or leaves values to another program.
+        OSError: the file cannot be read.
+        ValueError: the file is no JSON, says something twice, or leaves values to another program.
     """
     text = Path(path).read_bytes()
     try:
@@ -63,7 +63,7 @@ def checked(values: dict[str, Any], settings: DDGConfig, num_stages: int, replic
     """Run DeepSpeed's checks, then the engine's, for `num_stages` plain layers; return M and the clipping norm.
 
     Raises:
-        ValueError: with what a run would end with.
+        ValueError: a run would end with the same message.
     """
     config = _parsed(values, replicas)
     pipeline = SimpleNamespace(

@@ -49,7 +49,7 @@ class AllRanks:
         """Send `info` to each of the other ranks and wait for theirs; every rank must call it.
 
         Args:
-            what: what the ranks are doing, for errors.
+            what: name of what the ranks are doing, for errors.
             **info: small plain values.
 
         Returns:

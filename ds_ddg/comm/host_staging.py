@@ -49,7 +49,7 @@ class Staging:
     """Copies of one process to and from its device.
 
     Args:
-        device: where the stage computes.
+        device: the device of the stage.
         streams: has ``Stream``, ``Event``, ``stream``, ``current_stream`` and ``set_device``; default: torch's module
             for `device`.
         pin: whether host memory is pinned, without which no copy is asynchronous.

@@ -147,7 +147,7 @@ class Header(NamedTuple):
         """Return this header as a tensor of ``HEADER_BYTES`` bytes.
 
         Raises:
-            ValueError: it needs more bytes.
+            ValueError: the header needs more bytes.
         """
         header = pickle.dumps((self.kind.value, *self[1:]), protocol=5)
         if len(header) > HEADER_BYTES:

@@ -47,7 +47,7 @@ class Peer:
     Args:
         group: a gloo process group of this project's own.
         rank: global rank of the other.
-        name: what errors call it, such as "stage 1 (rank 1)".
+        name: the name that errors give it, such as "stage 1 (rank 1)".
     """
 
     def __init__(self, group: dist.ProcessGroup, rank: int, name: str) -> None:
@@ -132,8 +132,8 @@ class Wire:
 
         Args:
             work: the handle.
-            why: what errors say that this stage waited for.
-            patience: how long to wait; default: the timeout of the group.
+            why: what this stage waits for, in words for errors.
+            patience: the longest wait; default: the timeout of the group.
 
         Raises:
             StageError: the other stage is lost, or did not answer in time.

@@ -44,7 +44,7 @@ def load_pretrained(net: nn.Module, path: str | Path, *, strict: bool = True) ->
         strict: refuse files that lack tensors or have more. False for a new head on a pretrained encoder.
 
     Raises:
-        WeightsError: on every rank, if any of them finds something missing, damaged or of another shape. Weights may
+        WeightsError: a rank found something missing, damaged or of another shape; every rank raises it. Weights may
             have been overwritten in part.
     """
     origin, wanted = all_or_none(lambda: _wanted(net))

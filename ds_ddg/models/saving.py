@@ -56,14 +56,14 @@ def save_pretrained(
 
     Args:
         net: a ``PipelineModule`` of specs from this package, without wrappers around or inside their layers.
-        directory: on a file system that all ranks share.
+        directory: a folder on a file system that all ranks share.
         strict: refuse a pipeline with weights in layers of other origin, which no file of the library has a place for.
             False leaves those out.
-        max_shard_bytes: a stage with more writes several files.
+        max_shard_bytes: size above which a stage writes several files.
 
     Raises:
-        WeightsError: on every rank, if any of them could not write, or if what they would write is not what the
-            library's model has: other keys or shapes, fewer or more layers, tied weights that differ.
+        WeightsError: a rank could not write, or the weights are not those of the library's model: other keys or
+            shapes, fewer or more layers, tied weights that differ. Every rank raises it.
     """
     part, origin = all_or_none(lambda: _collect(net, strict))
     parts = gather((part.stage, list(part.state), part.tied))

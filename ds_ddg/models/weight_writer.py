@@ -37,14 +37,14 @@ def replace_weights(
     """Write the `state` of all ranks, in the order of their stages, and remove the weights of an earlier save.
 
     Args:
-        directory: on a file system that all ranks share.
-        stage: of this rank; what several ranks of one stage write must be the same, or {} on all but one of them.
+        directory: a folder on a file system that all ranks share.
+        stage: stage of this rank; several ranks of a stage must write the same, or {} on all but one of them.
         state: tensors by their key in the files, on no other rank.
         describe: called on rank 0 with a folder, for files that belong beside the weights.
-        max_shard_bytes: a rank with more writes several files.
+        max_shard_bytes: size above which a rank writes several files.
 
     Raises:
-        WeightsError: on every rank, if any of them could not write. The weights that were there are there still.
+        WeightsError: a rank could not write; every rank raises it. The weights that were there are there still.
     """
     folder = directory / _UNFINISHED
     shards = _shards(state, max_shard_bytes)

@@ -50,7 +50,7 @@ def profile(
         layers: as for a ``PipelineModule``: specs, tied specs, modules, functions.
         sample: a micro-batch ``(inputs, labels)``; `labels` go to `loss_fn` alone.
         loss_fn: counts for the last layer.
-        device: where to run; default: DeepSpeed's accelerator.
+        device: the device to run on; default: DeepSpeed's accelerator.
         repetitions: timed runs of each layer, after two that are not; the median counts.
         clock: seconds.
 

@@ -80,8 +80,8 @@ def replay(
 
     Raises:
         Deadlock: no stage can go on.
-        ValueError: it would take minutes and gigabytes, times add up to more than a float can say, or the cost is of
-            another number of stages.
+        ValueError: the replay would take minutes and gigabytes, times add up to more than a float can say, or the
+            cost is of another number of stages.
     """
     if cost.scale and len(cost.scale) != plan.num_stages:
         raise ValueError(f"cost 'scale' must have one number for each of {plan.num_stages} stages, got {cost.scale}")

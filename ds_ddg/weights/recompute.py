@@ -27,7 +27,7 @@ class ForwardState:
     """The state that a forward reads besides its input, its weights and its buffers: random numbers and autocast.
 
     Args:
-        device: where the stage computes. Reading the state of its generator is no work for the device.
+        device: the device of the stage. Reading the state of its generator is no work for the device.
     """
 
     def __init__(self, device: torch.device) -> None:

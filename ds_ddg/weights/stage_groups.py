@@ -112,7 +112,7 @@ def clip_stage_gradients(
         max_norm: the norm to clip to.
         slices: the tensor slices of the stage.
         known: the norm to clip by in place of the measured one.
-        device: where the slices communicate.
+        device: the device on which the slices communicate.
         experts: whether the stage has expert layers.
 
     Returns:

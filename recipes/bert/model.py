@@ -44,7 +44,7 @@ def load_tokenizer(directory: Path, length: int) -> PreTrainedTokenizerBase:
     """Read the tokenizer of a Hugging Face directory.
 
     Raises:
-        FileNotFoundError: it is not such a directory.
+        FileNotFoundError: `directory` is no Hugging Face directory.
         ValueError: the model in it does not go with the tokenizer, or cannot take sequences of `length` tokens.
     """
     config = load_config(directory)

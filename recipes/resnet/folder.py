@@ -1,4 +1,4 @@
-"""Images in folders, one for each class, as ImageNet (ILSVRC2012) is usually unpacked:
+"""Images in folders, one for each class, as ImageNet (ILSVRC2012) is usually unpacked.
 
     train/n01440764/n01440764_10026.JPEG
     val/n01440764/ILSVRC2012_val_00000293.JPEG

@@ -26,10 +26,10 @@ class Enough(Exception):  # noqa: N818 - not an error
 
 
 class Stub(nn.Module):
-    """Answers what `answers` has for its path, else what it has for ``""``.
+    """A module that answers with the entry of `answers` for its path, else with the entry for ``""``.
 
     Args:
-        path: of the module that this one stands in for.
+        path: path of the module that this one stands in for.
         original: that module, for plain attributes: some models ask their layers for a type or a window.
     """
 
@@ -110,7 +110,7 @@ class Skeleton:
     """A model that can run but for its stubs.
 
     Args:
-        model: on the meta device.
+        model: a model on the meta device.
         layers: paths of its transformer layers.
         parts: real modules by their path.
         keep: a module inside one of the others to which a stub is to be reached, by its path.
@@ -147,7 +147,7 @@ class Skeleton:
         """Return the model's output, or what a stub raised `Enough` with.
 
         Args:
-            inputs: of the model, by name.
+            inputs: inputs of the model, by name.
             like: hidden states (B, S, width). All other stubs answer NaN of that shape: it shows if it gets anywhere.
             answers: functions for stubs by path.
         """
