@@ -8,13 +8,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import deepspeed
 import hjson  # type: ignore[import-untyped]
 import numpy as np
 import torch
-from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import default_pg_timeout
 from deepspeed.runtime.config import DeepSpeedConfig
@@ -24,11 +23,14 @@ from tqdm import tqdm
 
 import ds_ddg
 from ds_ddg.config import DDGConfig
-
-T = TypeVar("T")
+from ds_ddg.models.ranks import gather
 
 EVALUATED_TOGETHER = 32
 """Micro-batches of one ``eval_batch()``, which fetches all its data before it starts."""
+
+
+IGNORED = -100
+"""Label that losses and metrics leave out; `torch.nn.functional.cross_entropy` ignores it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,13 +125,6 @@ def share_gpus() -> str | None:
     return "gloo"
 
 
-def gather(value: T) -> list[T]:
-    """Return the values of all ranks, ordered by rank; they travel pickled."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 @contextmanager
 def on_every_rank() -> Iterator[None]:
     """Inside this block an OSError or ValueError on one rank ends all ranks, each with the reason.
@@ -198,6 +193,14 @@ def fill_scheduler(config: dict[str, Any], calls: int) -> bool:
     filled = {key: calls for key, value in params.items() if value == "auto"}
     params.update(filled)
     return bool(filled)
+
+
+def too_few(rows: str, replicas: int, micro_batches: int, size: int) -> ValueError:
+    """Return the error of training data whose `rows`, a number and what they are, do not fill a call."""
+    return ValueError(
+        f"{rows} are too few for one train_batch() call of {replicas} (data parallel) x {micro_batches} "
+        f"(micro-batches) x {size} (micro-batch size)"
+    )
 
 
 def seed_from(*numbers: int) -> int:

@@ -13,16 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recipes.common import seed_from
+from recipes.common import IGNORED, seed_from, too_few
 
 Batch = tuple[Any, Tensor]
 """Inputs (a tensor or a tuple of tensors) and labels (B, ...) int64, `IGNORED` where there is nothing to learn."""
 
 MakeBatch = Callable[[Tensor, torch.Generator], Batch]
 """Makes a micro-batch of the rows with these numbers, (B,) int64; all that is random comes from the generator."""
-
-IGNORED = -100
-"""Label that losses and metrics leave out; `torch.nn.functional.cross_entropy` ignores it."""
 
 
 class TrainBatches:
@@ -59,10 +56,7 @@ class TrainBatches:
         self.rank = data_parallel_rank
         self.size = data_parallel_size
         if not len(self):
-            raise ValueError(
-                f"{rows} rows of training data are too few for one train_batch() call of {data_parallel_size} (data "
-                f"parallel) x {micro_batches} (micro-batches) x {micro_batch_size} (micro-batch size)"
-            )
+            raise too_few(f"{rows} rows of training data", data_parallel_size, micro_batches, micro_batch_size)
 
     def __len__(self) -> int:
         """Return the number of ``train_batch()`` calls per epoch."""

@@ -35,7 +35,7 @@ from ds_ddg.models import classification_loss, load_pretrained, sequence_classif
 from ds_ddg.models.transformers.layers import Head
 from recipes import checks, common, steps
 from recipes.bert import glue, model
-from recipes.bert.batches import IGNORED, Batch, MakeBatch, TrainBatches, held_out_batches
+from recipes.bert.batches import Batch, MakeBatch, TrainBatches, held_out_batches
 from recipes.progress import fit
 
 
@@ -103,10 +103,10 @@ def measure(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: (B, classes).
-        labels: (B,), `IGNORED` where a row only fills up the batch.
+        labels: (B,), `common.IGNORED` where a row only fills up the batch.
     """
-    loss = cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-    classes, counted = logits.shape[1], labels != IGNORED
+    loss = cross_entropy(logits, labels, ignore_index=common.IGNORED, reduction="sum")
+    classes, counted = logits.shape[1], labels != common.IGNORED
     pairs = labels[counted] * classes + logits.argmax(dim=1)[counted]
     return torch.cat([loss[None], one_hot(pairs, classes**2).sum(dim=0)])
 

@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from any fo
 from ds_ddg.models import load_pretrained, masked_lm, masked_lm_loss
 from recipes import checks, common, steps
 from recipes.bert import corpus, model, text
-from recipes.bert.batches import IGNORED, MakeBatch, TrainBatches, held_out_batches
+from recipes.bert.batches import MakeBatch, TrainBatches, held_out_batches
 from recipes.progress import fit
 
 
@@ -101,10 +101,10 @@ def measure(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: (B, S, vocabulary).
-        labels: (B, S), `IGNORED` where there is nothing to predict.
+        labels: (B, S), `common.IGNORED` where there is nothing to predict.
     """
-    loss = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-    return torch.stack([loss, (labels != IGNORED).sum()])
+    loss = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=common.IGNORED, reduction="sum")
+    return torch.stack([loss, (labels != common.IGNORED).sum()])
 
 
 def main() -> None:

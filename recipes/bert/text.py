@@ -13,7 +13,7 @@ from tokenizers import trainers
 from torch import Tensor
 from transformers import BertTokenizer, PreTrainedTokenizerBase
 
-from recipes.bert.batches import IGNORED
+from recipes.common import IGNORED
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 NUM_LETTERS = 1000

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from recipes.common import seed_from
+from recipes.common import IGNORED, seed_from, too_few
 from recipes.resnet.cifar import FORMATS, load_cifar
 from recipes.resnet.folder import load_folder
 from recipes.resnet.images import Noise, Split, load_digits_32x32
@@ -27,9 +27,6 @@ DATASETS = ("digits", *FORMATS, "imagefolder", "random")
 
 Batch = tuple[Tensor | None, Tensor]
 """Normalised images (B, 3, H, W), or None where nobody needs them, and labels (B,) int64."""
-
-NO_LABEL = -100
-"""Label of an image that only fills up a batch; `torch.nn.functional.cross_entropy` ignores it."""
 
 
 def load(dataset: str, data_dir: Path | None = None, image_size: int | None = None) -> tuple[Split, Split]:
@@ -138,10 +135,8 @@ class TrainBatches:
             drop_last=True,
         )
         if not len(self):
-            raise ValueError(
-                f"{len(split.labels)} training images are too few for one train_batch() call of {share.size} (data "
-                f"parallel) x {micro_batches} (micro-batches) x {share.micro_batch_size} (micro-batch size)"
-            )
+            images = f"{len(split.labels)} training images"
+            raise too_few(images, share.size, micro_batches, share.micro_batch_size)
 
     def __len__(self) -> int:
         return len(self._sampler) // (self._share.micro_batch_size * self._micro_batches)
@@ -169,7 +164,7 @@ class HeldOutBatches:
     """The part of the test split that one data-parallel rank evaluates, every image on exactly one rank.
 
     A pipeline needs equal shapes and every rank the same number of micro-batches, so the last ones are filled up with
-    images labelled NO_LABEL.
+    images labelled IGNORED.
     """
 
     def __init__(self, split: Split, share: Share) -> None:
@@ -177,7 +172,7 @@ class HeldOutBatches:
         count = len(split.labels)
         fill = -count % (share.micro_batch_size * share.size)
         indices = F.pad(torch.arange(count), (0, fill)).split(share.micro_batch_size)
-        labels = F.pad(split.labels, (0, fill), value=NO_LABEL).split(share.micro_batch_size)
+        labels = F.pad(split.labels, (0, fill), value=IGNORED).split(share.micro_batch_size)
         self._wanted = [_Wanted(*both, None) for both in zip(indices, labels, strict=True)][share.rank :: share.size]
 
     def __len__(self) -> int:

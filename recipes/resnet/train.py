@@ -68,15 +68,15 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def measure(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return sums of loss, top-1 hits, top-5 hits and images, without images labelled `data.NO_LABEL`.
+    """Return sums of loss, top-1 hits, top-5 hits and images, without images labelled `common.IGNORED`.
 
     Args:
         logits: (B, classes).
         labels: (B,).
     """
-    loss = cross_entropy(logits.float(), labels, ignore_index=data.NO_LABEL, reduction="sum")
+    loss = cross_entropy(logits.float(), labels, ignore_index=common.IGNORED, reduction="sum")
     hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-    return torch.stack([loss, hits[:, 0].sum(), hits.sum(), (labels != data.NO_LABEL).sum()])
+    return torch.stack([loss, hits[:, 0].sum(), hits.sum(), (labels != common.IGNORED).sum()])
 
 
 def evaluate(engine: ds_ddg.DDGEngine, batches: data.HeldOutBatches) -> dict[str, float]:
