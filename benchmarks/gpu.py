@@ -48,7 +48,7 @@ class Cell(NamedTuple):
 
 
 def rank_main(rank: int, count: int, options: argparse.Namespace, cells: list[Cell], store: str, results: Any) -> None:
-    """Put, for each cell, the seconds of a call by schedule; and what the device is called."""
+    """Put the seconds of a call by schedule, for each cell, and the name of the device."""
     import torch
     from deepspeed.accelerator import get_accelerator
 

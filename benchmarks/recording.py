@@ -117,7 +117,7 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, 
 
 
 def pairs_needed(values: Sequence[float], half_width: float = LIMIT) -> int:
-    """Return the pairs for a 95% interval of the median of this half width, if normal with their middle spread."""
+    """Return the number of pairs for a 95% interval of the median of this half width, as if they were normal."""
     middle = median(values)
     deviation = 1.4826 * median(abs(value - middle) for value in values)
     return max(1, ceil((1.96 * sqrt(pi / 2) * deviation / half_width) ** 2))

@@ -16,7 +16,8 @@ from tqdm import tqdm
 import ds_ddg
 from ds_ddg.checkpoint.folder import LATEST, latest, write_whole
 from ds_ddg.comm.p2p import StageError
-from recipes.common import gather, on_every_rank, seed_from
+from ds_ddg.models.ranks import gather
+from recipes.common import on_every_rank, seed_from
 from recipes.progress import Progress
 from recipes.settings import differences, recorded
 

@@ -50,7 +50,7 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Balance:
-    """A split of layers into stages, and what it predicts; it prints as a table."""
+    """A split of layers into stages, with its predicted times; it prints as a table."""
 
     layers: tuple[LayerCost, ...]
     parts: tuple[int, ...]

@@ -22,11 +22,11 @@ class Model:
 
     cost: Cost
     weight_bytes: Sequence[float] = ()
-    """One version of a stage's weights; their gradients take as much."""
+    """Bytes of one version of a stage's weights; their gradients take as much."""
     activation_bytes: Sequence[float] = ()
     """Bytes that one micro-batch keeps on a stage until its backward, without its input."""
     input_bytes: float = 0.0
-    """The data of a micro-batch."""
+    """Bytes of the data of a micro-batch."""
     output_bytes: Sequence[float] = ()
     """Bytes that each stage sends on for a micro-batch; by default the same for all, as the cost says."""
     backward: Sequence[Backward] = ()

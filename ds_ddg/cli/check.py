@@ -81,7 +81,7 @@ def _notes(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _becomes(keys: Iterable[str]) -> Iterator[str]:
-    """Yield what becomes of each "auto" that is left; "slack" has one of its own."""
+    """Yield what becomes of each "auto" that is left, but for the one of "slack"."""
     for key in keys:
         if key.startswith("scheduler."):
             yield f'{key} is "auto": the recipes put the number of calls there, in your own script it must be a number'

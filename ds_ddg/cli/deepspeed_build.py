@@ -35,7 +35,7 @@ _KERNELS = {
     "deepspeed.ops.lion.cpu_lion": "CPULionBuilder",
     "deepspeed.ops.adagrad.cpu_adagrad": "CPUAdagradBuilder",
 }
-"""Modules of DeepSpeed's optimizers -> what compiles their kernels."""
+"""Modules of DeepSpeed's optimizers, and the builders that compile their kernels."""
 
 _SOME_CALLS = 1000
 
@@ -186,7 +186,7 @@ def _refusing(block: str, name: str, given: Mapping[str, Any]) -> Iterator[None]
 
 
 def _explained(error: TypeError, given: Mapping[str, Any]) -> str | None:
-    """Put into words why the class that `error` names does not take the parameters `given`; None if it does."""
+    """Put into words which of the parameters `given` the class in `error` does not take; None for other errors."""
     called = re.match(r"(\w+)\.__init__\(\) (got an unexpected|missing)", str(error))
     kind = {**_optimizers(), **_schedulers()}.get(called[1]) if called else None
     if kind is None:

@@ -53,7 +53,7 @@ class AllRanks:
             **info: small plain values.
 
         Returns:
-            What the other ranks sent; it ends with the first one that has failed for good.
+            The messages of the other ranks, up to the first rank that has failed for good.
 
         Raises:
             StageError: another rank is lost, or the wait timed out.

@@ -51,7 +51,7 @@ class _Process:
 
     def keep(self, links: Links) -> None:
         """Keep `links`, as their messages must live on if their engine is dropped before the end."""
-        # Those whose process groups have been destroyed can send and receive nothing any more.
+        # Links whose process groups have been destroyed can send and receive nothing any more.
         self._open[:] = [*(other for other in self._open if other.usable), links]
 
 

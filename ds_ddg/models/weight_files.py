@@ -1,4 +1,4 @@
-"""Files of weights: which tensors are in them, and one tensor at a time."""
+"""Files of weights: the index of their tensors, and one tensor at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running a part of a model aside: its gradients, its inputs and the random numbers stay as they were."""
+"""Isolation of a part of a model that runs: its gradients, its inputs and the random numbers stay as they were."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def leaves(roots: Iterable[Tensor]) -> list[Tensor]:
 
 @contextmanager
 def gradients_put_back(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Inside this block `tensors` have no gradients of before, as in the first backward of a call."""
+    """Inside this block `tensors` start without gradients, as in a call's first backward; then theirs are put back."""
     before = [tensor.grad for tensor in tensors]
     for tensor in tensors:
         tensor.grad = None

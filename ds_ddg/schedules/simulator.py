@@ -116,7 +116,7 @@ def _flow(plan: Plan, calls: int, cost: Cost, drain: bool, shown: Container[int]
     events: list[Event] = []
 
     def start(stage: int) -> float | None:
-        """Return when all that the next operations of `stage` need is there; None if that is not known."""
+        """Return when the next operations of `stage` can start; None while something that they need is not there."""
         if (wait := waits[stage]) and wait[1] not in sent:
             return None
         ops, begin = todo[stage][0], clock[stage]

@@ -24,8 +24,8 @@ from ds_ddg.models import (
     save_pretrained,
     torchvision_resnet,
 )
+from ds_ddg.models.ranks import gather
 from ds_ddg.models.weight_writer import replace_weights
-from recipes.common import gather
 
 PARTITION = "type:Stem|Block"
 """Each stage gets the same number of residual blocks, which cost about the same; the stem counts as one."""
