@@ -44,11 +44,11 @@ class Cell(NamedTuple):
     stages: int
     micro_batches: int
     megabytes: float | None = None
-    """Of the activation between two sleeping stages; None: transformer blocks."""
+    """Size of the activation between two sleeping stages; None: transformer blocks."""
 
 
 def rank_main(rank: int, count: int, options: argparse.Namespace, cells: list[Cell], store: str, results: Any) -> None:
-    """Put, for each cell, the seconds of a call by schedule; and what the device is called."""
+    """Put the seconds of a call by schedule, for each cell, and the name of the device."""
     import torch
     from deepspeed.accelerator import get_accelerator
 
@@ -59,7 +59,7 @@ def rank_main(rank: int, count: int, options: argparse.Namespace, cells: list[Ce
 
 
 def measure(cell: Cell, options: argparse.Namespace) -> dict[str, float]:
-    """Seconds that a call takes on this rank, by schedule; of one process there is but one."""
+    """Return the seconds that a call takes on this rank, by schedule; one process has only one."""
     found = {}
     shared = options.device == "cuda" and not options.own_device
     for name in ("ddg", "1f1b") if cell.stages > 1 else ("alone",):
@@ -126,7 +126,7 @@ def per_call(engine: Any, data: Iterator[Any], warm_up: int, calls: int) -> floa
 
 @contextmanager
 def staged_p2p() -> Iterator[None]:
-    """DeepSpeed's messages between stages by way of host memory."""
+    """Inside this block DeepSpeed's messages between stages go by way of host memory."""
     import torch
     from deepspeed.runtime.pipe import p2p
 
@@ -148,7 +148,7 @@ def staged_p2p() -> Iterator[None]:
 
 
 def rows_of(cells: list[Cell], turns: list[list[dict[str, float]]]) -> Iterator[dict[str, Any]]:
-    """By cell and schedule: samples per second, or efficiency, of every turn."""
+    """Yield samples per second, or efficiency, of every turn, by cell and schedule."""
     for i, cell in enumerate(cells):
         for name in turns[0][i]:
             seconds = [turn[i][name] for turn in turns]

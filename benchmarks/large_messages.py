@@ -1,4 +1,4 @@
-"""What large activations cost between stages: how much of its time a stage works, by the size of a message.
+"""The cost of large activations between stages: how much of its time a stage works, by the size of a message.
 
     python benchmarks/large_messages.py
     python benchmarks/large_messages.py --stages 4 --megabytes 16 --slack 1
@@ -89,7 +89,7 @@ def rank_main(rank: int, count: int, cell: Cell, calls: int, turns: int, store: 
 
 
 def micro_batches(rows: int, changing: bool) -> Iterator[Any]:
-    """The same on every rank, for ever."""
+    """Yield micro-batches without end, the same on every rank."""
     import torch
 
     x, numbers = torch.ones(rows, COLUMNS), random.Random(3)

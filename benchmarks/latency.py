@@ -37,7 +37,7 @@ class _Late:
 
 @contextmanager
 def added_latency(seconds: float) -> Iterator[None]:
-    """Inside, links that are opened deliver each message so much later; 0 changes nothing."""
+    """Inside this block links that are opened deliver each message so much later; 0 changes nothing."""
 
     class LateWire(Wire):
         def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -19,11 +19,11 @@ LAST_LINES = 30
 
 
 def metrics(command: Sequence[str], stages: int, output: Path) -> dict[str, Any]:
-    """Those of an earlier run of the same command into `output`, or of a new one.
+    """Return the metrics of an earlier run of the same command into `output`, or of a new one.
 
     Args:
         command: the recipe's script, from the project's folder, and its arguments but for ``--output-dir``.
-        stages: processes.
+        stages: number of processes.
         output: folder for what the recipe writes and for its log.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How much memory each stage takes, measured and predicted.
+"""The memory that each stage takes, measured and predicted.
 
     python benchmarks/memory.py                          # a few minutes; the machine may do other work
     python benchmarks/memory.py --network wide --micro-batches 1
@@ -40,7 +40,7 @@ IMAGES = 128
 
 
 def network(name: str) -> tuple[list[Any], str, Any]:
-    """Layer specs of the whole pipeline, how they are split, and a loss function."""
+    """Return layer specs of the whole pipeline, how they are split, and a loss function."""
     import torch
     from deepspeed.pipe import LayerSpec
 
@@ -71,20 +71,20 @@ def sample(name: str) -> Any:
 
 
 def resident(name: str) -> int:
-    """VmRSS or VmHWM (its peak) of this process, in bytes."""
+    """Return VmRSS or VmHWM (its peak) of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def settings(names: Sequence[str], grid: Sequence[int]) -> Iterator[tuple[str, int, tuple[str, str, int]]]:
-    """Network, M, and what the engine is told, in the order of the page."""
+    """Yield network, M, and the engine's settings, in the order of the page."""
     yield from itertools.product(names, grid, MODES)
 
 
 def rank_main(
     rank: int, num_stages: int, names: list[str], grid: list[int], calls: int, store: str, results: Any
 ) -> None:
-    """One stage: for every setting the bytes that it takes, and how its network is split."""
+    """Run one stage: put the bytes that it takes for every setting, and how its network is split."""
     from deepspeed.pipe import PipelineModule
 
     import ds_ddg
@@ -126,7 +126,7 @@ def rank_main(
 
 
 def predictions(names: Sequence[str], grid: Sequence[int], parts: Sequence[Sequence[int]]) -> list[list[float]]:
-    """For every setting, bytes by stage; `parts` are the borders of its stages."""
+    """Return bytes by stage for every setting; `parts` are the borders of its stages."""
     from ds_ddg.analysis.recommend import Setup
     from ds_ddg.analysis.stage_costs import Model
     from ds_ddg.profiling.layer_profiler import profile

@@ -1,4 +1,4 @@
-"""How much of its time a pipeline spends working, measured and predicted: DDG, DeepSpeed's schedules, one device.
+"""The share of its time that a pipeline works, measured and predicted: DDG, DeepSpeed's schedules, one device.
 
     python benchmarks/off_cpu.py                                      # the whole grid, about half an hour
     python benchmarks/off_cpu.py --stages 4 --micro-batches 1 4K --latency 0 --turns 1
@@ -45,14 +45,14 @@ class Cell(NamedTuple):
     micro_batches: int
     slack: int | str = 0
     latency: float = 0.0
-    """Added to each hop, in ticks."""
+    """Latency added to each hop, in ticks."""
     scale: tuple[float, ...] = ()
     """Relative time of each stage; empty: all equal."""
     schedules: tuple[str, ...] = ("ddg",)
 
 
 def cells(options: argparse.Namespace) -> Iterable[Cell]:
-    """The grid: every M without latency, every latency and slack for a few M, and stages of uneven time."""
+    """Yield the grid: every M without latency, every latency and slack for a few M, and stages of uneven time."""
     for k in options.stages:
         numbers = sorted({_number(text, k) for text in options.micro_batches})
         if 0 in options.latency:
@@ -65,7 +65,7 @@ def cells(options: argparse.Namespace) -> Iterable[Cell]:
 
 
 def _number(text: str, num_stages: int) -> int:
-    """``4K`` is four times the number of stages."""
+    """Read a number; ``4K`` is four times the number of stages."""
     return int(text.removesuffix("K")) * (num_stages if text.endswith("K") else 1)
 
 
@@ -83,7 +83,7 @@ class Bench:
         self.data = itertools.repeat((torch.ones(4, 16, dtype=dtype), torch.zeros(4, 16, dtype=dtype)))
 
     def measure(self, cell: Cell) -> dict[str, Any]:
-        """What a call took by schedule, one entry for each turn; the slack; seconds that a message takes."""
+        """Return the time of a call by schedule, one entry for each turn; the slack; seconds that a message takes."""
         from latency import added_latency
 
         with added_latency(cell.latency * TICK):
@@ -139,22 +139,22 @@ class Bench:
 
 
 def rank_main(rank: int, num_stages: int, cell: Cell, *arguments: Any) -> None:
-    """One stage of one cell."""
+    """Measure one stage of one cell."""
     *settings, store, results = arguments
     results.put((rank, Bench(rank, num_stages, *settings, store).measure(cell)))
 
 
 def measured(cell: Cell, *settings: Any) -> list[dict[str, Any]]:
-    """What `Bench.measure` found on each stage.
+    """Return what `Bench.measure` found on each stage.
 
-    In processes of its own: a process group lasts as long as its process, and gloo wakes a thread for each a hundred
-    times a second. With eight stages in processes that had held ten engines before, .949 became .902.
+    It runs in processes of its own: a process group lasts as long as its process, and gloo wakes a thread for each a
+    hundred times a second. With eight stages in processes that had held ten engines before, .949 became .902.
     """
     return [found for _, found in sorted(run_ranks(rank_main, cell.stages, cell, *settings), key=itemgetter(0))]
 
 
 def one_stage(seconds: float, turns: int, more: dict[str, Any]) -> dict[str, float]:
-    """What a stage alone takes: seconds for a micro-batch, and for what comes once a call."""
+    """Return the seconds that a stage alone takes for a micro-batch, and for what comes once a call."""
     few, many = 1, 8
     (a,), (b,) = (measured(Cell(1, m), seconds, turns, more) for m in (few, many))
     small, large = (median(took.seconds for took in found["took"]["ddg"]) for found in (a, b))
@@ -163,7 +163,7 @@ def one_stage(seconds: float, turns: int, more: dict[str, Any]) -> dict[str, flo
 
 
 def rows(cell: Cell, by_stage: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-    """A row for each schedule of a cell, as measured."""
+    """Yield a row for each schedule of a cell, as measured."""
     work = TICK * (sum(cell.scale) / cell.stages if cell.scale else 1) * cell.micro_batches
     for name in cell.schedules:
         took = [stage["took"][name] for stage in by_stage]

@@ -1,4 +1,4 @@
-"""What ``ds-ddg simulate`` predicts for each row of `off_cpu.py`, given what was measured of the parts.
+"""Predictions of ``ds-ddg simulate`` for each row of `off_cpu.py`, from measurements of the parts.
 
 The parts are a stage alone, which tells what a pass takes besides its sleep and what comes once a call, and a message
 between two idle stages. What a pass takes besides is Python, so it is the same however little of the model it runs.
@@ -40,7 +40,7 @@ def predict(results: dict[str, Any]) -> None:
 
 
 def uneven(num_stages: int) -> tuple[float, ...]:
-    """Relative times of stages of which one in the middle takes half as long again as the others."""
+    """Return relative times of stages of which one in the middle takes half as long again as the others."""
     return tuple(1.0 + 0.5 * (stage == num_stages // 2) for stage in range(num_stages))
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 
 def run_ranks(target: Callable[..., None], count: int, *arguments: Any) -> list[Any]:
-    """What `count` processes of ``target(rank, count, *arguments, store, results)`` put into the queue `results`.
+    """Return what `count` processes of ``target(rank, count, *arguments, store, results)`` put into `results`.
 
     Args:
-        target: a function of a module; `store` is the file for ``init_process_group``'s rendezvous.
-        count: ranks.
-        *arguments: passed on.
+        target: a function of a module; `store` is the file for ``init_process_group``'s rendezvous, `results` a queue.
+        count: number of ranks.
+        *arguments: arguments for `target`.
     """
     # A process that has asked for GPUs cannot be forked.
     context: Any = multiprocessing.get_context("spawn" if os.environ["DS_ACCELERATOR"] == "cuda" else "forkserver")
@@ -37,7 +37,7 @@ def run_ranks(target: Callable[..., None], count: int, *arguments: Any) -> list[
 
 
 def join(rank: int, count: int, store: str, backend: str = "gloo", device: int | None = None) -> None:
-    """In each of them first: one thread, process groups, and DeepSpeed on top, on the GPU of number `device`."""
+    """Prepare such a process: one thread, process groups, and DeepSpeed on top, on the GPU of number `device`."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank if device is None else device), WORLD_SIZE=str(count))
     import deepspeed
     import torch

@@ -1,4 +1,4 @@
-"""When trainings reach a loss, from their records: the curves, the targets, a page and a picture."""
+"""The time to a loss from the records of trainings: the curves, the targets, a page and a picture."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 __all__ = ["SHARES", "Curve", "page", "reached", "rows", "save_picture", "smoothed", "target"]
 
 SHARES = (0.5, 0.75, 1.0)
-"""Targets are losses at these parts of the run."""
+"""The parts of a run at which its losses are targets."""
 WINDOW = 0.1
-"""Calls that a point of the smoothed loss is the mean of, as a share of the run."""
+"""The calls that a point of the smoothed loss is the mean of, as a share of the run."""
 SCHEDULES = ("1f1b", "ddg")
 _NAMES = {"1f1b": "1F1B", "ddg": "DDG"}
 _COLOURS = {"1f1b": ("#d17a00", "--"), "ddg": ("#14507a", "-")}
@@ -30,12 +30,12 @@ class Curve(NamedTuple):
     calls: list[int]
     """Number of the newest call in the mean."""
     seconds: list[float]
-    """Of training, until the script had the loss of that call."""
+    """Seconds of training until the script had the loss of that call."""
     losses: list[float]
 
 
 def smoothed(run: Run) -> Curve:
-    """Means over the last `WINDOW` of the run; so the first ones are missing."""
+    """Return means over the last `WINDOW` of the run; so the first ones are missing."""
     size = max(1, round(WINDOW * run["total_calls"]))
     losses, ends = run["losses"], range(size, len(run["losses"]) + 1)
     means = [sum(losses[end - size : end]) / size for end in ends]
@@ -43,24 +43,24 @@ def smoothed(run: Run) -> Curve:
 
 
 def reached(curve: Curve, loss: float) -> int | None:
-    """The first place on the curve from which on it never is above `loss`; None if its end is."""
+    """Return the first place on the curve from which on it never is above `loss`; None if its end is."""
     above = [place for place, value in enumerate(curve.losses) if value > loss]
     first = above[-1] + 1 if above else 0
     return first if first < len(curve.losses) else None
 
 
 def target(runs: Sequence[Run], share: float) -> float:
-    """The highest smoothed loss of any of the runs, whatever their schedule, after this share of its calls."""
+    """Return the highest smoothed loss of all runs, whatever their schedule, after this share of its calls."""
     return max(_at(smoothed(run), share * run["total_calls"]) for run in runs)
 
 
 def _at(curve: Curve, calls: float) -> float:
-    """The last of the curve's losses within so many calls."""
+    """Return the last of the curve's losses within so many calls."""
     return [loss for call, loss in zip(curve.calls, curve.losses, strict=True) if call < calls][-1]
 
 
 def rows(runs: Iterable[Run]) -> list[dict[str, Any]]:
-    """One for every setting (recipe, stages, M) and target: when each schedule reached it, seed by seed."""
+    """Return a row for every setting (recipe, stages, M) and target: when each schedule reached it, seed by seed."""
     settings: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         settings.setdefault((run["recipe"], run["stages"], run["micro_batches"]), []).append(run)
@@ -86,13 +86,13 @@ def rows(runs: Iterable[Run]) -> list[dict[str, Any]]:
 
 
 def _ratios(row: dict[str, Any], what: str) -> list[float]:
-    """1F1B's by DDG's for every seed with which both got there; above 1: DDG needed less."""
+    """Return 1F1B's value by DDG's for every seed with which both got there; above 1: DDG needed less."""
     pairs = zip(row["1f1b"][what], row["ddg"][what], strict=True)
     return [theirs / ours for theirs, ours in pairs if theirs is not None and ours is not None]
 
 
 def page(results: dict[str, Any], picture: str) -> str:
-    """The page in markdown; `picture` is its address as seen from there."""
+    """Return the page in Markdown; `picture` is the address of the picture as seen from there."""
     about, runs = results["about"], results["runs"]
     found = rows(runs)
     slower = [row for row in found if row["gains"]["seconds"] and median(row["gains"]["seconds"]) < 1]
@@ -180,7 +180,7 @@ def _table(columns: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
 
 
 def save_picture(runs: Sequence[Run], path: Path) -> None:
-    """A panel for every setting: a line for each run, and the targets."""
+    """Draw a panel for every setting: a line for each run, and the targets."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

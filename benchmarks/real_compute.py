@@ -59,7 +59,7 @@ def rank_main(rank: int, num_stages: int, micro_batches: int, calls: int, store:
 
 
 def run(num_stages: int, micro_batches: int, calls: int) -> tuple[float, list[int], float | None]:
-    """Samples per second of the slowest stage, the split, and its predicted efficiency."""
+    """Return samples per second of the slowest stage, the split, and its predicted efficiency."""
     return min(run_ranks(rank_main, num_stages, micro_batches, calls))
 
 

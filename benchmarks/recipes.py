@@ -33,7 +33,7 @@ START, END = "<!-- measured: python benchmarks/recipes.py -->", "<!-- end of mea
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is run, and what of its metrics is compared."""
+    """A recipe to run, and the metric of it that is compared."""
 
     command: tuple[str, ...]
     metric: str
@@ -79,14 +79,14 @@ class Run:
     extra: tuple[str, ...]
 
     def metrics(self, directory: Path) -> dict[str, Any]:
-        """Those of an earlier run of the same command, or of a new one. SystemExit with the log's end if it fails."""
+        """Return the metrics of an earlier run of the same command, or of a new one; SystemExit if it fails."""
         output = directory / self.recipe / f"{self.stages}_stages_{self.schedule}_seed_{self.seed}"
         command = [*RECIPES[self.recipe].command, "--schedule", self.schedule, "--seed", str(self.seed), *self.extra]
         return launch.metrics(command, self.stages, output)
 
 
 def row(name: str, stages: int, runs: dict[Run, dict[str, Any]]) -> dict[str, Any]:
-    """One line of the table: both schedules over all seeds, and what they differ by, seed by seed."""
+    """Return a line of the table: both schedules over all seeds, and their differences, seed by seed."""
     recipe = RECIPES[name]
     values, rates = {}, {}
     for schedule in SCHEDULES:
@@ -112,7 +112,7 @@ def row(name: str, stages: int, runs: dict[Run, dict[str, Any]]) -> dict[str, An
 
 
 def markdown(rows: Iterable[dict[str, Any]]) -> str:
-    """The table: mean (lowest to highest) over the seeds; the difference is DDG's minus 1F1B's at the same seed."""
+    """Return the table: mean (lowest to highest) over the seeds; the difference is DDG minus 1F1B at a seed."""
     lines = [
         "| recipe | stages | seeds | metric | 1F1B | DDG | difference | limit | samples/s, 1F1B and DDG |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -138,7 +138,7 @@ def _spread(values: list[float], format_: str) -> str:
 
 
 def write_between_markers(document: Path, table: str) -> None:
-    """Replace what is between START and END in `document`. ValueError if they are not there."""
+    """Replace the text between START and END in `document`; ValueError if they are not there."""
     before, start, rest = document.read_text().partition(START)
     _, end, after = rest.partition(END)
     if not (start and end):

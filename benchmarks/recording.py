@@ -1,4 +1,4 @@
-"""What ``"ddg": {"trace": DIR}`` costs a whole training: the same ResNet-20 with and without, in turns.
+"""The cost of ``"ddg": {"trace": DIR}`` for a whole training: the same ResNet-20 with and without, in turns.
 
     python benchmarks/recording.py                      # about 11 minutes; needs two idle cores
     python benchmarks/recording.py --pairs 20
@@ -42,7 +42,7 @@ MODES = ("without", "with")
 def rank_main(
     rank: int, num_stages: int, pairs: int, calls: int, small: bool, folder: str, store: str, results: Any
 ) -> None:
-    """One stage, of a ResNet-20 or (`small`) two linear layers: for each mode both times of every turn, in seconds."""
+    """Run a stage of a ResNet-20 or (`small`) two linear layers: put both times of every turn by mode, in seconds."""
     import torch
     from deepspeed.pipe import PipelineModule
 
@@ -90,7 +90,7 @@ def rank_main(
 
 
 def differences(stages: Sequence[dict[str, Any]], what: int, over: Any) -> list[float]:
-    """Of each pair, with by without less 1; `what` is 0 for time or 1 for processor time, `over` joins the stages."""
+    """Return with by without less 1 for each pair; `what`: 0 for time, 1 for processor time; `over` joins stages."""
     turns = {
         mode: [over(turn[what] for turn in same) for same in zip(*(s[mode] for s in stages), strict=True)]
         for mode in MODES
@@ -99,14 +99,14 @@ def differences(stages: Sequence[dict[str, Any]], what: int, over: Any) -> list[
 
 
 def microseconds(stages: Sequence[dict[str, Any]], calls: int) -> list[float]:
-    """Of each pair, what recording a micro-batch costs a stage in processor time."""
+    """Return, for each pair, the processor time that recording a micro-batch costs a stage, in microseconds."""
     spent = [[sum(turn[1] for turn in same) for same in zip(*(s[m] for s in stages), strict=True)] for m in MODES]
     count = len(stages) * calls * MICRO_BATCHES
     return [1e6 * (recorded - plain) / count for plain, recorded in zip(*spent, strict=True)]
 
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Of the median, whatever the distribution: from order statistics; without ends where there are too few."""
+    """Return an interval of the median for any distribution, from order statistics; infinite if there are too few."""
     ordered, n = sorted(values), len(values)
     place, outside = -1, 0.0
     # The median lies below the value of rank `place`, counted from 0, with a chance of `outside`.
@@ -117,14 +117,14 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, 
 
 
 def pairs_needed(values: Sequence[float], half_width: float = LIMIT) -> int:
-    """For a 95% interval of the median of this half width, were the values normal with their middle spread."""
+    """Return the number of pairs for a 95% interval of the median of this half width, as if they were normal."""
     middle = median(values)
     deviation = 1.4826 * median(abs(value - middle) for value in values)
     return max(1, ceil((1.96 * sqrt(pi / 2) * deviation / half_width) ** 2))
 
 
 def verdict(low: float, high: float) -> str:
-    """What an interval says about the limit."""
+    """Put into words what an interval says about the limit."""
     if high < LIMIT:
         return f"below {LIMIT:.0%}"
     return f"above {LIMIT:.0%}" if low > LIMIT else f"cannot tell whether below {LIMIT:.0%}"

@@ -47,7 +47,7 @@ def _without_latency(rows: Sequence[Row]) -> list[Row]:
 
 
 def _with_latency(rows: Sequence[Row]) -> list[Row]:
-    """DDG over latency, for the M that were measured with one."""
+    """Return DDG over latency, for every M that was measured with one."""
     late = {row["micro_batches"] for row in rows if row["link"] > 0}
     return [row for row in rows if row["schedule"] == "ddg" and row["micro_batches"] in late]
 
@@ -119,7 +119,7 @@ def _numbers(row: Row) -> list[str]:
 
 
 def _compared(row: Row, rows: Sequence[Row]) -> list[str]:
-    """With the ratio to DeepSpeed's 1F1B, and that which theory gives DDG."""
+    """Return a row with the ratio to DeepSpeed's 1F1B, and the ratio that theory gives DDG."""
     same = [r for r in rows if (r["stages"], r["micro_batches"]) == (row["stages"], row["micro_batches"])]
     theirs = next(r["seconds_per_call"] for r in same if r["schedule"] == "1f1b")
     bound = f"{1 + (row['stages'] - 1) / row['micro_batches']:.2f}" if row["schedule"] == "ddg" else ""
@@ -127,7 +127,7 @@ def _compared(row: Row, rows: Sequence[Row]) -> list[str]:
 
 
 def _error(row: Row) -> float:
-    """Of the predicted time per call."""
+    """Return the error of the predicted time per call."""
     return float(row["predicted_seconds"] / row["seconds_per_call"] - 1)
 
 

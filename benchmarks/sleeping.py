@@ -11,11 +11,11 @@ TICK = FORWARD + BACKWARD
 
 
 def sleeping_layer(scale: float = 1.0, touches: bool = True) -> Any:
-    """A layer with one weight that takes its time, forward and backward.
+    """Make a layer with one weight that takes its time, forward and backward.
 
     Args:
         scale: relative time.
-        touches: it multiplies its input by the weight; otherwise it hands it on, which costs nothing at any size.
+        touches: whether it multiplies its input by the weight; otherwise it hands it on, at no cost for any size.
     """
     import torch
 
@@ -42,15 +42,15 @@ def sleeping_layer(scale: float = 1.0, touches: bool = True) -> Any:
 
 
 class Took(NamedTuple):
-    """What a call took on one stage."""
+    """The time that a call took on one stage."""
 
     seconds: float
     queued: float | None
-    """Seconds of them in which its thread could have run and no core was free; None if the system does not say."""
+    """The seconds in which its thread could have run and no core was free; None if the system does not say."""
 
 
 def per_call(engine: Any, data: Any, warm_up: int, calls: int) -> Took:
-    """Of this stage, in steady state: the mean over `calls`, behind `warm_up` others."""
+    """Measure this stage in steady state: return the mean over `calls`, behind `warm_up` others."""
     for _ in range(warm_up):
         engine.train_batch(data)
     before, start = _queued(), time.perf_counter()
@@ -61,7 +61,7 @@ def per_call(engine: Any, data: Any, warm_up: int, calls: int) -> Took:
 
 
 def _queued() -> float | None:
-    """Seconds that this thread has stood in a run queue (Documentation/scheduler/sched-stats.rst of Linux)."""
+    """Return the seconds that this thread has been in a run queue (Linux, Documentation/scheduler/sched-stats.rst)."""
     try:
         return int(Path("/proc/thread-self/schedstat").read_text(encoding="ascii").split()[1]) / 1e9
     except OSError:

@@ -1,4 +1,4 @@
-"""How long a recipe trains until its loss is down at a target: DDG against DeepSpeed's 1F1B, in seconds and in calls.
+"""The training that a recipe needs down to a target loss: DDG against DeepSpeed's 1F1B, in seconds and in calls.
 
     python benchmarks/time_to_loss.py                                  # about 20 minutes on two idle cores
     python benchmarks/time_to_loss.py --recipe resnet --micro-batches 1 --seeds 0
@@ -37,14 +37,14 @@ from ds_ddg.schedules.ddg import DDGPlan
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is run, for how long, and how often."""
+    """A recipe to run, how long and how often."""
 
     script: str
     config: str
     epochs: int
     seeds: tuple[int, ...]
     held_out: str
-    """Which of its metrics on held-out data is shown."""
+    """The metric on held-out data that is shown."""
 
 
 # As short as the loss allows, at which both schedules are still on their way down.
@@ -70,7 +70,7 @@ class Training:
     epochs: int = 0
 
     def record(self, directory: Path) -> reached.Run:
-        """Of this run, made now or before. SystemExit with the log's end if it fails."""
+        """Return the record of this run, made now or before; SystemExit with the log's end if it fails."""
         recipe = RECIPES[self.recipe]
         config = with_micro_batches(json.loads((launch.ROOT / recipe.config).read_text()), self.micro_batches)
         m = config["gradient_accumulation_steps"]
@@ -99,7 +99,7 @@ class Training:
 
 
 def with_micro_batches(config: dict[str, Any], micro_batches: int) -> dict[str, Any]:
-    """The config at another M and the same batch; 0: as it is. SystemExit if the batch cannot be split like that."""
+    """Return the config at another M and the same batch (0: as it is); SystemExit if the batch has no such split."""
     if not micro_batches:
         return config
     batch = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
@@ -113,7 +113,7 @@ def with_micro_batches(config: dict[str, Any], micro_batches: int) -> dict[str, 
 
 
 def trainings(options: argparse.Namespace) -> Iterator[Training]:
-    """In the order in which they run: the two that are compared one behind the other, each as often first."""
+    """Yield the trainings in order: the two that are compared one behind the other, each as often first."""
     for name, stages, m in product(options.recipe, options.stages, options.micro_batches):
         for turn, seed in enumerate(RECIPES[name].seeds if options.seeds is None else options.seeds):
             for schedule in reached.SCHEDULES if turn % 2 == 0 else reversed(reached.SCHEDULES):
@@ -121,7 +121,7 @@ def trainings(options: argparse.Namespace) -> Iterator[Training]:
 
 
 def run(planned: Iterable[Training], directory: Path) -> dict[str, Any]:
-    """Make the runs that are missing; the results."""
+    """Make the runs that are missing, and return the results."""
     records = []
     with tqdm(list(planned), unit=" runs") as bar:
         for training in bar:

@@ -21,7 +21,7 @@ class DDGConfig(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
 
     enabled: bool = True
-    """Whether the delayed schedule runs; False: DeepSpeed's own 1F1B, for A/B runs of one script."""
+    """Whether the delayed schedule runs. If not, DeepSpeed's own 1F1B runs, for A/B runs of one script."""
 
     weights: Literal["stash", "current"] = "stash"
     """The weights that a delayed backward sees. "stash": those of its own forward, the paper's equation. "current": the

@@ -38,7 +38,7 @@ _MORE_SEAMS = {
     deepspeed.comm: ("barrier",),
     torch.autograd.grad_mode: ("_unsafe_preserve_version_counter",),
 }
-"""What the engine is built on besides DeepSpeed's methods that it overrides or that a `Host` lists."""
+"""Parts of DeepSpeed and torch that the engine needs besides methods that it overrides or that a `Host` lists."""
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
@@ -76,8 +76,11 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
 def swap(engine_class: type = DDGEngine) -> Iterator[None]:
     """Inside this block ``deepspeed.initialize`` makes `engine_class` of a ``PipelineModule``.
 
-    It looks ``PipelineEngine`` up in its module when it is called; the name is restored, even on error. If a project's
-    own class is there, or is put there inside the block, the schedule goes on top of that.
+    DeepSpeed looks ``PipelineEngine`` up in its module when it is called; the name is restored, even on error. If a
+    project's own class is there, or is put there inside the block, the schedule goes on top of that.
+
+    Args:
+        engine_class: the class of the engines, with the schedule or to get it on top, see `ddg_engine`.
 
     Raises:
         TypeError: a project's own class is there, and `engine_class` would drop it, or the schedule cannot be put on
@@ -102,11 +105,14 @@ def swap(engine_class: type = DDGEngine) -> Iterator[None]:
 
 @functools.cache
 def ddg_engine(base: type) -> type:
-    """The delayed schedule on top of `base`, a project's own ``PipelineEngine`` subclass.
+    """Return an engine class with the delayed schedule on top of `base`, a project's own ``PipelineEngine`` subclass.
 
-    Its overrides take effect, its additions to the instruction map among them: the map is built when an engine is
-    constructed. Its ``train_batch`` need not call DeepSpeed's: a ``TrainSchedule`` that it executes gives way to the
-    delayed one.
+    The overrides of `base` take effect, its additions to the instruction map among them: the map is built when an
+    engine is constructed. Its ``train_batch`` need not call DeepSpeed's: a ``TrainSchedule`` that it executes gives
+    way to the delayed one.
+
+    Args:
+        base: the project's class; ``PipelineEngine`` itself gives ``DDGEngine``.
 
     Returns:
         A subclass of ``DDGEngine`` and of `base`.
@@ -124,7 +130,7 @@ def ddg_engine(base: type) -> type:
 
 
 def _chosen(wanted: type, there: type) -> type:
-    """The engine's class in a swap for `wanted`, where `there` is DeepSpeed's own, a project's or that of a swap."""
+    """Return the engine's class in a swap for `wanted`, where DeepSpeed's module has the class `there`."""
     if wanted is DDGEngine:
         return _delayed(there)
     if not issubclass(there, DDGEngine) and not issubclass(wanted, there):
@@ -136,13 +142,13 @@ def _chosen(wanted: type, there: type) -> type:
 
 
 def _delayed(engine_class: type) -> type:
-    """With the schedule on top, if it is not there already."""
+    """Return `engine_class` with the schedule on top, if it is not there already."""
     there = isinstance(engine_class, type) and issubclass(engine_class, DDGEngine)
     return engine_class if there else ddg_engine(engine_class)
 
 
 def _watched(put: list[type]) -> type[ModuleType]:
-    """For DeepSpeed's module: who puts another engine there finds the schedule on top; `put` knows it as it was."""
+    """Return a class for DeepSpeed's module that adds the schedule to each engine set there, and notes it in `put`."""
 
     class Swapped(ModuleType):
         def __setattr__(self, name: str, value: Any) -> None:
@@ -156,7 +162,7 @@ def _watched(put: list[type]) -> type[ModuleType]:
 
 @contextmanager
 def _naming_others() -> Iterator[None]:
-    """Inside, a warning names each engine without the schedule: scripts can build theirs past DeepSpeed's function."""
+    """Inside this block a warning names each engine without the schedule, which scripts can build by themselves."""
     construct = PipelineEngine.__init__
 
     @functools.wraps(construct)
@@ -177,7 +183,7 @@ def _naming_others() -> Iterator[None]:
 
 
 def _seams() -> Iterator[tuple[Any, str]]:
-    """Everything of DeepSpeed and torch that has to be there, by owner and name."""
+    """Yield everything of DeepSpeed and torch that has to be there, by owner and name."""
     overridden = [name for name, method in vars(DDGEngine).items() if getattr(method, "__override__", False)]
     called = [name for name, method in vars(Host).items() if callable(method) and name not in vars(EngineHost)]
     yield from ((PipelineEngine, name) for name in (*overridden, *called) if not name.startswith("__"))

@@ -17,9 +17,9 @@ __all__ = ["EngineHost", "Host"]
 
 
 class Host(Protocol):
-    """What collaborators read, set and call of a ``PipelineEngine``, by DeepSpeed's names."""
+    """The attributes and methods of a ``PipelineEngine`` that collaborators use, by DeepSpeed's names."""
 
-    # What it is made of
+    # Its parts
     module: Any
     device: torch.device
     grid: Any
@@ -44,7 +44,7 @@ class Host(Protocol):
     dynamic_shape: bool
     batch_fn: Any
 
-    # Where it is
+    # Its state
     micro_batches: int
     global_steps: int
     global_samples: int
@@ -63,7 +63,7 @@ class Host(Protocol):
     _global_grad_norm: Any
     _step_applied: bool
 
-    # What it answers
+    # Its answers
     def bfloat16_enabled(self) -> bool: ...
     def fp16_enabled(self) -> bool: ...
     def zero_optimization(self) -> bool: ...
@@ -85,7 +85,7 @@ class Host(Protocol):
     def _reentrant_activation_checkpointing(self) -> bool: ...
     def reset_activation_shape(self) -> None: ...
 
-    # What `EngineHost` adds
+    # Additions of `EngineHost`
     def carry_out(self, instruction: type, *args: Any) -> None:
         """Carry out a pipeline instruction as the engine beneath the delayed one would."""
 
@@ -93,7 +93,7 @@ class Host(Protocol):
         """Carry out instructions as the present schedule wants it."""
 
     def mean_loss(self) -> Tensor:
-        """DeepSpeed's mean over micro-batches and replicas, on the last stage, without its broadcast to the others."""
+        """Return DeepSpeed's mean over micro-batches and replicas on the last stage, without its broadcast."""
 
 
 class EngineHost:

@@ -32,10 +32,11 @@ class AdvanceClocks(PipeInstruction):
 
 
 class TellLoss(PipeInstruction):
-    """On the last stage: the loss of the call is known; let the other stages know.
+    """Tell the other stages, from the last one, the loss of the call, which is known now.
 
-    Before the backward pass of the call's last micro-batch, on whose gradient it rides. Until it is read back from a
-    device, nothing more is launched there, so the next work should be close: that backward, not the next forward.
+    It comes before the backward pass of the call's last micro-batch, on whose gradient it rides. Until it is read back
+    from a device, nothing more is launched there, so the next work should be close: that backward, not the next
+    forward.
     """
 
 
@@ -52,8 +53,8 @@ class DDGSchedule(PipeSchedule):
     Args:
         plan: the plan that `ops` come from.
         stage_id: this stage.
-        ops: what ``plan.call`` or ``plan.drain`` says the stage has to do.
-        draining: the operations finish what is in flight and belong to no call.
+        ops: operations of the stage, from ``plan.call`` or ``plan.drain``.
+        draining: whether the operations finish what is in flight and belong to no call.
     """
 
     def __init__(self, plan: Plan, stage_id: int, ops: Sequence[Op], draining: bool = False) -> None:
@@ -63,7 +64,7 @@ class DDGSchedule(PipeSchedule):
         self.draining = draining
 
     def num_pipe_buffers(self) -> int:
-        """One buffer for each micro-batch that can be in flight: d_k + 1."""
+        """Return one buffer for each micro-batch that can be in flight: d_k + 1."""
         return self.plan.activations(self.stage_id)
 
     def steps(self) -> Iterator[list[PipeInstruction]]:
@@ -82,7 +83,7 @@ class DDGSchedule(PipeSchedule):
 
 @functools.lru_cache(maxsize=1024)
 def _instructions(kind: str, buffer_id: int, first: bool, last: bool) -> list[PipeInstruction]:
-    """What a forward or backward pass is made of; nobody changes an instruction, so one list serves every tick."""
+    """Return the parts of a forward or backward pass; nobody changes an instruction, so one list serves every tick."""
     instructions: list[tuple[bool, type[PipeInstruction]]]
     if kind == FORWARD:
         instructions = [

@@ -88,7 +88,7 @@ class PipelineModule(deepspeed.pipe.PipelineModule):
         return balance(profile(self._layer_specs, self._sample, self.loss_fn, device=device), self.num_stages)
 
     def _agreed(self, find: Callable[[], Balance]) -> Balance:
-        """What `find` returns on rank 0; its failure is every rank's, as the others would wait for an answer."""
+        """Return rank 0's result of `find` on every rank; if it fails, all ranks fail, as the others wait for it."""
         answer: list[Any] = [None]
         failure = None
         if self.global_rank == 0:

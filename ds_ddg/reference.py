@@ -37,7 +37,7 @@ _State = dict[str, Tensor]
 
 @dataclass
 class _Between:
-    """What the stages hand back to those before them, for one micro-batch."""
+    """The gradients that the stages hand back to earlier stages, for one micro-batch."""
 
     errors: list[Any]
     """Gradient of each stage's output."""
@@ -57,12 +57,12 @@ class Reference:
         weights: "stash" or "current".
         activations: "keep" or "recompute"; only matters with "current".
         clip: largest gradient norm; 0 for none.
-        clip_by: "stage": the norm of each stage. "global": that of all stages, in the newest call whose norm every
+        clip_by: "stage": the norm of each stage. "global": the norm of all stages, in the newest call whose norm every
             stage can know: call t - L - 2 in call t, with L = ceil(d_0 / M); until there is one, as "stage".
         schedulers: learning-rate schedulers, stepped once per call.
 
     Raises:
-        ValueError: an argument is not one of these.
+        ValueError: an argument has another value than these.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Reference:
         self.micro_batches, self.clip = micro_batches, clip
         self.clip_globally = clip_by == "global"
         self.norms: list[float] = []
-        """Of all stages, call by call."""
+        """The norm of the gradients of all stages, call by call."""
         self.told = -1
         """The newest call whose loss, and the norm of the call before, every stage knows."""
         self.delays = [(len(stages) - 1 - k) * (1 + slack) for k in range(len(stages))]
@@ -165,7 +165,7 @@ class Reference:
         return float(norm) ** 2
 
     def _gradient_now(self, inputs: _Values, labels: Any) -> Tensor:
-        """Plain autograd over the whole model; each stage's part of the gradient joins its queue."""
+        """Run plain autograd over the whole model; each stage's part of the gradient joins its queue."""
         values = inputs
         for k in range(len(self.stages)):
             values = self._forward(k, values)
@@ -178,7 +178,7 @@ class Reference:
         return loss.detach()
 
     def _gradient_later(self, inputs: _Values, labels: Any) -> Tensor:
-        """Forward now; each stage's backward joins its queue and takes the error of the stage behind when it runs."""
+        """Run the forward; each stage's backward joins its queue, and later takes the error of the stage behind."""
         between = _Between([None] * len(self.stages))
         values = inputs
         for k, stage in enumerate(self.stages):
@@ -197,7 +197,7 @@ class Reference:
     def _backward(
         self, k: int, leaves: _Values, state: _State, past: tuple[_State, Tensor], values: _Values, between: _Between
     ) -> None:
-        """One stage's backward at its newest weights, which take the place of those that the forward saw."""
+        """Run one stage's backward at its newest weights, which take the place of the weights that the forward saw."""
         weights = {parameter: state[name] for name, parameter in _places(self.stages[k], "_parameters")}
         for parameter, weight in weights.items():
             weight.data.copy_(parameter.data)
@@ -248,7 +248,7 @@ def _allow(name: str, value: Any, allowed: Sequence[str]) -> None:
 
 
 def _places(stage: nn.Module, kind: str) -> Iterator[tuple[str, Any]]:
-    """Every place of a parameter or buffer. Several may hold the same one; a module used twice counts once."""
+    """Yield every place of a parameter or buffer; several may hold the same, and a module used twice counts once."""
     for prefix, module in stage.named_modules():
         for name, value in getattr(module, kind).items():
             if value is not None:

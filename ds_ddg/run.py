@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     The ``deepspeed`` launcher puts ``--local_rank=N`` before the script's name; the script finds it among its own.
 
     Raises:
-        SystemExit: with a message, if there is no script to run.
+        SystemExit: there is no script to run; it has a message.
     """
     command = _parse(list(sys.argv[1:] if arguments is None else arguments))
     run = _run_module if command.is_module else _run_script
@@ -84,13 +84,13 @@ def _parse(given: Sequence[str]) -> _Command:
 
 
 def _alone() -> bool:
-    """No launcher started this process, and DeepSpeed, which would then ask MPI who else there is, could not."""
+    """Return whether no launcher started this process, and DeepSpeed could not ask MPI for the other processes."""
     launched = any(name in _ALONE or name.startswith(_STARTED_BY) for name in os.environ)
     return not launched and importlib.util.find_spec("mpi4py") is None
 
 
 def _swap_once_imported(until_the_end: ExitStack) -> None:
-    """Importing DeepSpeed before the script does would make what it sets before that, DS_ACCELERATOR say, too late."""
+    """Swap the engine once the script has imported DeepSpeed: before, it may still set DS_ACCELERATOR, say."""
 
     def enter() -> None:
         from ds_ddg.entry import swap

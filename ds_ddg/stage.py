@@ -1,4 +1,4 @@
-"""What a stage is, and where it is in its run."""
+"""The facts about a stage that never change, and the place of the stage in its run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["RunState", "Stage", "name_of"]
 
 
 def name_of(stage_id: int, rank: int) -> str:
-    """What errors call a stage on one of its ranks."""
+    """Return the name that errors give a stage on one of its ranks."""
     return f"stage {stage_id} (rank {rank})"
 
 
@@ -37,13 +37,13 @@ class Stage:
 
     @property
     def name(self) -> str:
-        """What errors call the stage on this rank."""
+        """The name that errors give the stage on this rank."""
         return name_of(self.stage_id, self.rank)
 
 
 @dataclass
 class RunState:
-    """Where a stage is in its run. It changes through the methods alone, at the same calls on every rank.
+    """The place of a stage in its run; it changes through its methods alone, at the same calls on every rank.
 
     Args:
         num_stages: K.
@@ -79,33 +79,33 @@ class RunState:
         return self.call * self.micro_batches
 
     def begin(self) -> None:
-        """Messages may be on their way from here on."""
+        """Note that messages may be on their way from here on."""
         self.drained = False
 
     def end_call(self) -> int:
-        """A call is over; return its number."""
+        """End a call, and return its number."""
         self.call += 1
         return self.call - 1
 
     def drain(self) -> None:
-        """Nothing is in flight any more: the pipeline fills anew."""
+        """Note that nothing is in flight any more: the pipeline fills anew."""
         self.drained = True
         self.filled_at = self.next_micro_batch
 
     def resume(self, call: int) -> None:
-        """Training goes on from a checkpoint, with number `call`."""
+        """Go on from a checkpoint, with call number `call`."""
         self.call = call
         self.filled_at = self.next_micro_batch
 
     def resize(self, micro_batches: int) -> None:
-        """With the pipeline empty: from here on a call has `micro_batches`."""
+        """Change the micro-batches of a call from here on; the pipeline must be empty."""
         self.micro_batches = micro_batches
         self.filled_at = self.next_micro_batch
 
     def switch(self, schedule: str) -> None:
-        """With the pipeline empty: the next call runs `schedule`."""
+        """Change to `schedule` from the next call on; the pipeline must be empty."""
         self.schedule = schedule
 
     def choose_slack(self, slack: int) -> None:
-        """With the pipeline empty: the next call runs with `slack`."""
+        """Change to `slack` from the next call on; the pipeline must be empty."""
         self.slack = slack

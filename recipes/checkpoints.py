@@ -1,4 +1,4 @@
-"""Checkpoints of the recipes: saved when they are due, and gone on from with --resume."""
+"""Checkpoints of the recipes: they are saved when they are due, and a run with --resume goes on from the newest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +14,36 @@ from deepspeed import comm as dist
 from tqdm import tqdm
 
 import ds_ddg
-from ds_ddg.checkpoint.folder import LATEST, damage, latest, write_whole
-from recipes.common import gather, on_every_rank, seed_from
+from ds_ddg.checkpoint.folder import LATEST, latest, write_whole
+from ds_ddg.comm.p2p import StageError
+from ds_ddg.models.ranks import gather
+from recipes.common import on_every_rank, seed_from
 from recipes.progress import Progress
 from recipes.settings import differences, recorded
 
 KEPT_CHECKPOINTS = 2
-"""The newest, and the one before in case a crash or a full disk has spoilt the newest."""
+"""Checkpoints that stay: the newest, and the one before in case a crash or a full disk has spoilt the newest."""
 
 SETTINGS = "settings.json"
 
 TAG = "global_step"
-"""What DeepSpeed calls a checkpoint, followed by the number of calls."""
+"""The name that DeepSpeed gives a checkpoint, without the number of calls that follows it."""
 
 
 class Checkpoints:
-    """Saves in DeepSpeed's layout, and goes on from the newest as if the run had never stopped, to the last bit.
+    """Saves a run in DeepSpeed's layout, and goes on from the newest save as if it had never stopped, to the last bit.
 
     A resumed run equals one that was not interrupted and saved at the same calls: a save drains the pipeline. From
     each save on, PyTorch's random numbers (dropout) start from a seed of their own, so there is no state of generators
     to keep. Data must depend on the seed and the number of the call only.
 
     Args:
-        args: parsed from `add_arguments`.
+        args: the arguments that `common.add_arguments` has added.
         engine: made by ``ds_ddg.initialize``.
-        progress: saved and restored with the engine.
+        progress: the record of the run, saved and restored with the engine.
         every: calls between two saves, unless --checkpoint-every says otherwise.
-        **settings: what else makes this run another one than the next, besides the settings of `progress`: the
-            DeepSpeed `config`, arguments of the recipe. A checkpoint of a run with others is refused.
+        **settings: settings that decide about the training, besides those of `progress`: the DeepSpeed `config`,
+            arguments of the recipe. A checkpoint of a run with other settings is refused.
     """
 
     def __init__(
@@ -58,9 +59,11 @@ class Checkpoints:
         self._engine, self._progress = engine, progress
 
     def restore(self) -> None:
-        """Once, before the first call: load the newest checkpoint with --resume, if there is one.
+        """Load the newest checkpoint with --resume, if there is one; to be called once, before the first call.
 
-        SystemExit on every rank if there are checkpoints that --resume did not ask for, of another run or damaged.
+        Raises:
+            SystemExit: there are checkpoints that --resume did not ask for, of another run or damaged; every rank
+                raises it.
         """
         if self._directory is not None:
             with on_every_rank():
@@ -71,25 +74,25 @@ class Checkpoints:
             if tag is not None:
                 self._load(self._directory, tag)
             if self._trains and dist.get_rank() == 0:
-                # Also those of a run that goes on: earlier versions kept less, and it may be longer than planned.
+                # Also when a run goes on: earlier versions recorded less, and it may be longer than planned.
                 self._directory.mkdir(parents=True, exist_ok=True)
                 write_whole(self._directory / SETTINGS, json.dumps(self._settings, indent=2) + "\n")
         self._reseed()
 
     def save_if_due(self) -> None:
-        """After a call and what belongs to it (an evaluation): save when it is time, and at the end of the run."""
+        """Save when it is time, and at the end of the run; to be called after each call and its evaluation."""
         calls = self._progress.calls
         if self._directory is None or (calls % self._every and calls < self._progress.total_calls):
             return
         self._engine.save_checkpoint(str(self._directory), client_state={"progress": self._progress.state_dict()})
         if dist.get_rank() == 0:
-            # One of a later call is of a run that was given up, and torn perhaps: it is none of the newest.
+            # A save of a later call is of a run that was given up, and torn perhaps: it is none of the newest.
             for old in _saved(self._directory, until=calls)[:-KEPT_CHECKPOINTS]:
                 shutil.rmtree(old)
         self._reseed()
 
     def _newest(self, directory: Path) -> str | None:
-        """The tag of the checkpoint to load. ValueError or OSError if that cannot be what the user wants."""
+        """Return the tag of the checkpoint to load; ValueError or OSError if that cannot be what the user wants."""
         tag = latest(directory)
         if tag is None:
             return None
@@ -122,12 +125,10 @@ class Checkpoints:
         return tag
 
     def _load(self, directory: Path, tag: str) -> None:
-        # As load_checkpoint looks at them, but saying what to do in terms of the recipe.
-        with on_every_rank():
-            wrong = [found for path in self._files(directory, tag) if (found := damage(path))]
-            if wrong:
-                raise ValueError(f"cannot load {directory / tag}: {', '.join(wrong[:4])}; {_others(directory, tag)}")
-        _, client_state = self._engine.load_checkpoint(str(directory), tag)
+        try:
+            _, client_state = self._engine.load_checkpoint(str(directory), tag)
+        except (OSError, ValueError, StageError) as error:  # one of them on every rank, or none at all
+            raise SystemExit(f"{error}; {_others(directory, tag)}") from error
         calls, planned = client_state["progress"]["calls"], self._progress.total_calls
         if self._trains and calls > planned:
             raise SystemExit(f"{directory / tag} is past the end of this run of {planned} calls: raise --epochs")
@@ -135,29 +136,19 @@ class Checkpoints:
         if dist.get_rank() == 0:
             tqdm.write(f"going on from {directory / tag}, after {calls} calls")
 
-    def _files(self, directory: Path, tag: str) -> Iterator[Path]:
-        """Those that this rank reads, named as DeepSpeed does it."""
-        engine = self._engine
-        yield Path(engine._get_ckpt_name(str(directory), tag))
-        if engine.zero_optimization():
-            yield Path(engine._get_zero_ckpt_name(str(directory), tag))
-        for index, layer in enumerate(engine.module.forward_funcs):
-            if hasattr(layer, "load_state_dict"):
-                yield Path(engine.module.ckpt_layer_path(str(directory / tag), index))
-
     def _reseed(self) -> None:
         torch.manual_seed(seed_from(self._seed, self._progress.calls, dist.get_rank()))
 
 
 def _saved(directory: Path, until: float = math.inf) -> list[Path]:
-    """The checkpoints in it, oldest first, but for those after call number `until`."""
+    """Return the checkpoints in `directory` up to call number `until`, oldest first."""
     calls_of = {path: path.name.removeprefix(TAG) for path in directory.glob(f"{TAG}*")}
     found = [path for path, calls in calls_of.items() if calls.isdecimal() and int(calls) <= until]
     return sorted(found, key=lambda path: int(calls_of[path]))
 
 
 def _others(directory: Path, tag: str) -> str:
-    """What to do if that of `tag` cannot be had."""
+    """Return what to do if the checkpoint named `tag` cannot be loaded."""
     others = [path.name for path in _saved(directory) if path.name != tag]
     if not others:
         return "there is no other, start anew in another --checkpoint-dir"

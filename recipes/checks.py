@@ -1,4 +1,4 @@
-"""What would otherwise fail late or at length, looked at before the training: each a line that says what to do."""
+"""Checks before the training of what would fail late, or at length; each error is a line that says what to do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from recipes.common import on_every_rank
 
 
 def stages(asked: int | None) -> int:
-    """How many: `asked`, or one per process. SystemExit if the processes do not make whole pipelines."""
+    """Return the number of stages: `asked`, or one per process.
+
+    Raises:
+        SystemExit: the processes do not make whole pipelines of `asked` stages.
+    """
     processes = dist.get_world_size()
     if asked is None or processes % asked == 0:
         return asked or processes
@@ -31,39 +35,40 @@ def stages(asked: int | None) -> int:
 def folders(
     config: Mapping[str, Any], of_all_ranks: Mapping[str, Path | None], of_the_first: Mapping[str, Path | None]
 ) -> None:
-    """Make the folders that results go to, and see that they can be written; SystemExit on every rank if not.
+    """Make the folders that results go to, and see that they can be written.
 
     Args:
         config: DeepSpeed's, as `common.read_config` returns it; its "ddg" block may name one.
         of_all_ranks: option -> folder, None if it was not given; every rank writes there.
-        of_the_first: those that only rank 0 writes to.
+        of_the_first: options and folders that only rank 0 writes to.
+
+    Raises:
+        SystemExit: a folder cannot be made or written; every rank raises it.
     """
+    mine = {'"ddg": {"trace"}': DDGConfig.parse(config["ddg"]).trace, **of_all_ranks}
+    if dist.get_rank() == 0:
+        mine.update(of_the_first)
     with on_every_rank():
-        trace = DDGConfig.parse(config["ddg"]).trace
-        mine = {
-            '"ddg": {"trace"}': trace and Path(trace),
-            **of_all_ranks,
-            **(of_the_first if dist.get_rank() == 0 else {}),
-        }
         for option, folder in mine.items():
-            if folder is not None:
-                _write_into(option, folder)
-
-
-def _write_into(option: str, folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Permissions say less: root has all of them, also on a disk that is read-only or full.
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"?")
-    except OSError as error:
-        raise OSError(
-            f"{option}: cannot write to {str(folder)!r} ({error.strerror}); name a folder that can be made and written"
-        ) from None
+            try:
+                if folder is not None:
+                    Path(folder).mkdir(parents=True, exist_ok=True)
+                    # Permissions say less: root has all of them, also on a disk that is read-only or full.
+                    with tempfile.TemporaryFile(dir=folder) as file:
+                        file.write(b"?")
+            except OSError as error:
+                raise OSError(
+                    f"{option}: cannot write to {str(folder)!r} ({error.strerror}); name a folder that can be made "
+                    "and written"
+                ) from None
 
 
 def deepspeed_config(config: dict[str, Any], net: PipelineModule) -> DeepSpeedConfig:
-    """DeepSpeed's reading of `config`. SystemExit if it finds it wrong, or ds_ddg cannot train `net` with it."""
+    """Return `config` as DeepSpeed reads it.
+
+    Raises:
+        SystemExit: DeepSpeed finds it wrong, or ds_ddg cannot train `net` with it.
+    """
     try:
         parsed = DeepSpeedConfig(config, net.mpu())
     except (AssertionError, DeepSpeedConfigError, ValueError) as error:  # assertions are how DeepSpeed checks it

@@ -1,4 +1,4 @@
-"""What the recipes share: arguments, config, processes, evaluation. `progress.py` and `checkpoints.py` have more."""
+"""Arguments, config, processes and evaluation, shared by all recipes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import deepspeed
 import hjson  # type: ignore[import-untyped]
 import numpy as np
 import torch
-from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import default_pg_timeout
 from deepspeed.runtime.config import DeepSpeedConfig
@@ -24,15 +23,18 @@ from tqdm import tqdm
 
 import ds_ddg
 from ds_ddg.config import DDGConfig
-
-T = TypeVar("T")
+from ds_ddg.models.ranks import gather
 
 EVALUATED_TOGETHER = 32
 """Micro-batches of one ``eval_batch()``, which fetches all its data before it starts."""
 
 
+IGNORED = -100
+"""Label that losses and metrics leave out; `torch.nn.functional.cross_entropy` ignores it."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of every recipe, DeepSpeed's own (--deepspeed_config, --local_rank) among them."""
+    """Add the arguments of every recipe, DeepSpeed's own (--deepspeed_config, --local_rank) among them."""
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     parser.add_argument("--schedule", choices=["ddg", "1f1b"], help="1f1b is DeepSpeed's own (default: as configured)")
     parser.add_argument("--stages", type=at_least(1), help="pipeline stages (default: one per process)")
@@ -47,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """``parser.parse_args()`` with the checks that concern several arguments."""
+    """Run ``parser.parse_args()`` with the checks that concern several arguments."""
     args = parser.parse_args()
     if args.checkpoint_dir is None and (args.resume or args.checkpoint_every is not None):
         parser.error("--resume and --checkpoint-every need --checkpoint-dir")
@@ -55,7 +57,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def at_least(low: int) -> Callable[[str], int]:
-    """A type for ``add_argument``: a whole number, `low` or more."""
+    """Return a type for ``add_argument``: a whole number, `low` or more."""
 
     def number(text: str) -> int:
         value = int(text)
@@ -68,7 +70,7 @@ def at_least(low: int) -> Callable[[str], int]:
 
 
 def below_one(text: str) -> float:
-    """A type for ``add_argument``: a share, from 0 to less than 1."""
+    """Read a share, from 0 to less than 1; a type for ``add_argument``."""
     value = float(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"must be 0 or more and less than 1, got {text}")
@@ -79,7 +81,7 @@ below_one.__name__ = "float"  # as above
 
 
 def local_processes() -> int:
-    """How many the launcher has started on this machine."""
+    """Return the number of processes that the launcher has started on this machine."""
     # LOCAL_SIZE is the deepspeed launcher's name for torchrun's LOCAL_WORLD_SIZE.
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
@@ -94,9 +96,9 @@ def set_threads() -> None:
 
 
 def init_distributed() -> None:
-    """``deepspeed.init_distributed()`` without the minute of C++ compiling that it starts on CPU.
+    """Run ``deepspeed.init_distributed()`` without the minute of C++ compiling that it starts on CPU.
 
-    What it would compile, shared-memory collectives for inference, no training run uses.
+    It would compile shared-memory collectives for inference, which no training run uses.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = share_gpus()
@@ -108,7 +110,7 @@ def init_distributed() -> None:
 
 
 def share_gpus() -> str | None:
-    """If there are fewer GPUs than processes here, give each process one to share, by LOCAL_RANK.
+    """Give each process a GPU to share, by LOCAL_RANK, if there are fewer GPUs than processes here.
 
     Returns:
         The back end to initialize: gloo, as NCCL refuses two processes on one GPU. None if nothing is shared.
@@ -123,18 +125,15 @@ def share_gpus() -> str | None:
     return "gloo"
 
 
-def gather(value: T) -> list[T]:
-    """Return the values of all ranks, ordered by rank; they travel pickled."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 @contextmanager
 def on_every_rank() -> Iterator[None]:
-    """What the ``with`` block finds wrong on one rank ends all of them, each with the reason.
+    """Inside this block an OSError or ValueError on one rank ends all ranks, each with the reason.
 
-    For what depends on a machine, such as its files: the other ranks would wait for this one until they time out.
+    It is for work that depends on a machine, such as its files: the other ranks would wait for this one until they
+    time out.
+
+    Raises:
+        SystemExit: the block failed on a rank.
     """
     failure: Exception | None = None
     try:
@@ -150,7 +149,7 @@ def on_every_rank() -> Iterator[None]:
 
 
 def read_config(path: str | None, schedule: str | None) -> dict[str, Any]:
-    """The DeepSpeed JSON at `path` as a dict, with the schedule asked for on the command line, if any."""
+    """Read the DeepSpeed JSON at `path`, with the schedule asked for on the command line, if any."""
     if path is None:
         raise SystemExit("--deepspeed_config is required; the recipe's own are in configs/")
     try:
@@ -178,7 +177,7 @@ def schedule_of(config: dict[str, Any]) -> str:
 
 
 def dtype_of(config: DeepSpeedConfig) -> torch.dtype:
-    """That of the weights, and so of inputs that are numbers: DeepSpeed casts the one and not the other."""
+    """Return the type of the weights, and so of inputs that are numbers: DeepSpeed casts the weights alone."""
     if config.bfloat16_config.enabled:
         return torch.bfloat16
     return torch.float16 if config.float16_config.enabled else torch.float32
@@ -196,8 +195,16 @@ def fill_scheduler(config: dict[str, Any], calls: int) -> bool:
     return bool(filled)
 
 
+def too_few(rows: str, replicas: int, micro_batches: int, size: int) -> ValueError:
+    """Return the error of training data whose `rows`, a number and what they are, do not fill a call."""
+    return ValueError(
+        f"{rows} are too few for one train_batch() call of {replicas} (data parallel) x {micro_batches} "
+        f"(micro-batches) x {size} (micro-batch size)"
+    )
+
+
 def seed_from(*numbers: int) -> int:
-    """A seed for what is random in one place: other `numbers` (run, epoch, rank, ...) give an unrelated one."""
+    """Return a seed for what is random in one place: other `numbers` (run, epoch, rank, ...) give an unrelated one."""
     (entropy,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     return int(entropy)
 
@@ -205,13 +212,13 @@ def seed_from(*numbers: int) -> int:
 def evaluate(
     engine: ds_ddg.DDGEngine, batches: Iterable[Any], count: int, measure: Callable[[Any, Any], Tensor]
 ) -> list[float]:
-    """Sums over held-out data, the same on every rank; ``eval_batch`` itself only returns averages.
+    """Return sums over held-out data, the same on every rank; ``eval_batch`` itself only returns averages.
 
     Args:
-        engine: whose weights of the current call are evaluated.
+        engine: the engine; its weights of the current call are evaluated.
         batches: micro-batches ``(inputs, labels)`` of this rank's data-parallel share.
-        count: how many there are, the same on every rank.
-        measure: ``measure(outputs, labels)`` -> (n,) what to sum over micro-batches and replicas.
+        count: number of micro-batches, the same on every rank.
+        measure: ``measure(outputs, labels)`` -> (n,) values to sum over micro-batches and replicas.
     """
     sums: list[Tensor] = []
 
@@ -224,9 +231,9 @@ def evaluate(
     try:
         iterator = iter(batches)
         for start in range(0, count, EVALUATED_TOGETHER):
-            together = min(EVALUATED_TOGETHER, count - start)
-            chunk = itertools.islice(iterator, together)
-            engine.eval_batch(chunk, reduce_output=None, bcast_loss=False, num_micro_batches=together)
+            size = min(EVALUATED_TOGETHER, count - start)
+            chunk = itertools.islice(iterator, size)
+            engine.eval_batch(chunk, reduce_output=None, bcast_loss=False, num_micro_batches=size)
     finally:
         engine.module.loss_fn = train_loss_fn
     parts = gather(sums[0].tolist() if sums else None)  # only last stages have measured

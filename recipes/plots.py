@@ -25,8 +25,8 @@ def draw_curves(
     """Write a PNG.
 
     Args:
-        path: the file.
-        title: above the picture.
+        path: the file to write.
+        title: the title above the picture.
         losses: training loss by call (0, 1, ...).
         held_out: name -> number of calls made -> value; one line each.
         window: calls that one point of the smoothed loss stands for.
@@ -72,7 +72,7 @@ def draw_curves(
 
 
 def words(name: str) -> str:
-    """The name of a metric as people write it."""
+    """Return the name of a metric as people write it."""
     return name.replace("_", " ")
 
 

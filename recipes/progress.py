@@ -1,4 +1,4 @@
-"""What a run has come to: the progress bar, the losses and held-out metrics so far, and the last line of JSON."""
+"""The record of a run: its progress bar, its losses and held-out metrics so far, and the last line of JSON."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Progress:
 
     Args:
         engine: made by ``ds_ddg.initialize``.
-        calls: of ``train_batch()`` in the whole run.
-        calls_per_epoch: None for a recipe that counts calls.
-        **settings: of the recipe, what makes this run another one than the next: data set, model, seed, ... They are
-            among the metrics, and a checkpoint of a run with others is refused.
+        calls: ``train_batch()`` calls in the whole run.
+        calls_per_epoch: calls in an epoch; None for a recipe that counts calls.
+        **settings: settings of the recipe that decide about the training: data set, model, seed, ... They are among
+            the metrics, and a checkpoint of a run with other settings is refused.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Progress:
             **settings,
         }
         self.calls = 0
-        """Made so far, those before a resumption included."""
+        """The calls made so far, including the calls before a resumption."""
         self.held_out: dict[str, dict[int, float]] = {}
         """Metric -> number of calls made before the evaluation -> value."""
         self._engine = engine
@@ -62,7 +62,7 @@ class Progress:
 
     @cached_property
     def _bar(self) -> tqdm[Any]:
-        """Not shown before it is needed: a message that ends the run before the training would stand behind it."""
+        """The progress bar, not shown before it is needed: a message that ends the run early would stand behind it."""
         return tqdm(
             total=self.total_calls * self._engine.train_batch_size(),
             unit=" samples",
@@ -86,9 +86,9 @@ class Progress:
         return self._spent + (0.0 if self._start is None else time.perf_counter() - self._start)
 
     def update(self, loss: Tensor, loss_call: int) -> None:
-        """After a ``train_batch()``: the loss that it returned, and the call (0, 1, ...) that this is the loss of."""
+        """Record the loss that a ``train_batch()`` returned, and the call (0, 1, ...) that it is the loss of."""
         self._unread.append((loss_call, loss.detach()))
-        self._known.setdefault(loss_call, self.seconds)  # DDG returns that of call 0 until the next one is there
+        self._known.setdefault(loss_call, self.seconds)  # DDG returns the loss of call 0 until the next one is there
         self.calls += 1
         self._bar.update(self._engine.train_batch_size())
         if self.calls % READ_EVERY == 0 or self.calls == 1:
@@ -97,7 +97,7 @@ class Progress:
             self._bar.set_postfix_str(f"loss {newest:.4f} (of call {loss_call}, counted from 0)")
 
     def evaluated(self, metrics: Mapping[str, float]) -> None:
-        """After an evaluation: name -> value, such as ``{"test_accuracy": 0.98}``. They go to the monitors, too."""
+        """Record the results of an evaluation, such as ``{"test_accuracy": 0.98}``, and pass them to the monitors."""
         for name, value in metrics.items():
             self.held_out.setdefault(name, {})[self.calls] = value
         if self._engine.monitor.enabled:
@@ -108,7 +108,7 @@ class Progress:
 
     @property
     def losses(self) -> dict[int, float]:
-        """Training loss by call, as far as known: under DDG the last few before a drain never are."""
+        """The training loss by call, as far as known: under DDG the last few before a drain never are."""
         if self._unread:
             values = torch.stack([loss.float() for _, loss in self._unread]).tolist()
             self._losses.update(zip([call for call, _ in self._unread], values, strict=True))
@@ -117,7 +117,7 @@ class Progress:
 
     @property
     def train_loss(self) -> float | None:
-        """Mean over the calls of the last epoch (without epochs: of the last tenth); None before the first call."""
+        """The mean loss of the last epoch (without epochs: of the last tenth); None before the first call."""
         last = [loss for call, loss in self.losses.items() if call >= self.calls - self._window]
         last = last or list(self.losses.values())[-1:]
         return sum(last) / len(last) if last else None
@@ -144,13 +144,13 @@ class Progress:
         self._bar.unpause()  # what was done before does not count for the speed
 
     def finish(self, output_dir: Path, title: str, draw: Sequence[str], **metrics: Any) -> None:
-        """On rank 0: write metrics.json, losses.csv and curves.png, and print the metrics as the last line.
+        """Write metrics.json, losses.csv and curves.png on rank 0, and print the metrics as the last line.
 
         Args:
-            output_dir: made if it is not there.
-            title: of the picture.
+            output_dir: the folder to write into, made if it is not there.
+            title: title of the picture.
             draw: names of the held-out metrics that the picture shows.
-            **metrics: of the recipe, besides its settings, its last held-out metrics and its training loss and speed.
+            **metrics: metrics of the recipe besides its settings, last held-out metrics, training loss and speed.
         """
         self._bar.close()
         if dist.get_rank() != 0:
@@ -176,7 +176,7 @@ class Progress:
         print(json.dumps(line), flush=True)
 
     def _write_losses(self, path: Path) -> None:
-        """Training loss of each call, and the seconds of training after which the script had it."""
+        """Write the loss of each call, and the seconds of training after which the script had it."""
         with path.open("w", newline="", encoding="ascii") as file:
             rows = csv.writer(file)
             rows.writerow(("call", "loss", "seconds"))
@@ -187,7 +187,7 @@ class Progress:
         return self.calls_per_epoch or max(1, self.total_calls // 10)
 
     def _now(self, of: int | None = None) -> str:
-        """How far the run is, `of` so many calls."""
+        """Put into words how far the run is; `of` is the number of calls in all."""
         if self.calls_per_epoch is None:
             return f"{self.calls} calls" if of is None else f"{self.calls} of {of} calls"
         epoch = f"epoch {-(-self.calls // self.calls_per_epoch)}"

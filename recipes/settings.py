@@ -1,12 +1,12 @@
-"""The settings of a run, as its checkpoints keep them: a run with others is another one, and does not go on from them.
+"""The settings of a run, as its checkpoints keep them: a run with other settings does not go on from them.
 
-What only decides where a run's results go, or how much it tells about itself, is not among them.
+Settings that only decide where results go, or how much a run tells about itself, are left out.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ds_ddg.config import DDGConfig
@@ -26,44 +26,48 @@ REPORTS = {
 """Blocks and keys of a DeepSpeed config that change nothing about the training."""
 
 DDG_REPORTS = {"enabled", "loss", "trace"}
-"""Those of its "ddg" block; whether it is enabled is among the settings as the schedule."""
+"""Keys of its "ddg" block that change nothing; whether the block is enabled is recorded as the schedule."""
 
 
 def recorded(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """As they are read back from JSON; of a DeepSpeed config, under the key "config", what decides about training."""
+    """Return `settings` as they are read back from JSON, with only what decides about the training.
+
+    Args:
+        settings: name -> value; "config" is a DeepSpeed config, whose "ddg" block gets its defaults: a default is the
+            same setting whether it is written out or not.
+    """
     kept = dict(settings)
     if "config" in kept:
-        kept["config"] = {key: value for key, value in kept["config"].items() if key not in REPORTS}
+        ddg = DDGConfig.parse(kept["config"].get("ddg")).model_dump(exclude=DDG_REPORTS)
+        kept["config"] = {key: value for key, value in {**kept["config"], "ddg": ddg}.items() if key not in REPORTS}
     read: dict[str, Any] = json.loads(json.dumps(kept, default=str))
     return read
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """What differs between two of `recorded`, by path: the old and the new value in words.
+    """Compare the settings of an earlier run with those of this one, both made by `recorded`.
 
     Args:
-        then: earlier versions kept less, without a "config"; only what is there counts.
-        now: of this run.
+        then: the earlier run's. Earlier versions recorded less, and no "config": then only what is there counts.
+        now: this run's.
+
+    Returns:
+        Path of each setting that differs -> the old and the new value in words.
     """
-    old, new = _flat(_with_defaults(then)), _flat(_with_defaults(now))
+    # Recorded again, as earlier versions left out the defaults of the "ddg" block.
+    old, new = dict(_flat(recorded(then))), dict(_flat(now))
+    unset = object()
     paths = {**old, **new} if "config" in then else old
-    different = [path for path in paths if path not in old or path not in new or old[path] != new[path]]
+    different = [path for path in paths if old.get(path, unset) != new.get(path, unset)]
     return {path: f"{path} {_word(old, path)}, now {_word(new, path)}" for path in different}
 
 
-def _with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Written out or not, a default is the same setting."""
-    if "config" not in settings:
-        return dict(settings)
-    ddg = DDGConfig.parse(settings["config"].get("ddg")).model_dump(exclude=DDG_REPORTS)
-    return {**settings, "config": {**settings["config"], "ddg": ddg}}
-
-
-def _flat(value: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat.update(_flat(inner, f"{above}{key}.") if isinstance(inner, dict) else {f"{above}{key}": inner})
-    return flat
+def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
 
 
 def _word(flat: Mapping[str, Any], path: str) -> str:

@@ -59,7 +59,7 @@ def seed() -> None:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """As on the ranks: the number of threads decides in which order a matrix product adds up."""
+    """Use one thread, as on the ranks: their number decides in which order a matrix product adds up."""
     import torch
 
     threads = torch.get_num_threads()
@@ -70,7 +70,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[GetRanks]:
-    """`ranks(4).run(fn, *args)`: processes that the whole session shares, see `distributed.Ranks`."""
+    """Give processes that the whole session shares: `ranks(4).run(fn, *args)`, see `distributed.Ranks`."""
     pools: dict[int, Ranks] = {}
 
     def get(world_size: int) -> Ranks:

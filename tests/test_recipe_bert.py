@@ -122,10 +122,11 @@ def initial_weights(rank: int, world_size: int) -> dict[str, torch.Tensor]:
     from transformers import BertConfig
 
     from ds_ddg.models import masked_lm, masked_lm_loss
-    from recipes.bert import model
+    from recipes import steps
 
     config = BertConfig(vocab_size=30, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
-    net = model.pipeline(masked_lm(config, inputs=("input_ids",)), masked_lm_loss, world_size, seed=3)
+    specs = masked_lm(config, inputs=("input_ids",))
+    net = steps.pipeline(specs, masked_lm_loss, world_size, 3, "type:TransformerLayer")
     pieces = [module for module in net.modules() if hasattr(module, "original_state")]
     return {key: tensor.detach().clone() for piece in pieces for key, tensor in piece.original_state().items()}
 

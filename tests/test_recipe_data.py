@@ -19,6 +19,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision.datasets import CIFAR10
 
+from recipes.common import IGNORED
 from recipes.resnet import data
 from recipes.resnet.data import HeldOutBatches, Share, TrainBatches
 from recipes.resnet.folder import MEAN, STD, ImageFiles
@@ -200,7 +201,7 @@ def test_every_held_out_image_is_evaluated_once(data_parallel_size: int) -> None
     assert all(images.shape == (8, 3, 32, 32) and labels.shape == (8,) for shard in shards for images, labels in shard)
     images = torch.cat([images for shard in shards for images, _ in shard if images is not None])
     labels = torch.cat([labels for shard in shards for _, labels in shard])
-    counted = labels != data.NO_LABEL
+    counted = labels != IGNORED
     assert torch.equal(labels[counted].sort().values, split.labels)
     assert torch.equal(images[counted], split.normalise(split.images)[labels[counted]])
 

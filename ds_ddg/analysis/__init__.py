@@ -1,1 +1,1 @@
-"""What a schedule costs, what to choose, and pictures of planned and recorded runs, without torch."""
+"""Costs of a schedule, advice on which to choose, and pictures of planned and recorded runs, without torch."""

@@ -1,4 +1,4 @@
-"""Which layers go on which stage: the split whose slowest stage is as fast as it can be.
+"""The split of layers into stages whose slowest stage is as fast as it can be.
 
 A pipeline runs at the pace of its slowest stage, so equal numbers of layers or parameters are a poor guide. Given what
 each layer costs (``ds_ddg.partition`` measures it), `balance` finds the best split into contiguous stages.
@@ -24,17 +24,17 @@ __all__ = ["Balance", "LayerCost", "balance", "load", "save"]
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What one layer costs for one micro-batch. ValueError if a number is negative or not finite."""
+    """The cost of one layer for one micro-batch; ValueError if a number is negative or not finite."""
 
     name: str
     forward_ms: float
     backward_ms: float
     parameter_bytes: int = 0
-    """A tied layer counts at each of its uses."""
+    """Size of the parameters; a tied layer counts at each of its uses."""
     activation_bytes: int = 0
-    """What the backward pass keeps alive, and the output; not the layer's input, which is the output of another."""
+    """Size of the output and of all that waits for the backward, but for the input, the output of another layer."""
     output_bytes: int = 0
-    """What travels to the next stage, and as a gradient back, if a stage ends here."""
+    """Size of the message to the next stage, and of the gradient back, if a stage ends here."""
 
     def __post_init__(self) -> None:
         for field in fields(self)[1:]:
@@ -50,7 +50,7 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Balance:
-    """A split of layers into stages, and what it predicts; it prints as a table."""
+    """A split of layers into stages, with its predicted times; it prints as a table."""
 
     layers: tuple[LayerCost, ...]
     parts: tuple[int, ...]
@@ -77,7 +77,7 @@ class Balance:
         return sum(self.stage_ms) / len(self.stages) / self.pace_ms if self.pace_ms else 1.0
 
     def record(self) -> dict[str, Any]:
-        """The prediction as plain data, for programs."""
+        """Return the prediction as plain data, for programs."""
         return {
             "stages": len(self.stages),
             "parts": list(self.parts),
@@ -127,7 +127,7 @@ def balance(layers: Sequence[LayerCost], num_stages: int) -> Balance:
     stage needs the least memory, then the one with the earliest cuts: the answer depends on nothing but the costs.
 
     Args:
-        layers: what each layer costs, in order.
+        layers: the costs of the layers, in order.
         num_stages: K; every stage gets a layer at least.
 
     Raises:
@@ -145,7 +145,7 @@ def balance(layers: Sequence[LayerCost], num_stages: int) -> Balance:
 
 
 def _best_pace(times: Sequence[float], num_stages: int) -> float:
-    """The least time of the slowest stage; `times` are the sums over the first 0, 1, 2, ... layers."""
+    """Return the least time of the slowest stage; `times` are the sums over the first 0, 1, 2, ... layers."""
     end = len(times)
     # best[j]: the slowest of k stages that share the first j layers.
     best = [0.0] + [inf] * (end - 1)
@@ -196,7 +196,7 @@ def load(path: str | PathLike[str]) -> list[LayerCost]:
 
     Raises:
         ValueError: the file holds something else, or a cost is out of range.
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     try:
         return [LayerCost(**entry) for entry in json.loads(Path(path).read_text(encoding="utf-8"))["layers"]]

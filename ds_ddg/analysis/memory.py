@@ -1,4 +1,4 @@
-"""How much memory a stage needs at its fullest moment, counted from the plan.
+"""The memory that a stage needs at its fullest moment, counted from the plan.
 
 In the steady state of DDG stage k goes through the same moments in every call: M backward passes and an update. At
 each, something else is at its most:
@@ -29,7 +29,7 @@ __all__ = ["Backward", "Sizes", "fullest"]
 
 
 class Backward(NamedTuple):
-    """What a backward pass has alive at its peak, its micro-batch's activations included."""
+    """The bytes that a backward pass has alive at its peak, its micro-batch's activations included."""
 
     first: float
     """The peak of the first backward of a call, with the weight gradients that it makes."""
@@ -75,19 +75,19 @@ class Sizes:
     received: float
     """Size of the input of one micro-batch, which is data or a message."""
     sent: float
-    """What goes to the next stage for a micro-batch; as much as the gradient that comes back. 0 on the last stage."""
+    """Size of the message to the next stage for a micro-batch, and of the gradient back; 0 on the last stage."""
     backward: Backward
 
 
 def fullest(plan: Plan, stage: int, sizes: Sizes, stash: bool = True, recompute: bool = False) -> float:
-    """Bytes that `stage` has alive at its fullest moment, for weights, gradients, activations and messages.
+    """Return bytes that `stage` has alive at its fullest moment, for weights, gradients, activations and messages.
 
     Args:
-        plan: says what is in flight.
+        plan: the plan, which says what is in flight.
         stage: this stage.
-        sizes: of this stage.
-        stash: every micro-batch in flight keeps the weights of its forward; otherwise there is one version.
-        recompute: activations are computed anew for the backward, so only the inputs wait.
+        sizes: sizes of what the stage holds.
+        stash: whether every micro-batch in flight keeps the weights of its forward; otherwise there is one version.
+        recompute: whether activations are computed anew for the backward, so only the inputs wait.
     """
     if not isinstance(plan, DDGPlan):
         return _synchronous(plan, stage, sizes)
@@ -105,7 +105,7 @@ def fullest(plan: Plan, stage: int, sizes: Sizes, stash: bool = True, recompute:
 
 
 def _moments(plan: DDGPlan, stage: int, sizes: Sizes, stash: bool) -> Iterator[float]:
-    """Bytes at each backward of a call and at its update, but for what is the same at all of them."""
+    """Yield the bytes at each backward of a call and at its update, but for what is the same at all of them."""
     delay, m = plan.delay(stage), plan.micro_batches
     for number in range(m):
         versions = 1 - min(0, number - delay) // m if stash else 1

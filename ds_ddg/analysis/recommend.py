@@ -1,4 +1,4 @@
-"""What a set-up costs in time and memory, for every schedule, and which one to take for a memory limit.
+"""Time and memory of a set-up under every schedule, and the set-up to take for a memory limit.
 
 Times come from `ds_ddg.schedules.simulator`, counts from the plan, and what the stages of a model cost from a `Model`.
 Nothing here imports torch.
@@ -56,7 +56,7 @@ class Setup:
 
     @property
     def speedup(self) -> float:
-        """How many times faster than one device the pipeline is."""
+        """The time on one device, divided by the time in the pipeline."""
         return self.one_device / self.time_per_call
 
     @property
@@ -129,7 +129,7 @@ class Setup:
 
 
 def steady(plan: Plan, cost: Cost = UNIT_COST) -> Timeline:
-    """A replay of `plan` long enough for the steady state to be steady: its first stage, whose pace is everybody's."""
+    """Replay `plan` until its state is steady; return the timeline of the first stage, whose pace is everybody's."""
     if not isinstance(plan, DDGPlan):
         calls = 3  # each call but the first starts from the empty pipeline that the last has left
     else:
@@ -154,9 +154,10 @@ def title(plan: Plan) -> str:
 
 
 def setups(num_stages: int, micro_batches: int, slacks: Iterable[int], model: Model) -> list[Setup]:
-    """Every schedule that can run with so many micro-batches: synchronous ones, then DDG with each slack.
+    """Return every schedule that can run with so many micro-batches: synchronous ones, then DDG with each slack.
 
-    ValueError if no stage has any work, so that there is nothing to compare, or more than a float can say.
+    Raises:
+        ValueError: no stage has any work, so that there is nothing to compare, or more than a float can say.
     """
     plans: list[Plan] = [GPipePlan(num_stages, micro_batches), OneFOneBPlan(num_stages, micro_batches)]
     if micro_batches >= 2 * num_stages:
@@ -171,7 +172,7 @@ def setups(num_stages: int, micro_batches: int, slacks: Iterable[int], model: Mo
 
 
 def candidates(setup: Setup) -> list[Setup]:
-    """`setup` with every combination of the settings that trade memory for time or for the paper's equation."""
+    """Return `setup` with every combination of the settings that trade memory for time or for the paper's equation."""
     if not isinstance(setup.plan, DDGPlan):
         return [setup]
     return [
@@ -181,10 +182,10 @@ def candidates(setup: Setup) -> list[Setup]:
 
 
 def recommend(choices: Sequence[Setup], limit: float = inf) -> Setup | None:
-    """The fastest that keeps every stage within `limit` bytes; None if none does.
+    """Return the fastest set-up that keeps every stage within `limit` bytes; None if none does.
 
-    Of those as fast, the least stale (so a synchronous schedule, where it is as fast), then the one that follows the
-    paper's equation ("stash"), then the one that keeps its activations, then the smallest memory.
+    Among equally fast set-ups it is the least stale (so a synchronous schedule, where it is as fast), then the one
+    that follows the paper's equation ("stash"), then the one that keeps its activations, then the smallest memory.
     """
     fitting = [choice for choice in choices if max(choice.memory or [0.0]) <= limit]
     if not fitting:

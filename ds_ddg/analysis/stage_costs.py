@@ -1,4 +1,4 @@
-"""What the stages of a model cost in time and memory, as given or from measured layers. Nothing here imports torch."""
+"""Costs of a model's stages in time and memory, as given or from measured layers. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ __all__ = ["Model"]
 
 @dataclass(frozen=True)
 class Model:
-    """What each stage costs; bytes are per stage, in order, or empty where they are not known.
+    """The costs of each stage; bytes are per stage, in order, or empty where they are not known.
 
     Optimizer states are the same under every schedule, so they are not counted.
     """
 
     cost: Cost
     weight_bytes: Sequence[float] = ()
-    """One version of a stage's weights; their gradients take as much."""
+    """Bytes of one version of a stage's weights; their gradients take as much."""
     activation_bytes: Sequence[float] = ()
-    """What one micro-batch keeps on a stage until its backward, without its input."""
+    """Bytes that one micro-batch keeps on a stage until its backward, without its input."""
     input_bytes: float = 0.0
-    """The data of a micro-batch."""
+    """Bytes of the data of a micro-batch."""
     output_bytes: Sequence[float] = ()
-    """What each stage sends on for a micro-batch; by default what the cost says, all the same."""
+    """Bytes that each stage sends on for a micro-batch; by default the same for all, as the cost says."""
     backward: Sequence[Backward] = ()
-    """What a backward pass has alive; by default, as if every stage had many layers, all alike."""
+    """Bytes that a backward pass has alive; by default, as if every stage had many layers, all alike."""
 
     def __post_init__(self) -> None:
         for name in ("weight_bytes", "activation_bytes"):

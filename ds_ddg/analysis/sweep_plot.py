@@ -1,4 +1,4 @@
-"""Efficiency over what was varied, one line for each schedule: of a simulated sweep, or predicted beside measured."""
+"""Pictures of efficiency over what was varied: a line for each schedule of a sweep, or predicted beside measured."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ STYLES: dict[str, tuple[str, str, str, str, str]] = {
 
 
 def text(timeline: Events, updates: bool = False) -> str:
-    """One line per stage, one cell per tick of the stage's own clock; the paper's figure.
+    """Draw one line per stage, one cell per tick of the stage's own clock, as in the paper's figure.
 
     A cell holds a forward and the backward behind it, and with `updates` a ``*`` where an update follows::
 
@@ -55,7 +55,9 @@ def text(timeline: Events, updates: bool = False) -> str:
 
 
 def clock(timeline: Events, unit: float | None = None) -> str:
-    """One line per stage on a common clock, one column per `unit` of time; dots are the bubble::
+    """Draw one line per stage on a common clock, one column per `unit` of time; dots are the bubble.
+
+    ::
 
         stage 0 | F0 .  .  B0---
         stage 1 | .  F0 B0--- .
@@ -100,7 +102,7 @@ def save(timelines: Events | Mapping[str, Events], path: str | Path) -> None:
 
 
 def trace(timelines: Events | Mapping[str, Events]) -> dict[str, Any]:
-    """Chrome's trace event format, one process per stage, times in microseconds if the timeline's are seconds."""
+    """Convert to Chrome's trace event format, one process per stage, in microseconds if the timeline is in seconds."""
     titled = timelines if isinstance(timelines, Mapping) else {"": timelines}
     events: list[dict[str, Any]] = []
     offset = 0
@@ -130,7 +132,7 @@ def trace(timelines: Events | Mapping[str, Events]) -> dict[str, Any]:
 
 
 def _by_stage(timeline: Events) -> Rows:
-    """Events of each stage in order; the sort is stable, so those without duration stay where they were."""
+    """Return the events of each stage in order; the sort is stable, so events without duration keep their place."""
     ordered = sorted(timeline, key=lambda event: (event[0].stage, event[1]))
     rows: Rows = {stage: [] for stage in range(1 + max((op.stage for op, _, _ in ordered), default=-1))}
     for op, start, end in ordered:
@@ -139,7 +141,7 @@ def _by_stage(timeline: Events) -> Rows:
 
 
 def _extent(rows: Rows) -> tuple[float, float, float]:
-    """First start, last end, and the median time of a forward (of anything, if there is none; 1 if nothing lasts)."""
+    """Return first start, last end, and the median time of a forward (if there is none, of anything; else 1)."""
     events = [event for row in rows.values() for event in row]
     lasting = [event for event in events if event[2] > event[1]]
     forwards = [event for event in lasting if event[0].kind == FORWARD] or lasting
@@ -148,7 +150,7 @@ def _extent(rows: Rows) -> tuple[float, float, float]:
 
 
 def _columns(time: float, unit: float) -> int:
-    """Columns whose middle lies before `time`, forgiving rounding errors of sums."""
+    """Return the number of columns whose middle lies before `time`, forgiving rounding errors of sums."""
     return max(0, int(time / unit + 0.5 - 1e-9) if time > 0 else 0)
 
 
@@ -190,10 +192,10 @@ def _save_picture(panels: Mapping[str, Rows], path: Path) -> None:
         figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
 
 
-def _draw_row(ax: Axes, stage: int, row: Row, room: float) -> None:
-    """The operations of one stage, those of its second chunk less high.
+def _draw_row(ax: Axes, stage: int, row: Row, inches: float) -> None:
+    """Draw the operations of one stage, those of its second chunk less high.
 
-    `room` is inches per unit of time, and a number that would not fit is left out.
+    `inches` is the length of a unit of time, and a number that would not fit is left out.
     """
     for (kind, (face, edge, ink, hatch, _)), chunk in product(STYLES.items(), (0, 1)):
         of_kind = [(op, start, end) for op, start, end in row if (op.kind, op.chunk) == (kind, chunk)]
@@ -206,6 +208,6 @@ def _draw_row(ax: Axes, stage: int, row: Row, room: float) -> None:
         ax.vlines(marks, stage - 0.48, stage + 0.48, color=edge, linewidth=1.6, clip_on=False)
         for op, start, end in of_kind:
             label = str(op.micro_batch)
-            if kind != UPDATE and (end - start) * room > 0.07 * len(label):
+            if kind != UPDATE and (end - start) * inches > 0.07 * len(label):
                 middle = (start + end) / 2
                 ax.text(middle, stage, label, ha="center", va="center_baseline", fontsize=7, color=ink, clip_on=True)

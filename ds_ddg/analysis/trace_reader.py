@@ -1,4 +1,4 @@
-"""What a run really did: the records of its ranks (``"ddg": {"trace": DIR}``) on one clock, and what each gap was.
+"""The record of a run: what its ranks wrote (``"ddg": {"trace": DIR}``), on one clock, and the reason of each gap.
 
 **The common clock.** A record has the monotonic time of its rank, which all processes of a machine share, so stages on
 one machine are compared exactly; on GPUs a device's clock is tied to that time as well as can be known without a wait.
@@ -28,12 +28,12 @@ from ds_ddg.schedules.timeline import Event, Timeline
 __all__ = ["REASONS", "Run", "Share", "read"]
 
 REASONS = ("activation", "gradient", "loss", "data", "send", "script", "other")
-"""What the gaps between operations went to. Script: the training script between two calls, evaluation included;
-other: what has no name, mostly Python."""
+"""Reasons of the gaps between operations. Script: the training script between two calls, evaluation included;
+other: time without a name, mostly Python."""
 
 
 class Share(NamedTuple):
-    """What one stage did with the time of its steady state."""
+    """The shares of one stage's time in its steady state."""
 
     stage: int
     busy: float
@@ -41,7 +41,7 @@ class Share(NamedTuple):
     gaps: dict[str, float]
     """Share of the time by reason."""
     milliseconds: dict[str, float]
-    """Median time of an operation by kind, F, B and U; those that there were."""
+    """Median time of an operation by kind, F, B and U, for the kinds that there were."""
 
 
 Records = list[tuple[Event, dict[str, float]]]
@@ -59,7 +59,7 @@ class Run:
 
     plan: Plan
     stages: tuple[tuple[tuple[Event, dict[str, float]], ...], ...]
-    """By stage: each operation, in seconds on the common clock, and what the gap before it went to, in seconds."""
+    """Operations of each stage, in seconds on the common clock, and the reasons of the gap before, in seconds."""
 
     @cached_property
     def timeline(self) -> Timeline:
@@ -80,9 +80,9 @@ class Run:
 
     @cached_property
     def steady(self) -> tuple[float, float]:
-        """From the first update of the first stage, when all stages work, to its last forward, when a drain may begin.
+        """The time from the first update of the first stage, when all work, to its last forward, before a drain.
 
-        All that was recorded, if that is nothing.
+        If that is nothing, it is the time of all that was recorded.
         """
         first = [event for event, _ in self.stages[0]]
         begin = min((event.end for event in first if event.op.kind == UPDATE), default=0.0)
@@ -98,7 +98,7 @@ class Run:
         length = (end - begin) or 1.0
 
         def inside(start: float, stop: float) -> float:
-            """How much of an interval is in the steady state."""
+            """Return how much of an interval is in the steady state."""
             return max(0.0, min(stop, end) - max(start, begin))
 
         found = []
@@ -128,10 +128,10 @@ class Run:
         return Cost(mean[FORWARD], mean[BACKWARD], mean[UPDATE], scale=scale)
 
     def last(self, ticks: int) -> tuple[Timeline, Timeline]:
-        """Measured and planned: the last `ticks` micro-batches of the first stage before a drain, with their numbers.
+        """Return the last `ticks` micro-batches of the first stage before a drain, as measured and as planned.
 
-        Fewer, if no more were recorded. The plan is replayed with the times that were measured, so what differs is
-        overhead, latency and noise.
+        There are fewer if no more were recorded. The plan is replayed with the times that were measured, so the
+        difference is overhead, latency and noise.
         """
         m = self.plan.micro_batches
         recorded = self.recorded
@@ -151,10 +151,10 @@ class Run:
 
 
 def read(folder: str | Path, replica: int = 0) -> Run:
-    """The newest run in `folder`, of data-parallel replica number `replica` (its first tensor slice).
+    """Read the newest run in `folder`, of data-parallel replica number `replica` (its first tensor slice).
 
     Raises:
-        OSError: it cannot be read.
+        OSError: a record cannot be read.
         ValueError: there are no records, or not of every stage, or the files hold something else.
     """
     paths = sorted(Path(folder).glob("stage*-replica*-slice*.jsonl"))
@@ -218,7 +218,7 @@ def _read_rank(path: Path) -> _Rank:
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each line of a file with its place; a last one that was cut off, when the rank was killed, is left out."""
+    """Yield each line of a file with its place, but for a last one that was cut off when the rank was killed."""
     if not path.exists():
         return
     with path.open(encoding="utf-8") as file:
@@ -231,7 +231,7 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _last(timeline: Timeline, ticks: int) -> Timeline:
-    """What was going on while the first stage did its last `ticks` ticks, but for a drain."""
+    """Return the events while the first stage did its last `ticks` ticks, but for a drain."""
     forwards = [event for event in timeline.rows[0] if event.op.kind == FORWARD]
     newest = max((event.op.micro_batch for event in forwards), default=0)
     begin = min((event.start for event in forwards if event.op.micro_batch > newest - ticks), default=0.0)

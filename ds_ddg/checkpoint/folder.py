@@ -13,17 +13,17 @@ from pathlib import Path
 __all__ = ["LATEST", "damage", "flush", "latest", "tag_to_load", "write_latest", "write_whole"]
 
 LATEST = "latest"
-"""The name of that file."""
+"""The name of the file with the tag of the newest checkpoint."""
 
 
 def latest(directory: str | Path) -> str | None:
-    """The tag that it names; None if there is none."""
+    """Return the tag of the newest checkpoint in `directory`; None if there is none."""
     path = Path(directory) / LATEST
     return path.read_text().strip() if path.is_file() else None
 
 
 def write_latest(directory: str | Path, tag: str) -> None:
-    """From now on `tag` is the latest."""
+    """Make `tag` the newest checkpoint in `directory`."""
     write_whole(Path(directory) / LATEST, tag)
 
 
@@ -45,7 +45,7 @@ def flush(paths: Iterable[str | Path]) -> None:
 
 
 def tag_to_load(directory: str | Path, tag: str | None) -> str | None:
-    """`tag`, or else the latest; None if nothing says so.
+    """Return `tag`, or else the latest; None if nothing says so.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
@@ -58,7 +58,7 @@ def tag_to_load(directory: str | Path, tag: str | None) -> str | None:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a file of tensors, if anything does not look right without reading all of it."""
+    """Return what is wrong with a file of tensors, as far as it shows without reading all of it; None if nothing."""
     if not path.is_file():
         return f"{path.name} is missing"
     with path.open("rb") as file:

@@ -39,12 +39,12 @@ class CheckpointPart:
 
     Args:
         stage: this stage.
-        run: where it is in its run.
+        run: the place of the stage in its run.
         host: DeepSpeed's engine.
         agreement: makes a call succeed on all ranks or fail on all.
         tied_weights: the weights that this stage shares with others.
-        updates: what updates came to is saved and loaded.
-        reporter: the newest loss is saved and loaded.
+        updates: the updates; their last results are saved and loaded.
+        reporter: the reports; the newest loss is saved and loaded.
         drain: empties the pipeline.
     """
 
@@ -62,7 +62,7 @@ class CheckpointPart:
         self._stage, self._run, self._host, self._agreement = stage, run, host, agreement
         self._tied_weights, self._updates, self._reporter, self._drain = tied_weights, updates, reporter, drain
         self._torn: frozenset[str] = frozenset()
-        """What of the engine's state a load has left half changed."""
+        """The parts of the engine's state that a load has left half changed."""
 
     def save(
         self,
@@ -142,7 +142,7 @@ class CheckpointPart:
         return path, client_state
 
     def _take_over(self, client_state: dict[str, Any]) -> None:
-        """What a checkpoint has beside DeepSpeed's own."""
+        """Take over the part of a checkpoint that DeepSpeed does not have."""
         mine = {"loss": None, "tied": {}, "update": (), **(client_state.pop(_CHECKPOINT_KEY, None) or {})}
         for key, module in left_out_of_checkpoints(self._host.module).items():
             if key in mine["tied"]:
@@ -162,7 +162,7 @@ class CheckpointPart:
 
     @contextmanager
     def _naming_the_latest(self, asked: bool) -> Iterator[None]:
-        """Around DeepSpeed's save: ``latest`` names no checkpoint whose files are not, or no longer, all there."""
+        """Inside this block ``latest`` names no checkpoint whose files are not, or no longer, all there."""
         written: list[str] = []
         engine = self._host.checkpoint_engine
         save, create = engine.save, engine.create
@@ -192,7 +192,7 @@ class CheckpointPart:
             write_latest(info.save_dir, info.tag)
 
     def _to_load(self, directory: str, tag: Any, optimizer: bool) -> str | None:
-        """The tag that all ranks load; raises if this one could not read its files."""
+        """Return the tag that all ranks load, and raise if this one could not read its files."""
         if self._host.load_universal_checkpoint():
             return None if tag is None else str(tag)
         tag = tag_to_load(directory, None if tag is None else str(tag))
@@ -204,7 +204,7 @@ class CheckpointPart:
         return tag
 
     def _files(self, directory: Path, tag: str, optimizer: bool) -> Iterator[Path]:
-        """Those that this rank reads, named as DeepSpeed does it."""
+        """Yield the files that this rank reads, named as DeepSpeed does it."""
         yield Path(self._host._get_ckpt_name(str(directory), tag))
         if optimizer and self._host.zero_optimization() and hasattr(self._host.optimizer, "dp_process_group"):
             path = Path(self._host._get_zero_ckpt_name(str(directory), tag))

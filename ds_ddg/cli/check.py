@@ -73,7 +73,7 @@ def _run(options: argparse.Namespace) -> str:
 
 
 def _notes(values: Mapping[str, Any]) -> Iterator[str]:
-    """What is not in the config, and may have been meant to be."""
+    """Yield notes on what is not in the config, and may have been meant to be."""
     if values.get("ddg") is None:
         yield 'there is no "ddg" block, so all settings of ddg are defaults'
     if "optimizer" not in values:
@@ -81,7 +81,7 @@ def _notes(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _becomes(keys: Iterable[str]) -> Iterator[str]:
-    """What becomes of each "auto" that is left; "slack" has one of its own."""
+    """Yield what becomes of each "auto" that is left, but for the one of "slack"."""
     for key in keys:
         if key.startswith("scheduler."):
             yield f'{key} is "auto": the recipes put the number of calls there, in your own script it must be a number'
@@ -102,7 +102,7 @@ def _stage(settings: DDGConfig, plan: DDGPlan, stage: int) -> dict[str, Any]:
 
 
 def _effects(settings: DDGConfig, plan: DDGPlan, clipping: float) -> dict[str, str]:
-    """What each setting does here, in a sentence."""
+    """Return the effect of each setting here, in a sentence."""
     if not settings.enabled:
         return {"enabled": "DeepSpeed's own 1F1B; the other settings do nothing"}
     if plan.num_stages == 1:

@@ -35,7 +35,7 @@ _KERNELS = {
     "deepspeed.ops.lion.cpu_lion": "CPULionBuilder",
     "deepspeed.ops.adagrad.cpu_adagrad": "CPUAdagradBuilder",
 }
-"""Modules of DeepSpeed's optimizers -> what compiles their kernels."""
+"""Modules of DeepSpeed's optimizers, and the builders that compile their kernels."""
 
 _SOME_CALLS = 1000
 
@@ -58,7 +58,7 @@ class _Builder(deepspeed_engine.DeepSpeedEngine):
         self.pipeline_parallelism = True
 
     def optimizer(self) -> Any:
-        """What ``_configure_basic_optimizer`` of a run builds, for two throw-away parameters."""
+        """Build the optimizer as ``_configure_basic_optimizer`` of a run does, for two throw-away parameters."""
         matrix, vector = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 2), (2,)))
         # As deepspeed.initialize marks them for Muon, before it builds an engine.
         matrix.use_muon, vector.use_muon = True, False  # type: ignore[attr-defined]
@@ -68,7 +68,7 @@ class _Builder(deepspeed_engine.DeepSpeedEngine):
             return self._configure_basic_optimizer([matrix, vector])
 
     def wrapper(self, optimizer: Any) -> str | None:
-        """The name of what wraps `optimizer` in a run; None if nothing does."""
+        """Return the name of the wrapper that `optimizer` has in a run; None if it has none."""
         # The check that is replaced asks for the number of this rank, and outside of a run there are none.
         with patch.object(deepspeed_engine, "is_zero_supported_optimizer", _tested_with_zero):
             self._assert_valid_mixed_precision_config()
@@ -76,7 +76,7 @@ class _Builder(deepspeed_engine.DeepSpeedEngine):
         return kind
 
     def scheduler(self, optimizer: Any, wrapped: bool) -> Any:
-        """What ``_scheduler_from_config`` of a run builds for `optimizer`, which may be wrapped."""
+        """Build the scheduler as ``_scheduler_from_config`` of a run does for `optimizer`, which may be wrapped."""
         if wrapped:
             wrapper = DeepSpeedOptimizer()
             wrapper.optimizer, wrapper.param_groups = optimizer, optimizer.param_groups
@@ -90,7 +90,7 @@ def _tested_with_zero(optimizer: Any) -> bool:
 
 @contextmanager
 def _without_kernels() -> Iterator[None]:
-    """DeepSpeed's optimizers can be built inside, as if their kernels were compiled; that takes a minute or a GPU."""
+    """Inside this block DeepSpeed's optimizers can be built without their kernels, which take a minute or a GPU."""
     with ExitStack() as stack:
         for module, name in _KERNELS.items():
             stack.enter_context(patch.object(import_module(module), name, MagicMock()))
@@ -158,7 +158,7 @@ def check_optimizer_and_scheduler(config: Any, delayed: bool = True) -> None:
 
 
 def _wrapped(builder: _Builder, optimizer: Any) -> bool:
-    """Whether DeepSpeed wraps `optimizer`. ValueError if it has no wrapper for the types in the config."""
+    """Return whether DeepSpeed wraps `optimizer`; ValueError if it has no wrapper for the types in the config."""
     try:
         return builder.wrapper(optimizer) is not None
     except (NotImplementedError, ValueError, AssertionError) as error:
@@ -175,7 +175,7 @@ def _step(scheduler: Any) -> None:
 
 @contextmanager
 def _refusing(block: str, name: str, given: Mapping[str, Any]) -> Iterator[None]:
-    """ValueError, naming `block`, for any error of what is built inside from the parameters `given`."""
+    """Inside this block any error of what is built from the parameters `given` is a ValueError that names `block`."""
     try:
         yield
     except UnboundLocalError as error:  # how DeepSpeed fails where it could not import what it needs
@@ -186,7 +186,7 @@ def _refusing(block: str, name: str, given: Mapping[str, Any]) -> Iterator[None]
 
 
 def _explained(error: TypeError, given: Mapping[str, Any]) -> str | None:
-    """In words, why the class that `error` names does not take the parameters `given`; None if it is not for that."""
+    """Put into words which of the parameters `given` the class in `error` does not take; None for other errors."""
     called = re.match(r"(\w+)\.__init__\(\) (got an unexpected|missing)", str(error))
     kind = {**_optimizers(), **_schedulers()}.get(called[1]) if called else None
     if kind is None:
@@ -203,19 +203,19 @@ def _explained(error: TypeError, given: Mapping[str, Any]) -> str | None:
 
 
 def _optimizers() -> dict[str, Any]:
-    """All classes that DeepSpeed may build from a config, by name."""
+    """Return all classes that DeepSpeed may build from a config, by name."""
     modules = torch.optim, *(import_module(name) for name in _KERNELS)
     return {name: kind for module in modules for name, kind in _kinds(module, torch.optim.Optimizer).items()}
 
 
 def _schedulers() -> dict[str, Any]:
-    """All schedulers that DeepSpeed may build from a config, by name."""
+    """Return all schedulers that DeepSpeed may build from a config, by name."""
     own = {name: getattr(lr_schedules, name) for name in lr_schedules.VALID_LR_SCHEDULES}
     return {**_kinds(torch.optim.lr_scheduler, torch.optim.lr_scheduler.LRScheduler), **own}
 
 
 def _kinds(module: Any, base: type) -> dict[str, type]:
-    """Subclasses of `base` by the name that `module` has for them."""
+    """Return the subclasses of `base` by the name that `module` has for them."""
     public = {name: value for name, value in vars(module).items() if not name.startswith("_") and value is not base}
     return {name: value for name, value in public.items() if isinstance(value, type) and issubclass(value, base)}
 

@@ -28,8 +28,8 @@ def read(path: str) -> dict[str, Any]:
     """Return what DeepSpeed reads from the file at `path`; its JSON may have comments.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no JSON, says something twice, or leaves values to another program.
+        OSError: the file cannot be read.
+        ValueError: the file is no JSON, says something twice, or leaves values to another program.
     """
     text = Path(path).read_bytes()
     try:
@@ -63,7 +63,7 @@ def checked(values: dict[str, Any], settings: DDGConfig, num_stages: int, replic
     """Run DeepSpeed's checks, then the engine's, for `num_stages` plain layers; return M and the clipping norm.
 
     Raises:
-        ValueError: with what a run would end with.
+        ValueError: a run would end with the same message.
     """
     config = _parsed(values, replicas)
     pipeline = SimpleNamespace(
@@ -80,7 +80,7 @@ def checked(values: dict[str, Any], settings: DDGConfig, num_stages: int, replic
 
 
 def _parsed(values: dict[str, Any], replicas: int) -> Any:
-    """The ``DeepSpeedConfig`` of a run with so many `replicas`."""
+    """Return the ``DeepSpeedConfig`` of a run with so many `replicas`."""
 
     class Config(DeepSpeedConfig):
         def _configure_train_batch_size(self) -> None:
@@ -98,7 +98,7 @@ def _parsed(values: dict[str, Any], replicas: int) -> Any:
 
 
 def _wrong_types(values: Mapping[str, Any]) -> Iterator[str]:
-    """Where DeepSpeed would fail with an error that does not name the key, or go on with nonsense."""
+    """Yield the keys with which DeepSpeed would fail without naming them, or go on with nonsense."""
     for key in _COUNTS:
         if values.get(key) is not None and type(values[key]) is not int:
             yield f'"{key}" must be a whole number, got {values[key]!r}'

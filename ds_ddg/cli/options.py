@@ -1,4 +1,4 @@
-"""Arguments that several commands share, and how their values are read."""
+"""Arguments that several commands share, and types that read their values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``ds-ddg partition``: layers measured, and split into stages of equal time."""
+"""``ds-ddg partition``: measures layers, and splits them into stages of equal time."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _measured(source: str) -> list[LayerCost]:
 
 
 def _answer(source: str, path: str, name: str) -> tuple[Any, ...]:
-    """What the function `name` of the file `path` returns: layers, a sample and perhaps a loss function."""
+    """Return the result of the function `name` of the file `path`: layers, a sample and perhaps a loss function."""
     function = _function(path, name)
     try:
         inspect.signature(function).bind()
@@ -83,7 +83,7 @@ def _answer(source: str, path: str, name: str) -> tuple[Any, ...]:
 
 
 def _function(path: str, name: str) -> Callable[[], Any]:
-    """`name` of the file `path`, which runs next to its own neighbours, as a script would."""
+    """Return the function `name` of the file `path`, which runs next to its own neighbours, as a script would."""
     if not Path(path).is_file():
         raise FileNotFoundError(ENOENT, "No such file or directory", path)
     # A name of our own: a file called queue.py must not take the place of the standard library's.
@@ -105,12 +105,12 @@ def _function(path: str, name: str) -> Callable[[], Any]:
 
 
 def _failed(path: str, error: Exception) -> ValueError:
-    """The user's file has failed: where, and with what."""
+    """Return an error that says where the user's file has failed, and with what."""
     return ValueError(f"{path} failed with {type(error).__name__}: {error}{_place(error, path)}")
 
 
 def _place(error: BaseException, path: str) -> str:
-    """The line of the user's file, or of a file next to it, that `error` comes from, if there is one."""
+    """Return the line of the user's file, or of a file next to it, that `error` comes from, if there is one."""
     if isinstance(error, SyntaxError):
         return ""  # it says so itself
     folder = Path(path).resolve().parent

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def shown(plan: Plan) -> int:
-    """Calls that show the pipeline filling, a few ticks of its steady state, and whether calls have a gap between."""
+    """Return how many calls show the pipeline filling, some ticks of its steady state and a gap between calls."""
     return max(2, -(-(plan.delay(0) + 3) // plan.micro_batches))
 
 

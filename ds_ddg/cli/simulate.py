@@ -139,7 +139,7 @@ def _model(options: argparse.Namespace, layers: list[LayerCost] | None, num_stag
 
 
 def _each(name: str, values: Sequence[float], num_stages: int) -> Sequence[float]:
-    """One number for each stage, of which the user may have given only one."""
+    """Return one number for each stage, of which the user may have given only one."""
     if len(values) not in (0, 1, num_stages):
         raise ValueError(
             f"--{name.replace('_', '-')} must be one number, or one for each of {num_stages} stages, got {len(values)}"
@@ -148,7 +148,7 @@ def _each(name: str, values: Sequence[float], num_stages: int) -> Sequence[float
 
 
 def _one_device(setup: Setup) -> dict[str, Any]:
-    """A row for the same work on one device."""
+    """Return a row for the same work on one device."""
     row = setup.record()
     row |= {"schedule": "one device", "slack": None, "time_per_call": round(setup.one_device, 6)}
     row |= {"speedup": 1.0, "efficiency": 1.0, "staleness": 0, "versions": 1, "activations": 1.0}
@@ -183,7 +183,7 @@ def _unit(options: argparse.Namespace) -> str:
 
 
 def _advice(cells: Sequence[Sequence[Setup]], limit: float) -> list[tuple[str, Setup | None]]:
-    """For each number of stages and latency: the setup to take, in words and as such."""
+    """Return the setup to take, in words and as such, for each number of stages and latency."""
     groups: dict[tuple[int, float], list[Setup]] = {}
     for cell in cells:
         key = cell[0].plan.num_stages, cell[0].model.cost.link
@@ -207,7 +207,7 @@ def _named(setup: Setup) -> dict[str, Any]:
 
 
 def _save(cells: Sequence[Sequence[Setup]], rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
-    """Curves over the longest list; the timelines themselves for a single setting or a trace."""
+    """Write curves over the longest list, or the timelines themselves for a single setting or a trace."""
     if len(cells) > 1 and not options.out.lower().endswith(".json"):
         save_curves(rows, options.out)
         return

@@ -17,7 +17,7 @@ from .options import add_output, check_output
 __all__ = ["HELP", "add_arguments"]
 
 _MICROSECOND = 1e-6
-"""What is less is rounding: wall clocks count seconds since 1970 in 53 bits."""
+"""Times below this are rounding: wall clocks count seconds since 1970 in 53 bits."""
 
 HELP = "what each stage of a run really did, and what its gaps waited for"
 

@@ -57,11 +57,11 @@ class Agreement:
 
     @contextmanager
     def all_or_none(self, what: str, consequence: str = "") -> Iterator[None]:
-        """If this block fails on one rank, it fails on all, and users get the reason on each.
+        """Inside this block a failure of one rank makes all ranks fail, and users get the reason on each.
 
         Args:
             what: the call, as users know it.
-            consequence: what a failure means on all ranks; if empty, a rank raises its own error as it is.
+            consequence: the state of all ranks after a failure, in words; if empty, a rank raises its own error.
         """
         barrier = comm.barrier
 
@@ -82,7 +82,7 @@ class Agreement:
 
         Args:
             what: the call, as users know it.
-            consequence: what a failure means on all ranks.
+            consequence: the state of all ranks after a failure, in words.
             **told: small plain values for the other ranks.
 
         Raises:
@@ -110,7 +110,7 @@ class Agreement:
 
         Args:
             what: the call, as users know it.
-            name: what errors call the value.
+            name: name of the value, for errors.
             value: the value of this rank.
         """
         by_rank = {str(value): [self._stage.rank]}

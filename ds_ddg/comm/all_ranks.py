@@ -34,7 +34,7 @@ class AllRanks:
         """Sends under way, with their handles: gloo withdraws a send when its handle is freed."""
 
     def gone(self) -> list[Peer]:
-        """The peers to whom the connection is broken, as far as that has been noticed; asking waits for nothing."""
+        """Return the peers whose connection is broken, as far as that has been noticed; asking waits for nothing."""
         return [wire.peer for wire in self._wires if not wire.peer.connected]
 
     def tell(self, **info: Any) -> None:
@@ -49,11 +49,11 @@ class AllRanks:
         """Send `info` to each of the other ranks and wait for theirs; every rank must call it.
 
         Args:
-            what: what the ranks are doing, for errors.
+            what: name of what the ranks are doing, for errors.
             **info: small plain values.
 
         Returns:
-            What the other ranks sent; it ends with the first one that has failed for good.
+            The messages of the other ranks, up to the first rank that has failed for good.
 
         Raises:
             StageError: another rank is lost, or the wait timed out.

@@ -173,7 +173,7 @@ class Channels:
         other stages report their failures themselves.
 
         Args:
-            patience: how long to wait for each message of the others.
+            patience: the longest wait for each message of the others.
         """
         try:
             self.leave()

@@ -51,7 +51,7 @@ class _Process:
 
     def keep(self, links: Links) -> None:
         """Keep `links`, as their messages must live on if their engine is dropped before the end."""
-        # Those whose process groups have been destroyed can send and receive nothing any more.
+        # Links whose process groups have been destroyed can send and receive nothing any more.
         self._open[:] = [*(other for other in self._open if other.usable), links]
 
 
@@ -81,7 +81,7 @@ class FailureGuard:
 
     Args:
         stage: this stage.
-        run: where it is in its run.
+        run: the place of the stage in its run.
         links: its links to the other stages.
         owner: the engine, which is never freed if its device has failed.
     """
@@ -89,7 +89,7 @@ class FailureGuard:
     def __init__(self, stage: Stage, run: RunState, links: Links, owner: weakref.ref[Any]) -> None:
         self._stage, self._run, self._links, self._owner = stage, run, links, owner
         self.failure: str | None = None
-        """Why this stage, or another one, has failed; None if all goes well."""
+        """The reason why this stage, or another one, has failed; None if all goes well."""
 
     def run(self, method: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
         """Call `method`; if this stage fails, tell the others before raising, so that no rank is left waiting.
@@ -135,7 +135,7 @@ class FailureGuard:
         return StageError(f"{fate}: rank {self._stage.rank} waited for others in call {self._run.call} ({reason})")
 
     def _gone(self) -> list[Peer]:
-        """The peers that a broken connection can mean; the groups of a process don't notice it at the same moment."""
+        """Return the peers that may be lost; groups of a process notice a broken connection one after the other."""
         deadline = time.monotonic() + NOTICED_WITHIN
         while not (gone := self._links.all_ranks.gone()) and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -49,7 +49,7 @@ class Staging:
     """Copies of one process to and from its device.
 
     Args:
-        device: where the stage computes.
+        device: the device of the stage.
         streams: has ``Stream``, ``Event``, ``stream``, ``current_stream`` and ``set_device``; default: torch's module
             for `device`.
         pin: whether host memory is pinned, without which no copy is asynchronous.
@@ -115,7 +115,7 @@ class Staging:
         return self._sender.submit(work)
 
     def keep_if_lost(self, *things: Any) -> None:
-        """If the device has failed for good, never free `things`.
+        """Never free `things` if the device has failed for good.
 
         To free memory that several streams have used, torch asks the device. If that has failed, the process ends
         there and then, before anybody can say why.

@@ -75,7 +75,7 @@ class Losses:
         return new
 
     def known(self) -> dict[str, Any] | None:
-        """The newest loss, for a checkpoint; None if there is none."""
+        """Return the newest loss, for a checkpoint; None if there is none."""
         return {"mean": self.newest.mean, "additional": self.newest.additional} if self._knows() else None
 
     def restart(self, call: int, known: dict[str, Any] | None) -> None:

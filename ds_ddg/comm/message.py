@@ -1,4 +1,4 @@
-"""What travels between two stages, as bytes: a header that says what follows, and raw tensors.
+"""Messages between two stages, as bytes: a header that says what follows, and raw tensors.
 
 The header has a fixed number of bytes, pickled (the ranks of a job trust each other, as in ``torch.distributed``), and
 holds the tensors themselves if they are only a few bytes. A stage handles one or two headers in every tick, between
@@ -76,7 +76,7 @@ class Message(NamedTuple):
 
 
 def spec_of(tensors: Sequence[Tensor | None]) -> Spec:
-    """Types and shapes of `tensors`."""
+    """Return types and shapes of `tensors`."""
     return tuple(None if t is None else (_name(t.dtype), tuple(t.shape)) for t in tensors)
 
 
@@ -86,18 +86,18 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def bytes_of(tensors: Iterable[Tensor | None]) -> list[Tensor]:
-    """The tensors that really travel, as raw bytes: every dtype of torch goes over every back end that way."""
+    """Return the tensors that really travel as raw bytes: every dtype of torch goes over every back end that way."""
     return [t.reshape(-1).view(torch.uint8) for t in tensors if t is not None and t.numel() > 0]
 
 
 def sizes_of(spec: Spec) -> Capacity:
-    """The numbers of bytes of what `bytes_of` gives for such tensors."""
+    """Return the numbers of bytes of what `bytes_of` gives for such tensors."""
     sizes = (math.prod(entry[1]) * getattr(torch, entry[0]).itemsize for entry in spec if entry is not None)
     return tuple(size for size in sizes if size)
 
 
 def fits(sizes: Capacity, capacity: Capacity) -> bool:
-    """Whether receive buffers of this `capacity` hold tensors of these `sizes`."""
+    """Return whether receive buffers of this `capacity` hold tensors of these `sizes`."""
     return len(sizes) <= len(capacity) and all(map(le, sizes, capacity))
 
 
@@ -147,7 +147,7 @@ class Header(NamedTuple):
         """Return this header as a tensor of ``HEADER_BYTES`` bytes.
 
         Raises:
-            ValueError: it needs more bytes.
+            ValueError: the header needs more bytes.
         """
         header = pickle.dumps((self.kind.value, *self[1:]), protocol=5)
         if len(header) > HEADER_BYTES:

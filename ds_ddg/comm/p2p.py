@@ -47,7 +47,7 @@ class Peer:
     Args:
         group: a gloo process group of this project's own.
         rank: global rank of the other.
-        name: what errors call it, such as "stage 1 (rank 1)".
+        name: the name that errors give it, such as "stage 1 (rank 1)".
     """
 
     def __init__(self, group: dist.ProcessGroup, rank: int, name: str) -> None:
@@ -63,7 +63,7 @@ class Peer:
         return _connected(self.group, self.rank)
 
     def gave_up(self) -> bool:
-        """Whether the peer's process lives on after the connection broke, as it does if a wait timed out there."""
+        """Return whether the peer's process lives on without the connection, as it does if a wait timed out there."""
         # A process that ends closes the connections of all its groups; gloo those of one, where a wait has timed out.
         if not dist.is_initialized() or dist.get_backend() != "gloo":
             return False
@@ -85,7 +85,7 @@ def _connected(group: dist.ProcessGroup, rank: int) -> bool:
 
 
 def timed_out(reason: str) -> bool:
-    """Whether an error of gloo says that a wait was too long, which leaves open what became of the peer."""
+    """Return whether an error of gloo says that a wait was too long, which leaves open what became of the peer."""
     return "timed out" in reason.lower() or "timeout" in reason.lower()
 
 
@@ -132,8 +132,8 @@ class Wire:
 
         Args:
             work: the handle.
-            why: what errors say that this stage waited for.
-            patience: how long to wait; default: the timeout of the group.
+            why: what this stage waits for, in words for errors.
+            patience: the longest wait; default: the timeout of the group.
 
         Raises:
             StageError: the other stage is lost, or did not answer in time.

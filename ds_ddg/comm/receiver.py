@@ -26,7 +26,7 @@ class Receiver:
     """Receives the messages of another stage, in the order in which they were sent.
 
     Args:
-        wire: where from.
+        wire: the wire from the sender.
         staging: puts tensors on the device of this stage; None: they stay in host memory.
     """
 
@@ -57,8 +57,8 @@ class Receiver:
 
         Args:
             *expected: the kinds that the message may have.
-            what: what errors say that this stage waited for.
-            patience: how long to wait; default: the timeout of the group.
+            what: name of what this stage waits for, in errors.
+            patience: the longest wait; default: the timeout of the group.
 
         Raises:
             StageError: the sender failed, or has left, or is lost, or the wait timed out.

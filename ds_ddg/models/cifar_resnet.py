@@ -24,7 +24,7 @@ WIDTHS = (16, 32, 64)
 
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    """3x3 convolution that keeps the image size (divided by `stride`), with He's initialisation."""
+    """Build a 3x3 convolution that keeps the image size (divided by `stride`), with He's initialisation."""
     # No bias: the batch normalisation that follows has one.
     conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
@@ -32,7 +32,7 @@ def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
 
 
 class Stem(nn.Module):
-    """(B, in_channels, H, W) -> (B, channels, H, W)."""
+    """The first layer: (B, in_channels, H, W) -> (B, channels, H, W)."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Stem(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """(B, in_channels, H, W) -> (B, channels, H / stride, W / stride), H and W divisible by `stride`."""
+    """A residual block: (B, in_channels, H, W) -> (B, channels, H / stride, W / stride), both whole numbers."""
 
     def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class BasicBlock(nn.Module):
         return F.relu(y + self._shortcut(x))
 
     def _shortcut(self, x: Tensor) -> Tensor:
-        """The identity, without parameters where the shape changes too: subsample, then zero channels (option A)."""
+        """Return the identity, without parameters also in another shape: subsample, then zero channels (option A)."""
         if self.stride != 1:
             x = x[:, :, :: self.stride, :: self.stride]
         if self.new_channels:
@@ -70,7 +70,7 @@ class BasicBlock(nn.Module):
 
 
 class Head(nn.Module):
-    """(B, channels, H, W) -> logits (B, num_classes)."""
+    """The classifier: (B, channels, H, W) -> logits (B, num_classes)."""
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -81,9 +81,12 @@ class Head(nn.Module):
 
 
 def cifar_resnet(depth: int = 20, num_classes: int = 10, in_channels: int = 3) -> list[LayerSpec]:
-    """Layer specs of ResNet-`depth`: stem, (depth - 2) / 2 blocks, head.
+    """Build the layer specs of ResNet-`depth`: stem, (depth - 2) / 2 blocks, head.
 
-    Input (B, in_channels, 32, 32), output logits (B, num_classes). ValueError if `depth` is not 6n + 2.
+    The network takes (B, in_channels, 32, 32) and returns logits (B, num_classes).
+
+    Raises:
+        ValueError: `depth` is not 6n + 2.
     """
     blocks_per_width, rest = divmod(depth - 2, 6)
     if rest or blocks_per_width < 1:

@@ -19,22 +19,22 @@ class Origin(Protocol):
     """The name that the library has for the model."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every key of the model's state dict with its shape, tied weights once."""
+        """Return every key of the model's state dict with its shape, tied weights once."""
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Every key of `shapes` with the type that the model was built with."""
+        """Return every key of `shapes` with the type that the model was built with."""
 
     def aliases(self) -> dict[str, str]:
-        """Other keys of tied weights -> the one in `shapes`."""
+        """Map other keys of tied weights to the one in `shapes`."""
 
     def rename(self, keys: list[str]) -> dict[str, str]:
-        """Keys in a file -> keys of the model, for files of older versions. ValueError if renaming is not enough."""
+        """Map keys in a file to keys of the model, for older versions' files; ValueError if renaming is not enough."""
 
     def ignored(self, key: str) -> bool:
-        """Whether a key of a file that the model has no use for is a known leftover."""
+        """Return whether a key of a file that the model has no use for is a known leftover."""
 
     def check(self, directory: Path) -> None:
-        """ValueError if what lies beside the weights in `directory` says that they are another model's."""
+        """Raise ValueError if what lies beside the weights in `directory` says that they are another model's."""
 
     def save_config(self, directory: Path, dtype: torch.dtype) -> None:
         """Write what describes the model, beside its weights of type `dtype`."""
@@ -56,14 +56,16 @@ class Piece(nn.Module):
             self.add_module(name, parts[path])
 
     def part(self, path: str) -> nn.Module:
-        """The module at `path` in the library's model."""
+        """Return the module at `path` in the library's model."""
         return self.get_submodule(path.replace(".", "__"))
 
     def original_state(self) -> dict[str, Tensor]:
-        """This piece's parameters and buffers by their keys in the model's state dict, tied weights once.
+        """Return this piece's parameters and buffers by their keys in the model's state dict, tied weights once.
 
-        ValueError if weights that the model ties have come apart. This is the one place that knows which is which; the
-        tensors are the piece's own, not copies.
+        This is the one place that knows which is which; the tensors are the piece's own, not copies.
+
+        Raises:
+            ValueError: weights that the model ties have come apart.
         """
         aliases = self.origin.aliases()
         state: dict[str, Tensor] = {}
@@ -80,7 +82,7 @@ class Piece(nn.Module):
 
 
 def pieces_of(net: nn.Module) -> list[Piece]:
-    """All pieces in `net`, which come from one model. ValueError if there are none, or of several models."""
+    """Return all pieces in `net`, which come from one model; ValueError if there are none, or of several models."""
     pieces = [module for module in net.modules() if isinstance(module, Piece)]
     if len({id(piece.origin) for piece in pieces}) > 1:
         raise ValueError("the layers come from several models, build all of them from one list of specs")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_ddg.models.library_layer import Origin, pieces_of
-from ds_ddg.models.ranks import gather, together
+from ds_ddg.models.ranks import all_or_none, gather
 from ds_ddg.models.weight_checks import kind_of_number, listed, refuse_unknown_keys
 from ds_ddg.models.weight_files import INDEX, Reader, WeightsError, index_of, opened
 
@@ -25,7 +25,7 @@ __all__ = ["Loaded", "load_pretrained", "read_state_dict"]
 
 @dataclass(frozen=True)
 class Loaded:
-    """What `load_pretrained` did on this rank; keys are those of the library's model."""
+    """The result of `load_pretrained` on this rank; keys are those of the library's model."""
 
     read: tuple[str, ...]
     """Tensors of this stage that were read."""
@@ -44,12 +44,12 @@ def load_pretrained(net: nn.Module, path: str | Path, *, strict: bool = True) ->
         strict: refuse files that lack tensors or have more. False for a new head on a pretrained encoder.
 
     Raises:
-        WeightsError: on every rank, if any of them finds something missing, damaged or of another shape. Weights may
+        WeightsError: a rank found something missing, damaged or of another shape; every rank raises it. Weights may
             have been overwritten in part.
     """
-    origin, wanted = together(lambda: _wanted(net))
+    origin, wanted = all_or_none(lambda: _wanted(net))
     held = {key for keys in gather(list(wanted)) for key in keys}
-    return together(lambda: _load(origin, wanted, held, Path(path), strict))
+    return all_or_none(lambda: _load(origin, wanted, held, Path(path), strict))
 
 
 def _wanted(net: nn.Module) -> tuple[Origin, dict[str, list[Tensor]]]:
@@ -125,7 +125,7 @@ def _fill(targets: list[Tensor], tensor: Tensor, name: str, first: str) -> None:
 
 
 def _matched(origin: Origin, path: Path) -> tuple[dict[str, list[tuple[Path, str]]], list[str]]:
-    """Key of the model -> files and keys in them, its own first; and the keys that are of no use."""
+    """Return key of the model -> files and keys in them, its own first; and the keys that are of no use."""
     index = index_of(path)
     shapes, aliases = origin.shapes(), origin.aliases()
     files: dict[str, list[tuple[Path, str]]] = {}

@@ -15,7 +15,7 @@ IGNORED = -100
 
 
 def masked_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy at every labelled position.
+    """Return the mean cross entropy over the labelled positions.
 
     Args:
         logits: (B, S, vocabulary), any floating type; the loss is computed in float32.
@@ -25,7 +25,7 @@ def masked_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of each token given those before it.
+    """Return the mean cross entropy of each token given the tokens before it.
 
     Args:
         logits: (B, S, vocabulary).
@@ -36,5 +36,5 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of (B, classes) logits and (B,) labels."""
+    """Return the mean cross entropy of (B, classes) logits and (B,) labels."""
     return F.cross_entropy(logits, labels)

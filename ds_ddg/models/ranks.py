@@ -1,4 +1,4 @@
-"""What ranks do together about files. Between them travel names, sizes and digests, never weights."""
+"""Joint work of ranks on files. Between them travel names, sizes and digests, never weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from ds_ddg.models.weight_files import WeightsError
 
-__all__ = ["gather", "own_rank", "together"]
+__all__ = ["all_or_none", "gather", "own_rank"]
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def together(work: Callable[[], T]) -> T:
+def all_or_none(work: Callable[[], T]) -> T:
     """Do the work on all ranks; if one fails, all raise `WeightsError`, and no rank is left waiting."""
     result: Any = None
     error: Exception | None = None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_ddg.models.library_layer import Origin, pieces_of
-from ds_ddg.models.ranks import gather, own_rank, together
+from ds_ddg.models.ranks import all_or_none, gather, own_rank
 from ds_ddg.models.weight_checks import (
     beside,
     digest,
@@ -37,7 +37,7 @@ __all__ = ["save_pretrained"]
 
 @dataclass(frozen=True)
 class _Part:
-    """What one rank has to write."""
+    """The tensors that one rank has to write, and facts about them."""
 
     stage: int
     state: dict[str, Tensor]
@@ -56,20 +56,20 @@ def save_pretrained(
 
     Args:
         net: a ``PipelineModule`` of specs from this package, without wrappers around or inside their layers.
-        directory: on a file system that all ranks share.
+        directory: a folder on a file system that all ranks share.
         strict: refuse a pipeline with weights in layers of other origin, which no file of the library has a place for.
             False leaves those out.
-        max_shard_bytes: a stage with more writes several files.
+        max_shard_bytes: size above which a stage writes several files.
 
     Raises:
-        WeightsError: on every rank, if any of them could not write, or if what they would write is not what the
-            library's model has: other keys or shapes, fewer or more layers, tied weights that differ.
+        WeightsError: a rank could not write, or the weights are not those of the library's model: other keys or
+            shapes, fewer or more layers, tied weights that differ. Every rank raises it.
     """
-    part, origin = together(lambda: _collect(net, strict))
+    part, origin = all_or_none(lambda: _collect(net, strict))
     parts = gather((part.stage, list(part.state), part.tied))
     held = Counter(key for _, keys, _ in parts for key in keys)
-    together(lambda: _check_whole(origin, held, set().union(*(tied for *_, tied in parts))))
-    digests = together(lambda: {key: digest(tensor) for key, tensor in part.state.items() if held[key] > 1})
+    all_or_none(lambda: _check_whole(origin, held, set().union(*(tied for *_, tied in parts))))
+    digests = all_or_none(lambda: {key: digest(tensor) for key, tensor in part.state.items() if held[key] > 1})
     _check_equal(gather((part.stage, digests)))
     taken = {key for stage, keys, _ in parts if stage < part.stage for key in keys}
     mine = {key: tensor for key, tensor in part.state.items() if key not in taken}
@@ -111,7 +111,7 @@ def _check_whole(origin: Origin, held: Counter[str], tied: set[str]) -> None:
 
 
 def _check_equal(digests: Sequence[tuple[int, dict[str, str]]]) -> None:
-    """`WeightsError` if copies of a tied weight differ; on every rank, as all have the same `digests`."""
+    """Raise `WeightsError` if copies of a tied weight differ; on every rank, as all have the same `digests`."""
     first: dict[str, tuple[int, str]] = {}
     for stage, own in digests:
         for key, value in own.items():
@@ -124,7 +124,7 @@ def _check_equal(digests: Sequence[tuple[int, dict[str, str]]]) -> None:
 
 
 def _place(net: Any) -> tuple[int, bool]:
-    """This rank's stage, and whether it is the one of its replicas that writes."""
+    """Return this rank's stage, and whether it is the one of its replicas that writes."""
     if not hasattr(net, "topology"):
         return 0, own_rank() == 0
     place = net.topology().get_coord(net.global_rank)

@@ -28,8 +28,8 @@ class ResNet:
     """A torchvision model without weights, see `library_layer.Origin`.
 
     Args:
-        name: such as "resnet50" or "wide_resnet50_2".
-        options: of torchvision's function of that name.
+        name: name of the model, such as "resnet50" or "wide_resnet50_2".
+        options: arguments of torchvision's function of that name.
     """
 
     def __init__(self, name: str, options: dict[str, Any]) -> None:
@@ -51,7 +51,7 @@ class ResNet:
         return f"ResNet({self.name!r})"
 
     def part(self, path: str) -> nn.Module:
-        """The module at `path` with torchvision's initial weights."""
+        """Return the module at `path` with torchvision's initial weights."""
         module = copy.deepcopy(self.model.get_submodule(path)).to_empty(device=torch.get_default_device())
         for child in module.modules():
             if isinstance(child, nn.Conv2d):
@@ -64,11 +64,11 @@ class ResNet:
         return module
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every key of the state dict with its shape."""
+        """Return every key of the state dict with its shape."""
         return {key: tuple(tensor.shape) for key, tensor in self.model.state_dict().items()}
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Every key of the state dict with its type."""
+        """Return every key of the state dict with its type."""
         return {key: tensor.dtype for key, tensor in self.model.state_dict().items()}
 
     def aliases(self) -> dict[str, str]:
@@ -84,7 +84,7 @@ class ResNet:
         return False
 
     def check(self, directory: Path) -> None:
-        """ValueError if `save_config` wrote another model's config.json into `directory`."""
+        """Raise ValueError if `save_config` wrote another model's config.json into `directory`."""
         config = directory / "config.json"
         found = json.loads(config.read_text()).get("architecture", self.name) if config.is_file() else self.name
         if found != self.name:
@@ -98,7 +98,7 @@ class ResNet:
 
 
 class ImageStem(Piece):
-    """(B, 3, H, W) -> (B, 64, H / 4, W / 4)."""
+    """The layers before the first block: (B, 3, H, W) -> (B, 64, H / 4, W / 4)."""
 
     def __init__(self, origin: ResNet) -> None:
         super().__init__(origin, {path: origin.part(path) for path in ("conv1", "bn1", "relu", "maxpool")})
@@ -121,7 +121,7 @@ class ResidualBlock(Piece):
 
 
 class ImageHead(Piece):
-    """(B, channels, H, W) -> logits (B, classes)."""
+    """The classifier: (B, channels, H, W) -> logits (B, classes)."""
 
     def __init__(self, origin: ResNet) -> None:
         super().__init__(origin, {path: origin.part(path) for path in ("avgpool", "fc")})
@@ -131,14 +131,14 @@ class ImageHead(Piece):
 
 
 def torchvision_resnet(name: str, **options: Any) -> list[LayerSpec]:
-    """Layer specs of a torchvision ResNet with new weights; `load_pretrained` reads a state dict of torchvision's.
+    """Build the layer specs of a torchvision ResNet with new weights; `load_pretrained` reads torchvision's files.
 
     Args:
         name: "resnet18", 34, 50, 101, 152, "wide_resnet50_2", "wide_resnet101_2" or a ResNeXt.
-        options: of torchvision's function: ``num_classes``, ``zero_init_residual``, ``norm_layer``, ...
+        options: arguments of torchvision's function: ``num_classes``, ``zero_init_residual``, ``norm_layer``, ...
 
     Raises:
-        ValueError: for other names; lists them.
+        ValueError: torchvision has no such ResNet; the message lists the names.
     """
     origin = ResNet(name, options)
     blocks = [LayerSpec(ResidualBlock, origin, index) for index in range(len(origin.blocks))]

@@ -1,4 +1,4 @@
-"""Whether a pipeline has what its library's model has: the same keys and shapes, each on one layer and none beside.
+"""Checks that a pipeline has exactly the keys and shapes of its library's model, each on one layer.
 
 Most readers take a file with other keys without an error: what they miss they initialise, what they do not know they
 skip.
@@ -44,14 +44,14 @@ _OTHER_WRAPPER = "put the library's own modules back in their places first"
 
 
 def listed(what: str, keys: Iterable[str]) -> str:
-    """``what 7 tensors (a, b, c, d, ...)``."""
+    """Return ``what 7 tensors (a, b, c, d, ...)``."""
     keys = list(keys)
     more = ", ..." if len(keys) > 4 else ""
     return f"{what} {len(keys)} tensors ({', '.join(keys[:4])}{more})"
 
 
 def refuse_unknown_keys(origin: Origin, state: Mapping[str, Any]) -> None:
-    """`WeightsError` if a layer has weights under names that the library's model does not have."""
+    """Raise `WeightsError` if a layer has weights under names that the library's model does not have."""
     unknown = sorted(state.keys() - origin.shapes().keys())
     if unknown:
         traced = (words for trace, words in _WRAPPERS.items() if any(re.search(trace, key) for key in unknown))
@@ -62,7 +62,7 @@ def refuse_unknown_keys(origin: Origin, state: Mapping[str, Any]) -> None:
 
 
 def refuse_other_tensors(origin: Origin, state: Mapping[str, Tensor]) -> None:
-    """`WeightsError` for other shapes or kinds of numbers than the model's, and for what is more than its numbers."""
+    """Raise `WeightsError` for other shapes or kinds of numbers than the model's, or more than plain numbers."""
     shapes, dtypes = origin.shapes(), origin.dtypes()
     for key, tensor in state.items():
         if tuple(tensor.shape) != shapes[key]:
@@ -79,7 +79,7 @@ def refuse_other_tensors(origin: Origin, state: Mapping[str, Tensor]) -> None:
 
 
 def refuse_missing(origin: Origin, held: Iterable[str]) -> None:
-    """`WeightsError` if the stages together lack what the model has, or its library would read a key as another."""
+    """Raise `WeightsError` if all stages lack something of the model, or its library would read a key as another."""
     missing = sorted(origin.shapes().keys() - set(held))
     if missing:
         raise WeightsError(
@@ -104,7 +104,7 @@ def beside(net: nn.Module, pieces: Iterable[Piece]) -> list[str]:
 
 
 def tied_in(net: Any, pieces: Iterable[Piece]) -> set[str]:
-    """Keys of the weights that several stages hold by a ``TiedLayerSpec``."""
+    """Return the keys of the weights that several stages hold by a ``TiedLayerSpec``."""
     tied = {id(module) for module in getattr(net, "tied_modules", nn.ModuleDict()).modules()}
     return {key for piece in pieces if id(piece) in tied for key in piece.original_state()}
 
@@ -116,5 +116,5 @@ def digest(tensor: Tensor) -> str:
 
 
 def kind_of_number(dtype: torch.dtype) -> str:
-    """Types of one kind convert into each other by rounding; eight bits are quantized, with a scale elsewhere."""
+    """Return the kind of a type; types of one kind convert by rounding, but eight bits have a scale elsewhere."""
     return "floating" if dtype.is_floating_point and dtype.itemsize > 1 else str(dtype)

@@ -1,4 +1,4 @@
-"""Files of weights: which tensors are in them, and one tensor at a time."""
+"""Files of weights: the index of their tensors, and one tensor at a time."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class _StateDict:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Reader]:
-    """A file of weights, ``.safetensors`` or what ``torch.save`` wrote. `WeightsError` if it is damaged."""
+    """Open a file of weights, ``.safetensors`` or what ``torch.save`` wrote; `WeightsError` if it is damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -78,7 +78,7 @@ def opened(path: Path) -> Iterator[Reader]:
 
 
 def index_of(path: Path) -> dict[str, Path]:
-    """Key -> file, for a file of weights or a directory with one or several. `WeightsError` if there is none."""
+    """Map keys to files, for a file of weights or a directory with some; `WeightsError` if there is none."""
     if path.is_file():
         return _keys(path)
     if not path.is_dir():

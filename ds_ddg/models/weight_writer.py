@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ds_ddg.models.ranks import gather, own_rank, together
+from ds_ddg.models.ranks import all_or_none, gather, own_rank
 from ds_ddg.models.weight_files import INDEX, SINGLE, WeightsError
 
 __all__ = ["replace_weights"]
@@ -37,14 +37,14 @@ def replace_weights(
     """Write the `state` of all ranks, in the order of their stages, and remove the weights of an earlier save.
 
     Args:
-        directory: on a file system that all ranks share.
-        stage: of this rank; what several ranks of one stage write must be the same, or {} on all but one of them.
+        directory: a folder on a file system that all ranks share.
+        stage: stage of this rank; several ranks of a stage must write the same, or {} on all but one of them.
         state: tensors by their key in the files, on no other rank.
         describe: called on rank 0 with a folder, for files that belong beside the weights.
-        max_shard_bytes: a rank with more writes several files.
+        max_shard_bytes: size above which a rank writes several files.
 
     Raises:
-        WeightsError: on every rank, if any of them could not write. The weights that were there are there still.
+        WeightsError: a rank could not write; every rank raises it. The weights that were there are there still.
     """
     folder = directory / _UNFINISHED
     shards = _shards(state, max_shard_bytes)
@@ -54,9 +54,9 @@ def replace_weights(
     names = [
         SINGLE if total == 1 else f"model-{before + i + 1:05}-of-{total:05}.safetensors" for i in range(len(shards))
     ]
-    together(lambda: _begin(directory, folder))
+    all_or_none(lambda: _begin(directory, folder))
     try:
-        together(lambda: _write(folder, dict(zip(names, shards, strict=True)), describe))
+        all_or_none(lambda: _write(folder, dict(zip(names, shards, strict=True)), describe))
         where = gather(
             {
                 key: (name, tensor.nbytes)
@@ -64,7 +64,7 @@ def replace_weights(
                 for key, tensor in shard.items()
             }
         )
-        together(lambda: _finish(directory, folder, {key: place for part in where for key, place in part.items()}))
+        all_or_none(lambda: _finish(directory, folder, {key: place for part in where for key, place in part.items()}))
     finally:
         if own_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
@@ -126,11 +126,11 @@ def _own(tensor: Tensor) -> Tensor:
 
 def _shards(state: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
     shards: list[dict[str, Tensor]] = []
-    room = -1
+    left = -1
     for key, tensor in state.items():
-        if tensor.nbytes > room or not shards:
+        if tensor.nbytes > left or not shards:
             shards.append({})
-            room = limit
+            left = limit
         shards[-1][key] = tensor
-        room -= tensor.nbytes
+        left -= tensor.nbytes
     return shards

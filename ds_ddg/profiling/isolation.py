@@ -1,4 +1,4 @@
-"""Running a part of a model aside: its gradients, its inputs and the random numbers stay as they were."""
+"""Isolation of a part of a model that runs: its gradients, its inputs and the random numbers stay as they were."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def cut(tensor: Tensor) -> Tensor:
 
 
 def fresh(values: Any) -> Any:
-    """Copies of the input that a layer may write into, as part of a graph where the input is."""
+    """Copy the input, so that a layer may write into it; copies are part of a graph where the input is."""
     return tree_map_only(Tensor, lambda tensor: cut(tensor).clone(), values)
 
 
 def leaves(roots: Iterable[Tensor]) -> list[Tensor]:
-    """Every tensor in whose ``.grad`` a backward pass from `roots` adds, wherever a function has it from."""
+    """Return every tensor in whose ``.grad`` a backward pass from `roots` adds, wherever a function has it from."""
     found = [root for root in roots if root.requires_grad and root.grad_fn is None]
     stack: list[Any] = [root.grad_fn for root in roots]
     seen = {None, *stack}
@@ -47,7 +47,7 @@ def leaves(roots: Iterable[Tensor]) -> list[Tensor]:
 
 @contextmanager
 def gradients_put_back(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """A backward pass starts without gradients, as the first of a call does, and leaves those that were there."""
+    """Inside this block `tensors` start without gradients, as in a call's first backward; then theirs are put back."""
     before = [tensor.grad for tensor in tensors]
     for tensor in tensors:
         tensor.grad = None
@@ -60,7 +60,7 @@ def gradients_put_back(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def unchanged_random(device: torch.device) -> Iterator[None]:
-    """Initialisation and dropout draw random numbers, and the model is initialised after its profile."""
+    """Inside this block random numbers are drawn without a trace: the model is initialised after its profile."""
     accelerator = get_accelerator()
     states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
     on_device = accelerator.get_rng_state(device.index)

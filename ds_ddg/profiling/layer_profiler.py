@@ -1,4 +1,4 @@
-"""What each layer costs: its forward and backward time and its memory, measured on one micro-batch.
+"""The cost of each layer: its forward and backward time and its memory, measured on one micro-batch.
 
 Modules are copied, specs are built, and freed again before the next layer, so no more than a layer or two is alive at
 once and the model itself never runs::
@@ -50,7 +50,7 @@ def profile(
         layers: as for a ``PipelineModule``: specs, tied specs, modules, functions.
         sample: a micro-batch ``(inputs, labels)``; `labels` go to `loss_fn` alone.
         loss_fn: counts for the last layer.
-        device: where to run; default: DeepSpeed's accelerator.
+        device: the device to run on; default: DeepSpeed's accelerator.
         repetitions: timed runs of each layer, after two that are not; the median counts.
         clock: seconds.
 
@@ -95,7 +95,7 @@ class _Meter:
         return tree_map_only(Tensor, lambda tensor: tensor.to(self.device), values)
 
     def measure(self, where: str, layer: Any, values: Any, *more: Any) -> tuple[LayerCost, Any]:
-        """The cost of ``layer(values, *more)``, and its output cut off from the graph."""
+        """Return the cost of ``layer(values, *more)``, and its output cut off from the graph."""
         where = f"{where} ({_name(layer)})"
         call, module = self._own(where, layer)
 
@@ -123,7 +123,7 @@ class _Meter:
         return cost, output
 
     def _own(self, where: str, layer: Any) -> tuple[Callable[..., Any], nn.Module | None]:
-        """What runs in the place of `layer`, and the module in it: built or copied, since a run leaves its traces."""
+        """Return a function that runs in place of `layer`, and its module, built or copied: a run leaves traces."""
         if isinstance(layer, LayerSpec):
             module = layer.build()
         elif callable(layer):
@@ -137,7 +137,7 @@ class _Meter:
         return (module if use is None else partial(use, module)), module
 
     def _run(self, forward: _Forward, values: Any) -> tuple[float, float]:
-        """Seconds of one forward and one backward."""
+        """Return the seconds of one forward and one backward."""
         inputs = fresh(values)
         forward_s, output = self._timed(lambda: forward(inputs))
         roots = [tensor for tensor in tensors(output) if tensor.requires_grad]
@@ -167,7 +167,7 @@ def _copied(where: str, layer: Any) -> Any:
 
 
 def _memory(forward: _Forward, module: nn.Module | None, values: Any) -> tuple[int, Any]:
-    """Bytes that a forward leaves behind for its backward, and the output cut off from the graph."""
+    """Return the bytes that a forward leaves for its backward, and the output cut off from the graph."""
     inputs = fresh(values)
     kept: dict[int, int] = {}
 
@@ -196,7 +196,7 @@ def _with_loss(last: LayerCost, loss: LayerCost) -> LayerCost:
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Bytes by address, so that views of one storage count once."""
+    """Return bytes by address, so that views of one storage count once."""
     storages = (tensor.untyped_storage() for tensor in tensors if tensor.layout == torch.strided)
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 

@@ -40,7 +40,7 @@ class DDGPlan(Plan):
         return self.delay(stage) + 1
 
     def slowdown(self, latency: float) -> float:
-        """How many times longer a tick takes if each hop has this latency, in ticks: 1 up to a latency of slack / 2.
+        """Return the factor by which a latency of each hop, in ticks, slows a tick: 1 up to a latency of slack / 2.
 
         A gradient that climbs h hops and its answer that comes down again take 2h latencies and h + 1 passes through
         a tick's work, in h(1 + slack) + 1 ticks; the slowest such loop sets the pace.
@@ -48,19 +48,19 @@ class DDGPlan(Plan):
         return max((h + 1 + 2 * h * latency) / (h * (1 + self.slack) + 1) for h in range(self.num_stages))
 
     def tick(self, stage: int, n: int, start: int = 0) -> list[Op]:
-        """F(n), then B(n - d_k) once the gradient of that micro-batch has had time to come back."""
+        """Return F(n), then B(n - d_k) once the gradient of that micro-batch has had time to come back."""
         back = n - self.delay(stage)
         return [Op(FORWARD, stage, n), Op(BACKWARD, stage, back)] if back >= start else [Op(FORWARD, stage, n)]
 
     def call(self, stage: int, call: int, start: int = 0) -> list[Op]:
-        """M ticks, then one update with what their backward passes accumulated (none yet: no update)."""
+        """Return M ticks, then one update with what their backward passes accumulated (none yet: no update)."""
         first = call * self.micro_batches
         ops = [op for n in range(first, first + self.micro_batches) for op in self.tick(stage, n, start)]
         newest = [op for op in ops if op.kind == BACKWARD][-1:]
         return ops + [op._replace(kind=UPDATE) for op in newest]
 
     def drain(self, stage: int, end: int, start: int = 0) -> list[Op]:
-        """The backward passes in flight, an update whenever M have accumulated and one for the rest."""
+        """Return the backward passes in flight, an update whenever M have accumulated and one for the rest."""
         ops: list[Op] = []
         in_flight = range(max(start, end - self.delay(stage)), end)
         for count, n in enumerate(in_flight, 1):

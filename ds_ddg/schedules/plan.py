@@ -31,7 +31,7 @@ class Op(NamedTuple):
     micro_batch: int
     """The micro-batch; for an update, the newest micro-batch whose gradient is in it."""
     chunk: int = 0
-    """Which part of the stage, where a schedule gives it two; the second prints as ``2B5'``."""
+    """Number of the part of the stage, where a schedule gives it two; the second prints as ``2B5'``."""
 
     def __str__(self) -> str:
         return f"{self.stage}{self.label}"
@@ -53,7 +53,7 @@ class Op(NamedTuple):
 
 
 class Plan:
-    """What every stage does in every call. Subclasses give the order; the dependency rule is common to all."""
+    """The operations of every stage in every call. Subclasses give the order; the dependency rule is common to all."""
 
     name = ""
     num_chunks = 1
@@ -71,29 +71,29 @@ class Plan:
         return f"{type(self).__name__}({settings}; delays {delays})"
 
     def call(self, stage: int, call: int, start: int = 0) -> list[Op]:
-        """Operations of `stage` in `train_batch()` call number `call`, in order.
+        """Return the operations of `stage` in `train_batch()` call number `call`, in order.
 
         `start` is the first micro-batch since the pipeline was last empty (0, or where a drain left off).
         """
         raise NotImplementedError
 
     def updates(self, stage: int, call: int, start: int = 0) -> bool:
-        """Whether `stage` updates its weights in `call`: not before the first gradient has come back."""
+        """Return whether `stage` updates its weights in `call`: not before the first gradient has come back."""
         return (call + 1) * self.micro_batches - self.delay(stage) > start
 
     def drain(self, stage: int, end: int, start: int = 0) -> list[Op]:
-        """Operations that finish what `stage` still has in flight when `end` micro-batches have gone forward."""
+        """Return the operations that finish what `stage` has in flight when `end` micro-batches have gone forward."""
         return []
 
     def stream(self, stage: int, calls: int, drain: bool = False) -> Iterator[Op]:
-        """All operations of `stage` over `calls` calls, with the drain behind them if wanted."""
+        """Yield all operations of `stage` over `calls` calls, with the drain behind them if wanted."""
         for call in range(calls):
             yield from self.call(stage, call)
         if drain:
             yield from self.drain(stage, calls * self.micro_batches)
 
     def batches(self, stage: int, calls: int, drain: bool = False) -> Iterator[list[Op]]:
-        """The stream, with those operations in one list between which `stage` neither receives nor sends.
+        """Return the stream, with those operations in one list between which `stage` neither receives nor sends.
 
         All that a list needs from other stages is there before its first operation starts, and what others need of it
         leaves after its last.
@@ -101,7 +101,7 @@ class Plan:
         return ([op] for op in self.stream(stage, calls, drain))
 
     def needs(self, op: Op) -> list[Op]:
-        """What must be finished, on any stage, before `op` may start. The only dependency rule there is."""
+        """Return what must be finished, on any stage, before `op` may start; this is the only dependency rule."""
         if op.kind == UPDATE:
             return [Op(BACKWARD, op.stage, op.micro_batch, chunk) for chunk in range(self.num_chunks)]
         before = self._along(op, -1)
@@ -112,27 +112,27 @@ class Plan:
         return [forward] if behind is None else [forward, behind]
 
     def receiver(self, op: Op) -> int | None:
-        """The stage that needs what `op` has made, None if no other does: `needs`, read from the other end."""
+        """Return the stage that needs what `op` has made, None if no other does: `needs`, read from the other end."""
         after = None if op.kind == UPDATE else self._along(op, +1 if op.kind == FORWARD else -1)
         return None if after is None or after.stage == op.stage else after.stage
 
     def _along(self, op: Op, step: int) -> Op | None:
-        """The same work `step` places further on the way of a micro-batch through the model; None outside of it."""
+        """Return the same work `step` places further on a micro-batch's way through the model; None outside of it."""
         stage = op.stage + step
         return op._replace(stage=stage) if 0 <= stage < self.num_stages else None
 
     def delay(self, stage: int) -> int:
-        """Micro-batches between a forward and the tick that uses its gradient (0: no staleness)."""
+        """Return the number of micro-batches from a forward to the tick that uses its gradient (0: no staleness)."""
         return 0
 
     def staleness(self, stage: int) -> int:
-        """Updates that `stage` makes between the forward of a micro-batch and the use of its gradient, at most."""
+        """Return the most updates that `stage` makes between a micro-batch's forward and the use of its gradient."""
         return -(-self.delay(stage) // self.micro_batches)
 
     def versions(self, stage: int) -> int:
-        """Weight versions alive on `stage` at once, at most, when a backward uses those of its forward."""
+        """Return the most weight versions alive on `stage` at once, when a backward uses those of its forward."""
         return self.staleness(stage) + 1
 
     def activations(self, stage: int) -> int:
-        """Forward passes, each through one chunk, whose activations are alive on `stage` at once, at most."""
+        """Return the most forward passes, each through one chunk, whose activations are alive on `stage` at once."""
         raise NotImplementedError

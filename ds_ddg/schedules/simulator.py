@@ -23,7 +23,7 @@ class Deadlock(RuntimeError):  # noqa: N818 (a finding, as much as an error)
 
 @dataclass(frozen=True)
 class Cost:
-    """What operations and links cost, in any one unit of time. ValueError if a cost is negative or not finite."""
+    """The costs of operations and links, in any one unit of time; ValueError if a cost is negative or not finite."""
 
     forward: float = 1.0
     backward: float = 2.0
@@ -37,7 +37,7 @@ class Cost:
     scale: Sequence[float] = ()
     """Relative time of each stage's operations, for uneven stages; empty: all equal."""
     overhead: float = 0.0
-    """Of every forward and every backward on top, however small the part of the model: mostly Python."""
+    """Time of every forward and every backward on top, however small the part of the model: mostly Python."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale", tuple(self.scale))  # hashable
@@ -49,7 +49,7 @@ class Cost:
             raise ValueError(f"cost 'bandwidth' must be above 0, got {self.bandwidth!r}; leave it out if unlimited")
 
     def of(self, op: Op, num_chunks: int = 1) -> float:
-        """Time that `op` keeps its stage busy; a forward or backward is of one of the stage's chunks."""
+        """Return the time that `op` keeps its stage busy; a forward or backward is of one of the stage's chunks."""
         scale = self.scale[op.stage] if self.scale else 1.0
         if op.kind == UPDATE:
             return self.update * scale
@@ -57,14 +57,14 @@ class Cost:
 
     @property
     def transfer(self) -> float:
-        """Time that one message keeps one direction of a link busy."""
+        """Return the time that one message keeps one direction of a link busy."""
         return self.num_bytes / self.bandwidth
 
 
 UNIT_COST = Cost()
 
 MOST_OPERATIONS = 5_000_000
-"""What `replay` takes on: each takes about 5 microseconds and 300 bytes."""
+"""The largest number of operations that `replay` takes on: each takes about 5 microseconds and 300 bytes."""
 
 _KINDS = (FORWARD, BACKWARD, UPDATE)
 
@@ -76,12 +76,12 @@ def replay(
     drain: bool = False,
     stages: Iterable[int] | None = None,
 ) -> Timeline:
-    """Run all stages of `plan` for `calls` calls; the timeline of `stages`, which are all by default.
+    """Run all stages of `plan` for `calls` calls; return the timeline of `stages`, which are all by default.
 
     Raises:
         Deadlock: no stage can go on.
-        ValueError: it would take minutes and gigabytes, times add up to more than a float can say, or the cost is of
-            another number of stages.
+        ValueError: the replay would take minutes and gigabytes, times add up to more than a float can say, or the
+            cost is of another number of stages.
     """
     if cost.scale and len(cost.scale) != plan.num_stages:
         raise ValueError(f"cost 'scale' must have one number for each of {plan.num_stages} stages, got {cost.scale}")
@@ -104,7 +104,7 @@ def num_operations(plan: Plan, calls: int) -> int:
 
 
 def _flow(plan: Plan, calls: int, cost: Cost, drain: bool, shown: Container[int]) -> list[Event]:
-    """What `shown` stages do and when, if a send takes no time of its stage; messages queue for their link."""
+    """Return what `shown` stages do and when, if a send takes no time of its stage; messages queue for their link."""
     stages = range(plan.num_stages)
     todo = [deque(plan.batches(stage, calls, drain)) for stage in stages]
     times = [{kind: cost.of(Op(kind, stage, 0), plan.num_chunks) for kind in _KINDS} for stage in stages]
@@ -116,7 +116,7 @@ def _flow(plan: Plan, calls: int, cost: Cost, drain: bool, shown: Container[int]
     events: list[Event] = []
 
     def start(stage: int) -> float | None:
-        """When the next operations of `stage` can start, all that they need being there; None if that is not known."""
+        """Return when the next operations of `stage` can start; None while something that they need is not there."""
         if (wait := waits[stage]) and wait[1] not in sent:
             return None
         ops, begin = todo[stage][0], clock[stage]

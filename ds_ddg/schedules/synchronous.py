@@ -97,7 +97,7 @@ class DualPipeVPlan(Plan):
         return Op(op.kind, turn - place if chunk else place, op.micro_batch, chunk)
 
     def _steps(self, stage: int) -> list[list[str]]:
-        """Kind and chunk, in order, those with one exchange together: fill both chunks, alternate, empty both."""
+        """Return kinds and chunks in order, grouped by exchange: fill both chunks, alternate, empty both."""
         behind, ahead = self.num_stages - 1 - stage, stage + 1
         steady = self.micro_batches - 2 * self.num_stages + ahead
         phases = [

@@ -1,4 +1,4 @@
-"""What all stages did and when, planned or measured: how long it took, how busy they were, what they kept.
+"""Timelines of all stages, planned or measured: how long they took, how busy they were, what they kept.
 
 A `Timeline` *counts* activations, versions and staleness from what happened, never by the plan's formulas.
 """
@@ -26,7 +26,7 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """What every stage did and when, in order of start. Shares are in 0 .. 1, times in the events' own unit.
+    """The events of every stage, in order of start. Shares are in 0 .. 1, times in the events' own unit.
 
     The steady state of a stage is the later half of its calls without the drain; ValueError if there is only one.
     """
@@ -55,7 +55,7 @@ class Timeline:
         return max((end for _, _, end in self), default=0.0) - min((start for _, start, _ in self), default=0.0)
 
     def period(self, stage: int = 0) -> float:
-        """Time per call in the steady state: exact if the calls of `stage` repeat in groups of q, else the mean."""
+        """Return the time per call in the steady state: exact if calls of `stage` repeat in groups, else the mean."""
         ends = [event.end for event in self._steady(stage) if event.op.kind == UPDATE]
         for q in range(1, (len(ends) + 1) // 2):
             gaps = [later - earlier for earlier, later in zip(ends, ends[q:], strict=False)]
@@ -64,31 +64,31 @@ class Timeline:
         return (ends[-1] - ends[0]) / (len(ends) - 1)
 
     def busy(self, stage: int) -> float:
-        """Share of its time that `stage` computes in the steady state."""
+        """Return the share of its time that `stage` computes in the steady state."""
         work = self._steady(stage)[1:]
         calls = sum(event.op.kind == UPDATE for event in work)
         return sum(end - start for _, start, end in work) / calls / self.period(stage)
 
     @property
     def bubble(self) -> float:
-        """Idle share of the steady state, mean over the stages."""
+        """Return the idle share of the steady state, mean over the stages."""
         return 1 - sum(map(self.busy, range(self.num_stages))) / self.num_stages
 
     def peak_activations(self, stage: int) -> int:
-        """Most forward passes begun whose backward is not finished, counted."""
+        """Return the most forward passes begun whose backward is not finished, counted."""
         return max((len(alive) for _, _, alive in self._states(stage)), default=0)
 
     def peak_versions(self, stage: int) -> int:
-        """Most weight versions alive at once, counted: the newest, and that of every forward without a backward."""
+        """Return the most weight versions alive at once, counted: the newest, and those of micro-batches in flight."""
         return max((len({version, *alive.values()}) for _, version, alive in self._states(stage)), default=0)
 
     def staleness(self, stage: int) -> int:
-        """Most updates between a forward and the update that uses its gradient, counted."""
+        """Return the most updates between a forward and the update that uses its gradient, counted."""
         backwards = (state for state in self._states(stage) if state[0].kind == BACKWARD)
         return max((version - alive[op._replace(kind=FORWARD)] for op, version, alive in backwards), default=0)
 
     def _states(self, stage: int) -> Iterator[tuple[Op, int, dict[Op, int]]]:
-        """At each operation: the version of the weights, and those that the forward passes in flight saw."""
+        """Yield, at each operation, the version of the weights, and those that the forward passes in flight saw."""
         version = 0
         alive: dict[Op, int] = {}
         for op, _, _ in self.rows[stage]:
@@ -102,7 +102,7 @@ class Timeline:
                 del alive[forward]
 
     def _steady(self, stage: int) -> list[Event]:
-        """The update before the later half of the calls of `stage`, and all from there to the last call's update."""
+        """Return the events of the later half of the calls of `stage`, with the update before them."""
         events = self.rows[stage]
         last_forward = max((i for i, event in enumerate(events) if event.op.kind == FORWARD), default=-1)
         updates = [i for i, event in enumerate(events) if event.op.kind == UPDATE]

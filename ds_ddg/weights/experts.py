@@ -20,7 +20,7 @@ _LARGEST = 4096
 
 
 def expert_sizes(module: Any) -> list[int]:
-    """The ``ep_size`` of every MoE layer of all stages, in ascending order. Collective over all ranks.
+    """Return the ``ep_size`` of every MoE layer of all stages, in ascending order; collective over all ranks.
 
     Args:
         module: the ``PipelineModule``; each rank has the layers of its own stage alone.

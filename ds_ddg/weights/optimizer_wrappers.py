@@ -129,7 +129,7 @@ def clocks_stopped(engine: Any) -> Iterator[None]:
 
 
 def needs_closure(step: Any) -> bool:
-    """Whether the method `step` cannot be called without a closure; False for C++ functions, which do not say."""
+    """Return whether the method `step` needs a closure; False for C++ functions, which do not say."""
     try:
         closure = inspect.signature(step).parameters.get("closure")
     except ValueError:
@@ -169,7 +169,7 @@ def add_no_gradient(parameter: torch.nn.Parameter, optimizer: Any) -> None:
 
 
 def anything_to_train(optimizer: Any) -> bool:
-    """Whether DeepSpeed's wrappers would find a parameter to train in `optimizer`."""
+    """Return whether DeepSpeed's wrappers would find a parameter to train in `optimizer`."""
     return any(is_optimized_parameter(p) for group in optimizer.param_groups for p in group["params"])
 
 
@@ -201,7 +201,7 @@ def with_a_parameter(model_parameters: Any) -> Any:
 
 
 def _trains(item: Any) -> bool:
-    """Whether `item`, a parameter, a named one or a group of them, has anything to train."""
+    """Return whether `item`, a parameter, a named one or a group of them, has anything to train."""
     if torch.is_tensor(item):
         return item.requires_grad
     if isinstance(item, dict):

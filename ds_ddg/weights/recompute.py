@@ -27,7 +27,7 @@ class ForwardState:
     """The state that a forward reads besides its input, its weights and its buffers: random numbers and autocast.
 
     Args:
-        device: where the stage computes. Reading the state of its generator is no work for the device.
+        device: the device of the stage. Reading the state of its generator is no work for the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -58,7 +58,7 @@ class PastBuffers:
 
     def __init__(self) -> None:
         self._newest: dict[tuple[torch.nn.Module, str], tuple[int, ref[Tensor], ref[Tensor]]] = {}
-        """For each large buffer: its version, itself, and its copy, which lives as long as a micro-batch needs it."""
+        """The version of each large buffer, the buffer and its copy, which lives as long as a micro-batch needs it."""
 
     def now(self, module: torch.nn.Module) -> Buffers:
         """Return copies of the buffers of `module`, None for each that is None."""

@@ -57,23 +57,23 @@ class StageLocalGrid:
         return getattr(self._grid, name)
 
     def get_model_parallel_group(self) -> Any:
-        """Process group of the tensor slices of this stage."""
+        """Return the process group of the tensor slices of this stage."""
         return local_if_single_rank(self._grid.get_slice_parallel_group())
 
     def get_data_parallel_group(self) -> Any:
-        """Process group of the replicas of this stage."""
+        """Return the process group of the replicas of this stage."""
         return local_if_single_rank(self._grid.get_data_parallel_group())
 
     def get_model_parallel_rank(self) -> int:
-        """Rank among the tensor slices of this stage."""
+        """Return the rank among the tensor slices of this stage."""
         return int(self._grid.get_slice_parallel_rank())
 
     def get_model_parallel_world_size(self) -> int:
-        """Number of tensor slices of this stage."""
+        """Return the number of tensor slices of this stage."""
         return int(self._grid.get_slice_parallel_world_size())
 
     def get_pipe_parallel_world_size(self) -> int:
-        """Number of stages in this view, 1: DeepSpeed would sum the norms of expert gradients over the pipe axis."""
+        """Return 1 stage in this view: DeepSpeed would sum the norms of expert gradients over the pipe axis."""
         return 1
 
     get_pipeline_model_parallel_world_size = get_pipe_parallel_world_size
@@ -112,7 +112,7 @@ def clip_stage_gradients(
         max_norm: the norm to clip to.
         slices: the tensor slices of the stage.
         known: the norm to clip by in place of the measured one.
-        device: where the slices communicate.
+        device: the device on which the slices communicate.
         experts: whether the stage has expert layers.
 
     Returns:

@@ -1,4 +1,4 @@
-"""How a stage updates its weights: DeepSpeed's optimizer path, kept inside the stage.
+"""The update of a stage's weights: DeepSpeed's optimizer path, kept inside the stage.
 
 One call ends with ReduceGrads and OptimizerStep, or with AdvanceClocks while no gradient has come back yet; a drain
 ends with UpdateWeights. Learning rate and step counts go by calls, on every stage alike, whatever its optimizer does.
@@ -68,7 +68,7 @@ class StageOptimizer:
     # -- construction -----------------------------------------------------------------------------------------------
 
     def connect(self, peers: StagePeers) -> None:
-        """From here on the ranks of this stage can agree on a number."""
+        """Take the `peers` over which the ranks of this stage can agree on a number from here on."""
         self._peers = peers
 
     def configure(self, configure: _Method, client_optimizer: Any, model_parameters: Any) -> None:

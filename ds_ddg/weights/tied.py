@@ -50,7 +50,7 @@ class TiedWeights:
         self._borrowed: dict[int, list[torch.nn.Parameter]] = {}
         """Parameters that this stage borrows, by the stage that owns them."""
         self._comms: list[tuple[int, Any, list[torch.nn.Parameter]]] = []
-        """For each tie: its owner's rank, DeepSpeed's group of the stages that have it, its trained parameters."""
+        """The ties: the owner's rank, DeepSpeed's group of the stages that have it, its trained parameters."""
         self._groups_given: list[list[torch.nn.Parameter]] = []
         """The parameters of each of the optimizer's groups as they were given."""
         self._senders: dict[int, Sender] = {}
@@ -210,9 +210,9 @@ def _on_host(state: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def left_out_of_checkpoints(module: Any) -> dict[str, torch.nn.Module]:
-    """Tied modules of this stage, by key, that DeepSpeed 0.19.8 doesn't save: those used only by a ``forward_fn``.
+    """Return tied modules of this stage, by key, that DeepSpeed 0.19.8 doesn't save, used only by a ``forward_fn``.
 
-    It saves what it runs, and a function has no state; what is tied comes back from the other stages, what is not
+    DeepSpeed saves what it runs, and a function has no state; what is tied comes back from the other stages, the rest
     (a decoder's bias) is lost.
     """
     run = {id(layer) for layer in module.forward_funcs}

@@ -1,4 +1,4 @@
-"""Which weights a micro-batch saw: remember at its forward, use at its delayed backward, forget afterwards.
+"""Versions of the weights: remembered at a forward, used at its delayed backward, forgotten afterwards.
 
 A delayed backward runs after its stage has updated its weights, and autograd does not make that safe: an optimizer
 that writes through ``.data`` or a fused kernel leaves autograd's version counter alone, so a late backward silently

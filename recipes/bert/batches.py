@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recipes.common import seed_from
+from recipes.common import IGNORED, seed_from, too_few
 
 Batch = tuple[Any, Tensor]
 """Inputs (a tensor or a tuple of tensors) and labels (B, ...) int64, `IGNORED` where there is nothing to learn."""
@@ -21,20 +21,17 @@ Batch = tuple[Any, Tensor]
 MakeBatch = Callable[[Tensor, torch.Generator], Batch]
 """Makes a micro-batch of the rows with these numbers, (B,) int64; all that is random comes from the generator."""
 
-IGNORED = -100
-"""Label that losses and metrics leave out; `torch.nn.functional.cross_entropy` ignores it."""
-
 
 class TrainBatches:
-    """What one data-parallel rank trains on.
+    """The micro-batches that one data-parallel rank trains on.
 
     Args:
-        rows: number of them in the training split.
-        make: makes a micro-batch of some.
+        rows: number of rows in the training split.
+        make: makes a micro-batch of some rows.
         micro_batch_size: rows in one.
-        micro_batches: of them per ``train_batch()`` call. An epoch is a whole number of calls, of other rows each;
-            those that do not fill a call are left out, other ones in each epoch.
-        seed: of the order, and of what `make` draws.
+        micro_batches: micro-batches per ``train_batch()`` call. An epoch is a whole number of calls, each of
+            other rows; rows that do not fill a call are left out, other rows in each epoch.
+        seed: seed of the order, and of what `make` draws.
         data_parallel_rank, data_parallel_size: every rank takes other rows.
 
     Raises:
@@ -59,17 +56,14 @@ class TrainBatches:
         self.rank = data_parallel_rank
         self.size = data_parallel_size
         if not len(self):
-            raise ValueError(
-                f"{rows} rows of training data are too few for one train_batch() call of {data_parallel_size} (data "
-                f"parallel) x {micro_batches} (micro-batches) x {micro_batch_size} (micro-batch size)"
-            )
+            raise too_few(f"{rows} rows of training data", data_parallel_size, micro_batches, micro_batch_size)
 
     def __len__(self) -> int:
-        """``train_batch()`` calls per epoch."""
+        """Return the number of ``train_batch()`` calls per epoch."""
         return self.rows // (self.micro_batch_size * self.micro_batches * self.size)
 
     def from_call(self, call: int) -> Iterator[Batch]:
-        """The micro-batches of call number `call` (0, 1, ... over all epochs) and of all that follow, without end."""
+        """Yield the micro-batches from call number `call` (0, 1, ... over all epochs) on, without end."""
         first_epoch, calls = divmod(call, len(self))
         skip = calls * self.micro_batches
         for epoch in itertools.count(first_epoch):
@@ -83,7 +77,7 @@ class TrainBatches:
 def held_out_batches(
     rows: int, make: MakeBatch, micro_batch_size: int, data_parallel_rank: int = 0, data_parallel_size: int = 1
 ) -> list[Batch]:
-    """The part of the held-out split that one data-parallel rank evaluates, every row on exactly one rank.
+    """Return the part of the held-out split that one data-parallel rank evaluates, every row on exactly one rank.
 
     A pipeline needs equal shapes, and every rank the same number of micro-batches: the last ones are filled up with
     row 0, labelled `IGNORED` there. What `make` draws is the same in every run.

@@ -25,14 +25,14 @@ def is_held_out(document: str) -> bool:
 
 
 def split(documents: Iterable[str], held_out: Iterable[str] | None = None) -> tuple[list[str], list[str]]:
-    """Training and held-out documents, each once, in the order in which they come.
+    """Return training and held-out documents, each once, in the order in which they come.
 
     Args:
         documents: all of them, or those to train on.
         held_out: documents of its own to measure; training documents that are among them are left out.
 
     Raises:
-        ValueError: one of the two has none.
+        ValueError: there is no training document, or none that is held out.
     """
     unique = dict.fromkeys(documents)
     apart = dict.fromkeys(filter(is_held_out, unique) if held_out is None else held_out)
@@ -46,7 +46,7 @@ def split(documents: Iterable[str], held_out: Iterable[str] | None = None) -> tu
 
 
 def read_documents(paths: Iterable[Path]) -> list[str]:
-    """The documents in UTF-8 text files, and in all ``*.txt`` below folders; blank lines separate documents.
+    """Read the documents in UTF-8 text files, and in all ``*.txt`` below folders; blank lines separate documents.
 
     FileNotFoundError or ValueError, with what was expected where, if a path is missing or is not such text.
     """
@@ -88,10 +88,13 @@ def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
 
 
 def docstrings(package: str = "") -> Iterator[str]:
-    """The docstrings of all modules, classes and functions of this Python's standard library, or of one package of it.
+    """Yield the docstrings of all modules, classes and functions of this Python's standard library, or of one package.
 
-    In the order of the files' names, each as ``inspect.cleandoc`` shows it. The files are parsed, not imported.
-    ValueError if there is none.
+    They come in the order of the files' names, each as ``inspect.cleandoc`` shows it. The files are parsed, not
+    imported.
+
+    Raises:
+        ValueError: there is none.
     """
     library = Path(sysconfig.get_path("stdlib"))
     found = False

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 from zlib import crc32
 
 import torch
@@ -32,14 +31,12 @@ from transformers import PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from any folder, installed or not
 
-import ds_ddg
 from ds_ddg.models import classification_loss, load_pretrained, sequence_classification
 from ds_ddg.models.transformers.layers import Head
-from recipes import checks, common
+from recipes import checks, common, steps
 from recipes.bert import glue, model
-from recipes.bert.batches import IGNORED, Batch, MakeBatch, TrainBatches, held_out_batches
-from recipes.checkpoints import Checkpoints
-from recipes.progress import Progress, fit
+from recipes.bert.batches import Batch, MakeBatch, TrainBatches, held_out_batches
+from recipes.progress import fit
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -59,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def prepare(args: argparse.Namespace) -> tuple[glue.Examples, glue.Examples, list[str]]:
-    """Training examples, held-out examples, names of the labels."""
+    """Return training examples, held-out examples and the names of the labels."""
     if args.train is None:
         train, held_out = glue.stdlib_packages()
     else:
@@ -85,7 +82,11 @@ class Encoder:
 
 
 def load_encoder(net: PipelineModule, directory: Path) -> None:
-    """Pretrained weights for all but the head, which may be new in part or as a whole. ValueError if others lack."""
+    """Load pretrained weights for all but the head, which may be new in part or as a whole.
+
+    Raises:
+        ValueError: the files lack weights of another layer.
+    """
     loaded = load_pretrained(net, directory, strict=False)
     heads = [module for module in net.modules() if isinstance(module, Head)]
     new = set(loaded.missing) & {key for head in heads for key in head.original_state()}
@@ -98,15 +99,20 @@ def load_encoder(net: PipelineModule, directory: Path) -> None:
 
 
 def measure(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, classes), (B,) -> sum of the losses, then how often each label got each answer (classes x classes)."""
-    loss = cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-    classes, counted = logits.shape[1], labels != IGNORED
+    """Return the sum of the losses, then how often each label got each answer (classes x classes).
+
+    Args:
+        logits: (B, classes).
+        labels: (B,), `common.IGNORED` where a row only fills up the batch.
+    """
+    loss = cross_entropy(logits, labels, ignore_index=common.IGNORED, reduction="sum")
+    classes, counted = logits.shape[1], labels != common.IGNORED
     pairs = labels[counted] * classes + logits.argmax(dim=1)[counted]
     return torch.cat([loss[None], one_hot(pairs, classes**2).sum(dim=0)])
 
 
 def scores(counts: list[float], classes: int) -> dict[str, float]:
-    """Accuracy and F1 of what `measure` counted."""
+    """Return accuracy and F1 of the answers that `measure` counted."""
     table = torch.tensor(counts).view(classes, classes)
     labels, answers = torch.meshgrid(torch.arange(classes), torch.arange(classes), indexing="ij")
     pairs = {"y_true": labels.flatten(), "y_pred": answers.flatten(), "sample_weight": table.flatten()}
@@ -116,15 +122,8 @@ def scores(counts: list[float], classes: int) -> dict[str, float]:
 
 def main() -> None:
     args = parse_arguments()
-    common.set_threads()
-    config = common.read_config(args.deepspeed_config, args.schedule)
-
-    common.init_distributed()
-    stages = checks.stages(args.stages)
     task = "stdlib-packages" if args.train is None else args.train.resolve().parent.name
-    output_dir = args.output_dir or Path("runs") / f"bert-{task}-{common.schedule_of(config)}"
-    shared = {"--checkpoint-dir": args.checkpoint_dir, "the model in --output-dir": output_dir / "model"}
-    checks.folders(config, shared, {"--output-dir": output_dir})
+    config, stages, output_dir = steps.start(args, f"bert-{task}")
     train, dev, names = model.from_first_rank(lambda: prepare(args))
     with common.on_every_rank():
         tokenizer = model.load_tokenizer(args.model, args.length)
@@ -132,7 +131,7 @@ def main() -> None:
         bert = model.load_config(args.model, num_labels=len(names), id2label=dict(enumerate(names)), label2id=numbers)
         encoder = Encoder(tokenizer, names, args.length)
         specs = sequence_classification(bert, inputs=encoder.inputs)
-    net = model.pipeline(specs, classification_loss, stages, args.seed)
+    net = steps.pipeline(specs, classification_loss, stages, args.seed, model.PARTITION)
     with common.on_every_rank():
         load_encoder(net, args.model)
 
@@ -145,30 +144,24 @@ def main() -> None:
     with common.on_every_rank():
         train_batches = TrainBatches(len(train), encoded(train), size, micro_batches, args.seed, *shard)
     held_out = held_out_batches(len(dev), encoded(dev), size, *shard)
-    calls = args.epochs * len(train_batches)
-    planned = common.fill_scheduler(config, calls)
-
-    engine, _, _, _ = ds_ddg.initialize(model=net, model_parameters=model.parameter_groups(net), config=config)
-    settings: dict[str, Any] = {
-        "task": task,
-        "examples": len(train),
-        "classes": len(names),
-        "length": args.length,
-        "seed": args.seed,
-    }
-    progress = Progress(engine, calls, len(train_batches), **settings)
-    checkpoints = Checkpoints(
+    engine, progress, checkpoints = steps.set_up(
         args,
-        engine,
-        progress,
-        every=len(train_batches),
-        replicas=shard[1],
-        text_checksum=crc32(repr((train.texts, train.labels)).encode()),
-        **model.not_in_weights(bert),
-        epochs=args.epochs if planned else None,
-        config=config,
+        config,
+        net,
+        model.parameter_groups(net),
+        len(train_batches),
+        shown={
+            "task": task,
+            "examples": len(train),
+            "classes": len(names),
+            "length": args.length,
+            "seed": args.seed,
+        },
+        hidden={
+            "text_checksum": crc32(repr((train.texts, train.labels)).encode()),
+            **model.not_in_weights(bert),
+        },
     )
-    checkpoints.restore()
 
     def evaluate() -> dict[str, float]:
         _, *counts = common.evaluate(engine, held_out, len(held_out), measure)

@@ -31,7 +31,7 @@ LABELS = ["gold_label", "label", "is_duplicate", "Quality"]
 """Columns with the label; the first that a file's header has counts."""
 
 NO_CONSENSUS = "-"
-"""In `gold_label`: the annotators disagree. Such rows are left out."""
+"""A value of `gold_label`: the annotators disagree. Such rows are left out."""
 
 PACKAGES = ["asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "urllib", "xml"]
 MIN_WORDS = 4
@@ -51,7 +51,7 @@ class Examples:
 
 
 def read_examples(path: Path) -> Examples:
-    """The examples of one file. FileNotFoundError or ValueError that says what was expected where."""
+    """Read the examples of one file; FileNotFoundError or ValueError says what was expected where."""
     if path.suffix not in (".tsv", ".csv"):
         raise ValueError(
             f"{path}: expected a .tsv file as GLUE has them, or a .csv file, got {path.suffix or 'neither'}"
@@ -86,7 +86,7 @@ def read_examples(path: Path) -> Examples:
 
 
 def _tsv(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Line numbers and fields. Only a line feed ends a line: fields may hold Unicode's other separators."""
+    """Yield line numbers and fields. Only a line feed ends a line: fields may hold Unicode's other separators."""
     with path.open(encoding="utf-8-sig", newline="\n") as lines:
         for number, line in enumerate(lines, start=1):
             yield number, line.rstrip("\r\n").split("\t")
@@ -117,9 +117,9 @@ def _columns(path: Path, header: Sequence[str]) -> tuple[tuple[str, ...], str]:
 
 
 def stdlib_packages() -> tuple[Examples, Examples]:
-    """Docstrings labelled by the package of the standard library that they document: training and held-out examples.
+    """Return docstrings, labelled by the package of the standard library that they document, to train on and held out.
 
-    What is held out here is held out of the embedded text for pretraining, too.
+    Examples held out here are held out of the embedded text for pretraining, too.
     """
     package_of: dict[str, str] = {}
     for package in PACKAGES:
@@ -134,7 +134,7 @@ def stdlib_packages() -> tuple[Examples, Examples]:
 
 
 def label_names(train: Examples, held_out: Examples) -> list[str]:
-    """The labels of the training examples, sorted. ValueError if there is one only, or the held-out ones differ."""
+    """Return the sorted labels of the training examples; ValueError if there is only one, or held-out ones differ."""
     names = sorted(set(train.labels))
     if len(names) < 2:
         raise ValueError(f"the training examples have one label only, {names[0]!r}; expected two or more")

@@ -1,4 +1,4 @@
-"""What pretraining and fine-tuning do alike with a model: into a pipeline, and out to a Hugging Face directory."""
+"""The way of a model from a Hugging Face directory into a pipeline and back, for pretraining and fine-tuning."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from deepspeed import comm as dist
-from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.pipe import PipelineModule
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -17,9 +16,12 @@ from recipes import common
 
 T = TypeVar("T")
 
+PARTITION = "type:TransformerLayer"
+"""The partition method: each stage gets the same number of transformer layers."""
+
 
 def from_first_rank(work: Callable[[], T]) -> T:
-    """What `work` returns on rank 0, which alone does it, on every rank; if it fails, all leave with the reason."""
+    """Do `work` on rank 0 and return its result on every rank; if it fails, all ranks exit with the reason."""
     result: list[Any] = [None]
     with common.on_every_rank():
         if dist.get_rank() == 0:
@@ -29,7 +31,7 @@ def from_first_rank(work: Callable[[], T]) -> T:
 
 
 def load_config(directory: Path, **changes: Any) -> Any:
-    """The config in a Hugging Face directory, with changes. FileNotFoundError if it is not such a directory."""
+    """Read the config in a Hugging Face directory, with changes; FileNotFoundError if it is not such a directory."""
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(
             f"--model: no config.json in {directory}; expected a Hugging Face directory on this machine, with "
@@ -39,10 +41,11 @@ def load_config(directory: Path, **changes: Any) -> Any:
 
 
 def load_tokenizer(directory: Path, length: int) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face directory.
+    """Read the tokenizer of a Hugging Face directory.
 
-    FileNotFoundError if it is not such a directory; ValueError if the model in it does not go with the tokenizer, or
-    cannot take sequences of `length` tokens.
+    Raises:
+        FileNotFoundError: `directory` is no Hugging Face directory.
+        ValueError: the model in it does not go with the tokenizer, or cannot take sequences of `length` tokens.
     """
     config = load_config(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -57,24 +60,8 @@ def load_tokenizer(directory: Path, length: int) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def pipeline(specs: list[LayerSpec], loss_fn: Callable[..., Any], stages: int, seed: int) -> PipelineModule:
-    """The same number of transformer layers on each stage, and weights that do not depend on the number of stages."""
-    # It broadcasts the tied weights, and over gloo a GPU's are written in place, which autograd would forbid.
-    with torch.no_grad():
-        return PipelineModule(
-            specs,
-            num_stages=stages,
-            loss_fn=loss_fn,
-            partition_method="type:TransformerLayer",
-            # Layer i starts from seed base_seed + i.
-            seed_layers=True,
-            seed_fn=torch.manual_seed,
-            base_seed=1000 * seed,
-        )
-
-
 def parameter_groups(net: nn.Module) -> list[dict[str, Any]]:
-    """Biases and norms do not decay, as in BERT's own training."""
+    """Return groups of parameters in which biases and norms do not decay, as in BERT's own training."""
     parameters = list(net.parameters())
     return [
         {"params": [parameter for parameter in parameters if parameter.ndim > 1]},
@@ -83,7 +70,7 @@ def parameter_groups(net: nn.Module) -> list[dict[str, Any]]:
 
 
 def not_in_weights(config: Any) -> dict[str, Any]:
-    """What decides about the training of a model besides its size, by name; None for what its kind does not have."""
+    """Return what decides about a model's training besides its size, by name; None for what its kind does not have."""
     names = ("model_type", "num_attention_heads", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob")
     return {name: getattr(config, name, None) for name in names}
 

@@ -39,13 +39,11 @@ from transformers import BertConfig, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from any folder, installed or not
 
-import ds_ddg
 from ds_ddg.models import load_pretrained, masked_lm, masked_lm_loss
-from recipes import checks, common
+from recipes import checks, common, steps
 from recipes.bert import corpus, model, text
-from recipes.bert.batches import IGNORED, MakeBatch, TrainBatches, held_out_batches
-from recipes.checkpoints import Checkpoints
-from recipes.progress import Progress, fit
+from recipes.bert.batches import MakeBatch, TrainBatches, held_out_batches
+from recipes.progress import fit
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -71,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def prepare(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, Tensor, Tensor]:
-    """Tokenizer, packed training text and packed held-out text, both (N, length) int32."""
+    """Return the tokenizer, the packed training text and the packed held-out text, both (N, length) int32."""
     documents = corpus.read_documents(args.text) if args.text else corpus.docstrings()
     train, held_out = corpus.split(documents, corpus.read_documents(args.held_out) if args.held_out else None)
     if args.model:
@@ -82,7 +80,7 @@ def prepare(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, Tensor, 
 
 
 def new_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> BertConfig:
-    """A BERT of the size asked for."""
+    """Return the config of a BERT of the size asked for."""
     return BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=args.hidden,
@@ -99,27 +97,25 @@ def new_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def measure(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, S, vocabulary), (B, S) -> sum of the losses, number of tokens to predict."""
-    loss = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-    return torch.stack([loss, (labels != IGNORED).sum()])
+    """Return the sum of the losses and the number of tokens to predict.
+
+    Args:
+        logits: (B, S, vocabulary).
+        labels: (B, S), `common.IGNORED` where there is nothing to predict.
+    """
+    loss = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=common.IGNORED, reduction="sum")
+    return torch.stack([loss, (labels != common.IGNORED).sum()])
 
 
 def main() -> None:
     args = parse_arguments()
-    common.set_threads()
-    config = common.read_config(args.deepspeed_config, args.schedule)
-
-    common.init_distributed()
-    stages = checks.stages(args.stages)
-    output_dir = args.output_dir or Path("runs") / f"bert-pretrain-{common.schedule_of(config)}"
-    shared = {"--checkpoint-dir": args.checkpoint_dir, "the model in --output-dir": output_dir / "model"}
-    checks.folders(config, shared, {"--output-dir": output_dir})
+    config, stages, output_dir = steps.start(args, "bert-pretrain")
     tokenizer, train_text, held_out_text = model.from_first_rank(lambda: prepare(args))
     with common.on_every_rank():
         masking = text.Masking.of(tokenizer)
         bert = model.load_config(args.model) if args.model else new_config(args, tokenizer)
         specs = masked_lm(bert, inputs=("input_ids",))
-    net = model.pipeline(specs, masked_lm_loss, stages, args.seed)
+    net = steps.pipeline(specs, masked_lm_loss, stages, args.seed, model.PARTITION)
     if args.model:
         with common.on_every_rank():
             load_pretrained(net, args.model)
@@ -133,33 +129,22 @@ def main() -> None:
     with common.on_every_rank():
         train_batches = TrainBatches(len(train_text), masked(train_text), size, micro_batches, args.seed, *shard)
     held_out = held_out_batches(len(held_out_text), masked(held_out_text), size, *shard)
-    calls = args.epochs * len(train_batches)
-    planned = common.fill_scheduler(config, calls)
-
-    engine, _, _, _ = ds_ddg.initialize(model=net, model_parameters=model.parameter_groups(net), config=config)
-    progress = Progress(
-        engine,
-        calls,
-        len(train_batches),
-        sequences=len(train_text),
-        length=args.length,
-        layers=bert.num_hidden_layers,
-        hidden=bert.hidden_size,
-        vocabulary=len(tokenizer),
-        seed=args.seed,
-    )
-    checkpoints = Checkpoints(
+    engine, progress, checkpoints = steps.set_up(
         args,
-        engine,
-        progress,
-        every=len(train_batches),
-        replicas=shard[1],
-        text_checksum=crc32(train_text.numpy().tobytes()),
-        **model.not_in_weights(bert),
-        epochs=args.epochs if planned else None,
-        config=config,
+        config,
+        net,
+        model.parameter_groups(net),
+        len(train_batches),
+        shown={
+            "sequences": len(train_text),
+            "length": args.length,
+            "layers": bert.num_hidden_layers,
+            "hidden": bert.hidden_size,
+            "vocabulary": len(tokenizer),
+            "seed": args.seed,
+        },
+        hidden={"text_checksum": crc32(train_text.numpy().tobytes()), **model.not_in_weights(bert)},
     )
-    checkpoints.restore()
 
     def evaluate() -> dict[str, float]:
         losses, tokens = common.evaluate(engine, held_out, len(held_out), measure)

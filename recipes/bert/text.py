@@ -1,4 +1,4 @@
-"""From documents to masked sequences: a WordPiece vocabulary, packing and dynamic masking (Devlin et al., 2019)."""
+"""Masked sequences from documents: a WordPiece vocabulary, packing and dynamic masking (Devlin et al., 2019)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tokenizers import trainers
 from torch import Tensor
 from transformers import BertTokenizer, PreTrainedTokenizerBase
 
-from recipes.bert.batches import IGNORED
+from recipes.common import IGNORED
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 NUM_LETTERS = 1000
@@ -24,9 +24,10 @@ MASKED = 0.15
 
 
 def train_tokenizer(documents: Sequence[str], vocabulary: int, max_length: int) -> BertTokenizer:
-    """A WordPiece tokenizer of at most `vocabulary` entries, lower case, the same for the same documents.
+    """Make a WordPiece tokenizer of at most `vocabulary` entries, lower case, the same for the same documents.
 
-    ValueError if `vocabulary` has no room for the letters.
+    Raises:
+        ValueError: `vocabulary` is too small for the letters.
     """
     plain = BertTokenizer().backend_tokenizer
     letters = _letters(documents, plain)
@@ -51,7 +52,7 @@ def train_tokenizer(documents: Sequence[str], vocabulary: int, max_length: int) 
 
 
 def _letters(documents: Iterable[str], tokenizer: Any) -> list[str]:
-    """Each letter as it starts a word, then as it continues one ("##a"); sorted."""
+    """Return each letter as it starts a word, then as it continues one ("##a"); sorted."""
     words: Counter[str] = Counter()
     for document in documents:
         text = tokenizer.normalizer.normalize_str(document)
@@ -67,13 +68,13 @@ def _letters(documents: Iterable[str], tokenizer: Any) -> list[str]:
 
 
 def pack(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
-    """Documents one after another, each ended by a separator, cut into full sequences that start with [CLS].
+    """Join documents, each ended by a separator, and cut them into full sequences that start with [CLS].
 
     Returns:
         (N, length) int32. The last documents, too short to fill a sequence, are left out.
 
     Raises:
-        ValueError: they do not fill a single one.
+        ValueError: the documents do not fill a single sequence.
     """
     encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
     stream = list(itertools.chain.from_iterable([*tokens, tokenizer.sep_token_id] for tokens in encoded))
@@ -86,18 +87,18 @@ def pack(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: i
 
 @dataclass(frozen=True)
 class Masking:
-    """Hides tokens at random: of those to predict 80% become [MASK], 10% another token, 10% stay."""
+    """Hides tokens at random: of the tokens to predict 80% become [MASK], 10% another token, 10% stay."""
 
     mask: int
-    """Number of [MASK]."""
+    """The number of the token [MASK]."""
     special: Tensor
-    """Numbers of special tokens, never to be predicted."""
+    """Numbers of the special tokens, which are never to be predicted."""
     ordinary: Tensor
-    """Numbers of all others."""
+    """Numbers of all other tokens."""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Masking:
-        """For a tokenizer's vocabulary. ValueError if that has no mask."""
+        """Make the masking for a tokenizer's vocabulary; ValueError if that has no mask."""
         if tokenizer.mask_token_id is None:
             raise ValueError(
                 f"the tokenizer of {tokenizer.name_or_path!r} has no mask token: no masked language model"
@@ -107,7 +108,7 @@ class Masking:
         return cls(tokenizer.mask_token_id, torch.tensor(sorted(special)), torch.tensor(ordinary))
 
     def __call__(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(B, S) -> inputs and labels, both (B, S) int64; a label is `IGNORED` where there is nothing to predict.
+        """Make inputs and labels of `tokens`, all (B, S) int64; a label is `IGNORED` if there is nothing to predict.
 
         Each sequence has the same number to predict, so that the losses of all micro-batches count alike.
         """

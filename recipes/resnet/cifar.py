@@ -18,11 +18,11 @@ from recipes.resnet.images import Images, both_splits
 
 @dataclass(frozen=True)
 class _Format:
-    """What tells the two apart."""
+    """The differences between the two data sets."""
 
     name: str
     published: Any
-    """torchvision's class, which knows files, checksums and where to get them."""
+    """The class of torchvision, which knows files, checksums and where to get them."""
     labels: str
     num_classes: int
 
@@ -34,10 +34,13 @@ FORMATS = {
 
 
 def load_cifar(dataset: str, data_dir: Path) -> tuple[Images, Images]:
-    """Training and test split of "cifar10" or "cifar100", whose folder (as unpacked) is in `data_dir`.
+    """Read training and test split of "cifar10" or "cifar100", whose folder (as unpacked) is in `data_dir`.
 
-    FileNotFoundError if a file is missing, ValueError if one is not in the published format; a file in that format
-    with other content (a subset, say) is read with a warning.
+    A file in the published format with other content (a subset, say) is read with a warning.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is not in the published format.
     """
     format_ = FORMATS[dataset]
     published = format_.published
@@ -65,7 +68,7 @@ def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _read_file(path: Path, format_: _Format) -> tuple[Tensor, Tensor]:
-    """uint8 images (N, 3, 32, 32) and labels of one file; ValueError if it is not in the format."""
+    """Read uint8 images (N, 3, 32, 32) and labels of one file; ValueError if it is not in the format."""
     try:
         # Pickled by Python 2, whose strings hold both text and the bytes of arrays: latin1 keeps either intact.
         with path.open("rb") as stream, warnings.catch_warnings():

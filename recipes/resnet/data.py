@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from recipes.common import seed_from
+from recipes.common import IGNORED, seed_from, too_few
 from recipes.resnet.cifar import FORMATS, load_cifar
 from recipes.resnet.folder import load_folder
 from recipes.resnet.images import Noise, Split, load_digits_32x32
@@ -28,21 +28,18 @@ DATASETS = ("digits", *FORMATS, "imagefolder", "random")
 Batch = tuple[Tensor | None, Tensor]
 """Normalised images (B, 3, H, W), or None where nobody needs them, and labels (B,) int64."""
 
-NO_LABEL = -100
-"""Label of an image that only fills up a batch; `torch.nn.functional.cross_entropy` ignores it."""
-
 
 def load(dataset: str, data_dir: Path | None = None, image_size: int | None = None) -> tuple[Split, Split]:
-    """Training and test split of one of `DATASETS`.
+    """Load training and test split of one of `DATASETS`.
 
     Args:
-        dataset: "digits" and "random" need no files.
-        data_dir: of the others.
-        image_size: of "imagefolder" and "random", 224 if None; the others are 32x32.
+        dataset: its name; "digits" and "random" need no files.
+        data_dir: the folder with the files of the other data sets.
+        image_size: height and width for "imagefolder" and "random", 224 if None; the others are 32x32.
 
     Raises:
         ValueError: the arguments do not fit, or a file is not in its format.
-        FileNotFoundError: says what was expected where.
+        FileNotFoundError: a file is missing; the message says what was expected where.
     """
     if dataset not in DATASETS:
         raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {dataset!r}")
@@ -60,7 +57,7 @@ def load(dataset: str, data_dir: Path | None = None, image_size: int | None = No
 
 
 class _Wanted(NamedTuple):
-    """One micro-batch, not read yet."""
+    """A micro-batch that is not read yet."""
 
     indices: Tensor
     labels: Tensor
@@ -69,15 +66,15 @@ class _Wanted(NamedTuple):
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank reads.
+    """The part of the data that one rank reads.
 
     Args:
         micro_batch_size: images of a micro-batch.
-        rank: in the data-parallel group.
-        size: of the data-parallel group.
+        rank: rank in the data-parallel group.
+        size: size of the data-parallel group.
         images: False on stages that need labels only.
         workers: processes that read images from disk.
-        dtype: that the network wants.
+        dtype: the type that the network takes.
     """
 
     micro_batch_size: int
@@ -88,7 +85,7 @@ class Share:
     dtype: torch.dtype = torch.float32
 
     def read(self, split: Split, wanted: list[_Wanted]) -> Iterator[Batch]:
-        """The micro-batches, in order. Lazy: no worker starts before the first one is asked for."""
+        """Yield the micro-batches, in order; no worker starts before the first one is asked for."""
         if not self.images:
             yield from ((None, micro_batch.labels) for micro_batch in wanted)
             return
@@ -116,13 +113,13 @@ class _MicroBatches(Dataset[Tensor]):
 class TrainBatches:
     """Shuffled, augmented micro-batches for one data-parallel rank: `len()` ``train_batch()`` calls of them an epoch.
 
-    What does not fill a call is left out of the epoch, another part every epoch.
+    Images that do not fill a call are left out of the epoch, other images in every epoch.
 
     Args:
-        split: of training images.
-        share: this rank's.
-        micro_batches: of one call.
-        seed: of order and augmentation.
+        split: the training images.
+        share: the part of this rank.
+        micro_batches: micro-batches of one call.
+        seed: seed of order and augmentation.
     """
 
     def __init__(self, split: Split, share: Share, micro_batches: int, seed: int) -> None:
@@ -138,16 +135,14 @@ class TrainBatches:
             drop_last=True,
         )
         if not len(self):
-            raise ValueError(
-                f"{len(split.labels)} training images are too few for one train_batch() call of {share.size} (data "
-                f"parallel) x {micro_batches} (micro-batches) x {share.micro_batch_size} (micro-batch size)"
-            )
+            images = f"{len(split.labels)} training images"
+            raise too_few(images, share.size, micro_batches, share.micro_batch_size)
 
     def __len__(self) -> int:
         return len(self._sampler) // (self._share.micro_batch_size * self._micro_batches)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The micro-batches of an epoch's calls from call number `start` of it on."""
+        """Return the micro-batches of an epoch from its call number `start` on."""
         self._sampler.set_epoch(epoch)
         order = torch.tensor(list(self._sampler)).split(self._share.micro_batch_size)
         numbers = range(start * self._micro_batches, len(self) * self._micro_batches)
@@ -158,7 +153,7 @@ class TrainBatches:
         return self._share.read(self._split, wanted)
 
     def from_call(self, call: int) -> Generator[Batch, None, None]:
-        """One epoch after the other without end, from the micro-batches of ``train_batch()`` call number `call` on."""
+        """Yield micro-batches from ``train_batch()`` call number `call` on, one epoch after the other, without end."""
         first, done = divmod(call, len(self))
         yield from self.epoch(first, done)
         for epoch in itertools.count(first + 1):
@@ -169,7 +164,7 @@ class HeldOutBatches:
     """The part of the test split that one data-parallel rank evaluates, every image on exactly one rank.
 
     A pipeline needs equal shapes and every rank the same number of micro-batches, so the last ones are filled up with
-    images labelled NO_LABEL.
+    images labelled IGNORED.
     """
 
     def __init__(self, split: Split, share: Share) -> None:
@@ -177,7 +172,7 @@ class HeldOutBatches:
         count = len(split.labels)
         fill = -count % (share.micro_batch_size * share.size)
         indices = F.pad(torch.arange(count), (0, fill)).split(share.micro_batch_size)
-        labels = F.pad(split.labels, (0, fill), value=NO_LABEL).split(share.micro_batch_size)
+        labels = F.pad(split.labels, (0, fill), value=IGNORED).split(share.micro_batch_size)
         self._wanted = [_Wanted(*both, None) for both in zip(indices, labels, strict=True)][share.rank :: share.size]
 
     def __len__(self) -> int:

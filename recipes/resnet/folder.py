@@ -1,4 +1,4 @@
-"""Images in folders, one for each class, as ImageNet (ILSVRC2012) is usually unpacked:
+"""Images in folders, one for each class, as ImageNet (ILSVRC2012) is usually unpacked.
 
     train/n01440764/n01440764_10026.JPEG
     val/n01440764/ILSVRC2012_val_00000293.JPEG
@@ -16,7 +16,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet's training images."""
+"""Mean and standard deviation of ImageNet's training images, by channel."""
 
 RESIZE = 256 / 224
 """The test images' shorter side, before the crop, in units of the crop."""
@@ -28,7 +28,7 @@ class ImageFiles:
     """A split on disk, with ImageNet's usual augmentation: a random part of random shape, mirrored half the time.
 
     Args:
-        folder: with a folder for each class.
+        folder: a folder with a folder for each class.
         size: height and width of the network's input.
 
     Raises:
@@ -79,7 +79,7 @@ class ImageFiles:
 
 
 def load_folder(data_dir: Path, size: int) -> tuple[ImageFiles, ImageFiles]:
-    """Training and test images in `data_dir`/train and /val. ValueError unless both have the same classes."""
+    """Find training and test images in `data_dir`/train and /val; ValueError unless both have the same classes."""
     train, test = ImageFiles(data_dir / "train", size), ImageFiles(data_dir / "val", size)
     if train.classes != test.classes:
         different = sorted(set(train.classes) ^ set(test.classes))

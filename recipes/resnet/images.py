@@ -1,4 +1,4 @@
-"""Labelled images: what the recipe needs of a data set, those that fit in memory, and two that need no download."""
+"""Labelled images: the interface of a data set, images that fit in memory, and two data sets without a download."""
 
 from __future__ import annotations
 
@@ -23,28 +23,33 @@ class Split(Protocol):
 
     @property
     def num_classes(self) -> int:
-        """Labels are 0 .. num_classes - 1."""
+        """The number of classes; labels are 0 .. num_classes - 1."""
 
     @property
     def labels(self) -> Tensor:
-        """(N,) int64, of all images."""
+        """The labels of all images, (N,) int64."""
 
     def read(self, indices: Tensor, seed: int | None) -> Tensor:
-        """Normalised images, (B,) -> (B, 3, H, W) float32; augmented at random if there is a `seed` for that."""
+        """Return normalised images (B, 3, H, W) float32, augmented at random if there is a `seed` for that.
+
+        Args:
+            indices: (B,) numbers of the images.
+            seed: seed of the augmentation; None for none.
+        """
 
 
 @dataclass(frozen=True)
 class Images:
-    """A split in memory. `mean` and `std` are those of the training split, also in the test split."""
+    """A split in memory, whose `mean` and `std` are of the training images, also in the test split."""
 
     images: Tensor
-    """(N, 3, 32, 32) uint8."""
+    """Pixels, (N, 3, 32, 32) uint8."""
     labels: Tensor
-    """(N,) int64."""
+    """Labels, (N,) int64."""
     mean: Tensor
-    """(3,) float32, of pixels scaled to 0..1."""
+    """Mean by channel, (3,) float32, of pixels scaled to 0..1."""
     std: Tensor
-    """(3,) float32."""
+    """Standard deviation by channel, (3,) float32."""
     flip: bool
     """Whether a mirror image still shows the same class."""
     num_classes: int = 10
@@ -58,14 +63,14 @@ class Images:
         return self.normalise(images)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> float32 of the same shape, about zero mean and unit variance per channel."""
+        """Scale uint8 (B, 3, H, W) to float32 of about zero mean and unit variance per channel."""
         return (images.float() / 255 - self.mean[:, None, None]) / self.std[:, None, None]
 
 
 def both_splits(
     train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], flip: bool, num_classes: int = 10
 ) -> tuple[Images, Images]:
-    """Images and labels of both splits with the statistics of the first: what is held out must not leak into it."""
+    """Make both splits with the statistics of the training split: held-out images must not leak into it."""
     # Channel by channel, as float copies of 50,000 images are large.
     channels = [train[0][:, channel].float() / 255 for channel in range(3)]
     mean = torch.stack([channel.mean() for channel in channels])
@@ -74,7 +79,7 @@ def both_splits(
 
 
 def augment(images: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
-    """Random crop after zero padding and, if `flip`, a mirror image half the time; (B, C, H, W), any dtype."""
+    """Crop images (B, C, H, W) at random after zero padding and, if `flip`, mirror half of them; any dtype."""
     count, channels, height, width = images.shape
     top, left = torch.randint(0, 2 * CROP_PADDING + 1, (2, count), generator=generator)
     rows = top[:, None] + torch.arange(height)
@@ -92,7 +97,7 @@ def augment(images: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
 
 
 def load_digits_32x32() -> tuple[Images, Images]:
-    """scikit-learn's 1797 handwritten digits, 8x8 grey, enlarged to 32x32x3: 1437 to train on, 360 to test.
+    """Load scikit-learn's 1797 handwritten digits, 8x8 grey, enlarged to 32x32x3: 1437 to train on, 360 to test.
 
     The split is fixed and has every digit in equal shares. No flips: a mirrored digit is another sign.
     """
@@ -106,12 +111,12 @@ def load_digits_32x32() -> tuple[Images, Images]:
 
 
 class Noise:
-    """Random pixels under random labels, for benchmarks: what costs time is the network alone.
+    """Random pixels under random labels, for benchmarks, in which only the network takes time.
 
     Args:
-        count: images; those of a few are shown again and again.
+        count: number of images; a few are shown again and again.
         size: height and width.
-        seed: of pixels and labels.
+        seed: seed of pixels and labels.
     """
 
     DIFFERENT = 64

@@ -34,16 +34,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from deepspeed.pipe import PipelineModule
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from any folder, installed or not
 
 import ds_ddg
-from recipes import checks, common
-from recipes.checkpoints import Checkpoints
-from recipes.progress import Progress, fit
+from recipes import checks, common, steps
+from recipes.progress import fit
 from recipes.resnet import data, model
 
 
@@ -70,41 +68,30 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def measure(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, classes), (B,) -> loss, top-1 and top-5 hits, images: sums over those not labelled `data.NO_LABEL`."""
-    loss = cross_entropy(logits.float(), labels, ignore_index=data.NO_LABEL, reduction="sum")
+    """Return sums of loss, top-1 hits, top-5 hits and images, without images labelled `common.IGNORED`.
+
+    Args:
+        logits: (B, classes).
+        labels: (B,).
+    """
+    loss = cross_entropy(logits.float(), labels, ignore_index=common.IGNORED, reduction="sum")
     hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-    return torch.stack([loss, hits[:, 0].sum(), hits.sum(), (labels != data.NO_LABEL).sum()])
+    return torch.stack([loss, hits[:, 0].sum(), hits.sum(), (labels != common.IGNORED).sum()])
 
 
 def evaluate(engine: ds_ddg.DDGEngine, batches: data.HeldOutBatches) -> dict[str, float]:
-    """Over the whole test split: mean loss, and the share of images with the right class first, or among five."""
+    """Return the mean loss over the test split, and the shares of images with the right class first and among five."""
     loss, top1, top5, images = common.evaluate(engine, batches, len(batches), measure)
     return {"test_loss": loss / images, "test_accuracy": top1 / images, "test_top5_accuracy": top5 / images}
 
 
 def main() -> None:
     args = parse_arguments()
-    common.set_threads()
-    config = common.read_config(args.deepspeed_config, args.schedule)
-    common.init_distributed()
-
-    stages = checks.stages(args.stages)
-    output_dir = args.output_dir or Path("runs") / f"{args.model}-{args.dataset}-{common.schedule_of(config)}"
-    checkpoint_dir = None if args.eval_only else args.checkpoint_dir
-    checks.folders(config, {"--checkpoint-dir": checkpoint_dir, "--save": args.save}, {"--output-dir": output_dir})
+    config, stages, output_dir = steps.start(args, f"{args.model}-{args.dataset}", {"--save": args.save})
     with common.on_every_rank():
         train_split, test_split = data.load(args.dataset, args.data_dir, args.image_size)
         specs = model.layer_specs(args.model, train_split.num_classes)
-    net = PipelineModule(
-        specs,
-        num_stages=stages,
-        loss_fn=cross_entropy,
-        partition_method=model.PARTITION,
-        # Layer i starts from seed base_seed + i: the initial weights must not depend on the number of stages.
-        seed_layers=True,
-        seed_fn=torch.manual_seed,
-        base_seed=1000 * args.seed,
-    )
+    net = steps.pipeline(specs, cross_entropy, stages, args.seed, model.PARTITION)
     grid = net.mpu()
     batch = checks.deepspeed_config(config, net)
     share = data.Share(
@@ -120,22 +107,16 @@ def main() -> None:
         test_batches = data.HeldOutBatches(test_split, share)
         if args.load:
             model.load_weights(net, args.model, args.load)
-    calls = args.epochs * len(train_batches)
-    planned = common.fill_scheduler(config, calls)
 
-    engine, _, _, _ = ds_ddg.initialize(model=net, model_parameters=net.parameters(), config=config)
-    progress = Progress(engine, calls, len(train_batches), model=args.model, dataset=args.dataset, seed=args.seed)
-    checkpoints = Checkpoints(
+    engine, progress, checkpoints = steps.set_up(
         args,
-        engine,
-        progress,
-        every=len(train_batches),
-        replicas=share.size,
-        image_size=args.image_size,
-        epochs=args.epochs if planned else None,
-        config=config,
+        config,
+        net,
+        net.parameters(),
+        len(train_batches),
+        shown={"model": args.model, "dataset": args.dataset, "seed": args.seed},
+        hidden={"image_size": args.image_size},
     )
-    checkpoints.restore()
     if args.eval_only:
         if not (args.load or progress.calls):
             raise SystemExit(f"--eval-only: there is no checkpoint in {args.checkpoint_dir}, and no --load")

@@ -1,1 +1,1 @@
-"""What test modules share; ranks import it by name, as they do test modules."""
+"""Helpers that test modules share; ranks import them by name, as they import test modules."""

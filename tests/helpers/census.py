@@ -15,9 +15,9 @@ _COLLECTIVE = re.compile("gather|reduce|scatter|broadcast|barrier|all_?to_?all")
 
 @contextmanager
 def census() -> Iterator[Counter[tuple[str, tuple[int, ...]]]]:
-    """Counts every collective of this process by name and global ranks.
+    """Inside this block every collective of this process is counted by name and global ranks.
 
-    Whether from torch.distributed, DeepSpeed's wrappers or the object collectives: all end in a `ProcessGroup` method.
+    All collectives, of torch.distributed, of DeepSpeed and of objects, end in a method of `ProcessGroup`.
     """
     seen: Counter[tuple[str, tuple[int, ...]]] = Counter()
     # As the class holds them: what `getattr` returns would not become a method again.

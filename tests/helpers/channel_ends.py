@@ -47,7 +47,7 @@ def assert_same(got: tuple[Tensor | None, ...], sent: tuple[Tensor | None, ...])
 
 
 def samples() -> list[tuple[Tensor | None, ...]]:
-    """One message for each thing that could get lost on the way; the same on both ranks."""
+    """Return a message for each thing that could get lost on the way; the same on both ranks."""
     torch.manual_seed(5)
     base = torch.randn(3, 4)
     values = 100 * torch.randn(3, 5, dtype=torch.complex128)

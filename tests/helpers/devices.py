@@ -36,9 +36,9 @@ def launch(
     backend: str = "gloo",
     dying: Collection[int] = (),
 ) -> list[Any]:
-    """`job(rank, world_size, *args)` in processes of its own on one device; what each returned, on the CPU.
+    """Run `job(rank, world_size, *args)` in processes of its own on one device; return the results, on the CPU.
 
-    A rank that fails or hangs fails the test with all that it printed, but those in `dying` may end as they like once
+    A rank that fails or hangs fails the test with all that it printed, but ranks in `dying` may end as they like once
     they have returned.
     """
     with tempfile.TemporaryDirectory(prefix="ds_ddg_gpu_") as name:
@@ -88,7 +88,7 @@ def environment_of(rank: int, world_size: int, device: str, backend: str) -> dic
 
 
 def serve(name: str, rank: int) -> None:
-    """On the ranks."""
+    """Run the jobs on a rank."""
     import deepspeed
 
     directory = Path(name)
@@ -109,7 +109,7 @@ def serve(name: str, rank: int) -> None:
 
 
 def device() -> torch.device:
-    """That of this rank."""
+    """Return the device of this rank."""
     from deepspeed.accelerator import get_accelerator
 
     return torch.device(get_accelerator().current_device_name())
@@ -120,7 +120,7 @@ needs_kernels = pytest.mark.skipif(DEVICE == "cpu", reason="about the device its
 
 @contextmanager
 def random_state_of_the_device() -> Iterator[None]:
-    """Where a script or the oracle keeps the state of the random numbers, it is that of those dropout takes."""
+    """Inside this block torch's state of the random numbers is that of the device, from which dropout takes them."""
     if device().type == "cpu":
         yield
         return

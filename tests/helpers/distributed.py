@@ -47,7 +47,7 @@ TIMEOUT = 120.0
 GRACE = 10.0
 LINGER = 1.0
 CALLS = 25
-"""Of the same processes. Each engine leaves the threads of its groups in them, which wake a hundred times a second."""
+"""Calls that the same processes serve. Each engine leaves its groups' threads, which wake a hundred times a second."""
 LOG_TAIL = 6000
 _PRELOAD = [
     "numpy",
@@ -70,7 +70,7 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one rank ended."""
+    """The end of one rank."""
 
     rank: int
     state: Literal["returned", "raised", "died", "hung"]
@@ -80,7 +80,7 @@ class Outcome:
     message: str = ""
     traceback: str = ""
     exit_code: int | None = None
-    """None while the process is alive; negative for a signal."""
+    """Exit code of the process: None while it is alive; negative for a signal."""
     log: str = ""
     """The end of what the rank wrote to stdout and stderr; of a hung rank, also where each thread was."""
 
@@ -137,7 +137,7 @@ def spawn(
     grace: float = GRACE,
     expect_failure: bool = False,
 ) -> list[T] | list[Outcome]:
-    """`Ranks.run` on processes that live for this one call."""
+    """Do as `Ranks.run` on processes that live for this one call."""
     __tracebackhide__ = True
     with Ranks(world_size) as ranks:
         if expect_failure:
@@ -158,7 +158,7 @@ class Ranks:
         self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._num_calls = 0
         self._first_call = 0
-        """Of the present processes."""
+        """The first call of the present processes."""
 
     def __enter__(self) -> Ranks:
         return self
@@ -299,7 +299,7 @@ class Ranks:
 
 
 GetRanks = Callable[[int], Ranks]
-"""What the fixture `ranks` is."""
+"""The type of the fixture `ranks`."""
 
 
 class _Worker:

@@ -35,25 +35,25 @@ class Case:
 
     @property
     def ddg(self) -> dict[str, Any]:
-        """The block of the config."""
+        """Return the ``ddg`` block of the config."""
         return {"weights": self.weights, "activations": self.activations, "slack": self.slack}
 
     def data(self, seed: int = 3) -> Iterator[tuple[Tensor, Tensor]]:
-        """As much as `train` takes."""
+        """Return as many micro-batches as `train` takes."""
         return toy.batches((CALLS + REFILL) * self.micro_batches, seed=seed)
 
     def engine(self, **more: Any) -> Any:
-        """The engine of this rank; `more` goes to `toy.engine`."""
+        """Make the engine of this rank; `more` goes to `toy.engine`."""
         settings = {"ddg": self.ddg, "tuples": self.tuples, "gradient_clipping": self.clip, **more}
         return toy.engine(self.stages, self.micro_batches, self.optimizer, **settings)
 
     def reference(self) -> Any:
-        """The oracle."""
+        """Make the oracle."""
         settings = {"micro_batches": self.micro_batches, "clip": self.clip, **self.ddg}
         return toy.reference(self.stages, self.optimizer, self.tuples, **settings)
 
     def known(self, losses: list[Tensor]) -> list[Tensor]:
-        """Of the losses of all calls, what each call of the engine returns: the newest known without a wait."""
+        """Return what each call of the engine returns, of the losses of all calls: the newest known without a wait."""
         delay = -(-(self.stages - 1) * (1 + self.slack) // self.micro_batches)
         filled = [max(t - delay, 0) for t in range(CALLS)]
         # A drain waits for the loss of the last call before it.
@@ -63,10 +63,10 @@ class Case:
 
 @dataclass
 class Course:
-    """What the training of one stage left to compare."""
+    """The results of one stage's training to compare."""
 
     losses: list[Tensor] = field(default_factory=list)
-    """What every call returned."""
+    """The loss that every call returned."""
     rates: list[float] = field(default_factory=list)
     """The learning rate after every call."""
     states: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -104,7 +104,7 @@ def train_engine(rank: int, world_size: int, case: Case, more: dict[str, Any]) -
 def train_oracle(
     case: Case, scheduler: Callable[[Any], Any] | None = None, data: Iterator[Any] | None = None
 ) -> list[Course]:
-    """By stage; `scheduler` makes one from an optimizer."""
+    """Train the oracle and return its results by stage; `scheduler` makes a scheduler from an optimizer."""
     oracle = case.reference()
     oracle.schedulers = [scheduler(optimizer) for optimizer in oracle.optimizers] if scheduler else []
     with warnings.catch_warnings():
@@ -113,7 +113,7 @@ def train_oracle(
 
 
 def differences(got: Course, expected: Course) -> list[str]:
-    """One line for everything that is not equal to the last bit."""
+    """Return a line for everything that is not equal to the last bit."""
     found = [
         f"call {t}: {what} {float(ours)!r}, expected {float(its)!r}"
         for what, all_ours, all_its in (
@@ -132,7 +132,7 @@ def differences(got: Course, expected: Course) -> list[str]:
 
 
 def assert_exact(case: Case, ours: list[Course], oracles: list[Course]) -> None:
-    """`ours` by rank, what the oracle says by stage."""
+    """Assert that the results `ours`, by rank, equal the oracle's, by stage."""
     __tracebackhide__ = True
     found = [
         f"stage {k}, {difference}"

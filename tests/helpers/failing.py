@@ -53,7 +53,7 @@ def nap(x: Tensor) -> Tensor:
 
 
 def to_infinity(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Not finite, yet with a finite gradient: the calls after it can be looked at."""
+    """Return a loss that is not finite, yet has a finite gradient: the calls after it can be looked at."""
     return nn.functional.mse_loss(outputs, labels) + float("inf")
 
 
@@ -80,7 +80,7 @@ DEEDS: dict[str, Callable[..., Any]] = {
 
 
 class Misbehaves(nn.Module):
-    """A linear layer, or a mean squared error; from micro-batch `start` on (`once`: only there) it does its deed."""
+    """A linear layer, or a mean squared error, that fails from micro-batch `start` on (`once`: only there)."""
 
     def __init__(self, deed: str = "", start: int = BAD_BATCH, once: bool = False) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ def build(
 
 
 def batches(count: int | None = None, bad: Callable[[Tensor, Tensor], Any] | None = None) -> Iterator[Any]:
-    """`count` (None: no end of) micro-batches; that of number BAD_BATCH as `bad` makes it of a good one."""
+    """Yield `count` micro-batches (None: without end); number BAD_BATCH is what `bad` makes of a good one."""
     n = 0
     while count is None or n < count:
         x, y = torch.randn(SIZE, WIDTH), torch.randn(SIZE, WIDTH)
@@ -132,15 +132,15 @@ def batches(count: int | None = None, bad: Callable[[Tensor, Tensor], Any] | Non
 
 @dataclass(frozen=True)
 class End:
-    """How a rank that stays alive came to its end."""
+    """The end of a training on a rank that stays alive."""
 
     calls: int
     kind: str
     text: str
     at: float
-    """On the clock that all processes of a machine share."""
+    """The time on the clock that all processes of a machine share."""
     again: str = ""
-    """What the next call raised."""
+    """The error of the next call."""
 
 
 def catch(action: Callable[[], Any], calls: int = 0) -> End:
@@ -168,7 +168,7 @@ def train(engine: Any, data: Iterator[Any] | None, calls: int = 8) -> End:
 
 
 def assert_told(ends: list[End], culprit: int, kind: str, *parts: str, call: int = BAD_CALL) -> None:
-    """One rank failed; all others end soon with a StageError that says which, when and why."""
+    """Assert that one rank failed, and all others ended soon with a StageError that says which, when and why."""
     failed = ends[culprit]
     assert failed.kind == kind, ends
     assert failed.calls == call, ends

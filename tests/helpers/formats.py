@@ -24,18 +24,18 @@ ZERO_1 = {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": Tr
 
 @dataclass(frozen=True)
 class Format:
-    """How numbers are held: what the DeepSpeed config says, and what to expect."""
+    """A number format: what the DeepSpeed config says, and what to expect."""
 
     config: dict[str, Any]
     wrapper: str
     weights: torch.dtype = torch.bfloat16
     sums: torch.dtype = torch.bfloat16
-    """In which the gradients of the micro-batches add up."""
+    """The type in which the gradients of the micro-batches add up."""
     autocast: bool = False
     primed: bool = False
-    """DeepSpeed steps this wrapper's optimizer once when it makes it, on zero gradients."""
+    """Whether DeepSpeed steps this wrapper's optimizer once when it makes it, on zero gradients."""
     scale: float = 1.0
-    """Of the loss, a power of two: it changes no digit that matters."""
+    """Scale of the loss, a power of two: it changes no digit that matters."""
 
 
 FORMATS = {
@@ -78,12 +78,12 @@ FORMATS = {
 
 
 def made_for(name: str, make: Callable[[Any], torch.optim.Optimizer]) -> Callable[[Any], torch.optim.Optimizer]:
-    """What DeepSpeed is given for a format."""
+    """Return what DeepSpeed is given for a format."""
     return as_fused(make) if FORMATS[name].wrapper == "FP16_Optimizer" else make
 
 
 def as_fused(make: Callable[[Any], torch.optim.Optimizer]) -> Callable[[Any], torch.optim.Optimizer]:
-    """A plain optimizer that is a fused one by its class, which decides on the wrapper."""
+    """Make a plain optimizer that is a fused one by its class, which decides on the wrapper."""
     from deepspeed.ops.adam import FusedAdam
 
     def fused(parameters: Any) -> torch.optim.Optimizer:
@@ -95,12 +95,12 @@ def as_fused(make: Callable[[Any], torch.optim.Optimizer]) -> Callable[[Any], to
 
 
 def proving(modes: Any, what: str = "", exact: bool = True, names: Iterable[str] = FORMATS) -> list[Any]:
-    """The formats as parameters of a test that proves `what` with them in `modes`."""
+    """Return the formats as parameters of a test that proves `what` with them in `modes`."""
     return [pytest.param(name, marks=pytest.mark.proves(name + what, modes=modes, exact=exact)) for name in names]
 
 
 def layers(dropout: bool = True, frozen: int | None = None) -> list[nn.Module]:
-    """Eight; those of stage number `frozen`, of three, do not train."""
+    """Return eight layers; those of stage number `frozen`, of three, do not train."""
     torch.manual_seed(7)
     blocks = [toy.Residual(WIDTH) for _ in range(6)]
     for block in blocks:
@@ -136,19 +136,19 @@ def loss_fn(outputs: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass
 class Result:
-    """What is left to compare of one stage."""
+    """The results of one stage to compare."""
 
     losses: list[Tensor]
     states: list[Tensor]
     wrapper: str = ""
     collectives: int = 0
-    """In one call of the filled pipeline, those of a stage with itself included: no stage has a replica here."""
+    """Collectives in a call of the filled pipeline, also of a stage with itself: no stage has a replica here."""
     norm: float | None = None
 
 
 @contextmanager
 def fp16_allowed() -> Iterator[None]:
-    """DeepSpeed refuses fp16 on most CPUs, where torch has it: slow, but right. Other tests share these processes."""
+    """Inside this block DeepSpeed takes fp16 on CPUs, slow but right; other tests share these processes."""
     from deepspeed.accelerator import get_accelerator
 
     with pytest.MonkeyPatch.context() as patch:

@@ -20,15 +20,15 @@ WARMUP = {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.02, "w
 @dataclass
 class Result:
     told: list[tuple[int, int, bool, float, int]]
-    """After each call: steps skipped, those of which call it is, whether the step was applied, rate, global steps."""
+    """Facts told after each call: steps skipped, of which call, whether the step was applied, rate, global steps."""
     scales: list[float]
-    """Of this stage, after each call."""
+    """Loss scale of this stage, after each call."""
     moved: list[bool]
     """Whether the stage's weights changed in each call."""
     states: list[Tensor]
     across: int
     norms: list[float | None]
-    """Of the pipeline, as told after each call."""
+    """Norm of the gradients of the pipeline, as told after each call."""
 
 
 @fp16_allowed()
@@ -87,7 +87,7 @@ OPTIMIZERS = {"fp16": {"fp16": DYNAMIC, **WARMUP}, "fp16, ZeRO-1": {"fp16": DYNA
 
 
 def assert_scales_change_nothing(same: list[Result], differing: list[Result]) -> None:
-    """Of runs that begin with the powers 10, 10, 10 and 12, 9, 11."""
+    """Assert that the scale changes no weight, in runs that begin with the powers 10, 10, 10 and 12, 9, 11."""
     for a, b in zip(same, differing, strict=True):
         assert a.told == b.told
         assert b.told[-1][0] == 0, "nothing overflows"
@@ -99,7 +99,7 @@ def assert_scales_change_nothing(same: list[Result], differing: list[Result]) ->
 
 
 def assert_overflow_is_its_own(results: list[Result]) -> None:
-    """Of a run that begins with the powers 24, 10, 10."""
+    """Assert that an overflow is one stage's alone, in a run that begins with the powers 24, 10, 10."""
     assert [result.across for result in results] == [0, 0, 0]
     told = results[0].told
     assert all(result.told == told for result in results), "every rank must say the same after every call"

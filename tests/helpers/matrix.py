@@ -44,16 +44,16 @@ bit. "~": to a tolerance that the tests name. The number is that of the tests be
 
 @dataclass
 class Matrix:
-    """What passed, by feature and mode."""
+    """The tests that passed, by feature and mode."""
 
     proofs: dict[str, dict[tuple[str, ...], list[bool]]] = field(default_factory=lambda: defaultdict(dict))
-    """Whether exact, for each test that passed."""
+    """Whether each test that passed is exact, by feature and file."""
     files: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     refusals: dict[str, str] = field(default_factory=dict)
     failed: int = 0
 
     def note(self, file: str, proves: Iterable[tuple[str, tuple[str, str], bool]], refuses: Iterable[Any]) -> None:
-        """A test of `file` passed, with what `said_by` says of it."""
+        """Note that a test of `file` passed, with what `said_by` says of it."""
         for feature, mode, exact in proves:
             self.proofs[feature].setdefault(tuple(mode), []).append(exact)
             self.files[feature].add(file)
@@ -71,12 +71,12 @@ class Matrix:
 
 
 def cell(proofs: list[bool]) -> str:
-    """One field of the table."""
+    """Return a field of the table."""
     return f"{'=' if all(proofs) else '~'} {len(proofs)}" if proofs else "-"
 
 
 def modes_of(item: pytest.Item, marker: pytest.Mark) -> list[tuple[str, str]]:
-    """The settings of the schedule that a marker of a test names."""
+    """Return the settings of the schedule that a marker of a test names."""
     modes = marker.kwargs.get("modes")
     parameters: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
     if isinstance(modes, list) and modes and all(mode in MODES for mode in modes):
@@ -94,7 +94,7 @@ def modes_of(item: pytest.Item, marker: pytest.Mark) -> list[tuple[str, str]]:
 
 
 def mode_of(value: Any) -> tuple[str, str]:
-    """That of a pair or of a `ddg` block."""
+    """Return the mode of a pair or of a `ddg` block."""
     if isinstance(value, dict):
         value = (value.get("weights", DEFAULT[0][0]), value.get("activations", DEFAULT[0][1]))
     if value not in MODES:
@@ -111,7 +111,7 @@ class NoModesError(pytest.UsageError):
 
 
 def said_by(item: pytest.Item) -> tuple[str, list[Any], list[Any]]:
-    """The file of a test, what it proves as (feature, mode, exact), and what it refuses as (what, remedy)."""
+    """Return a test's file, what it proves as (feature, mode, exact), and what it refuses as (what, remedy)."""
     proves = [
         (feature, mode, marker.kwargs.get("exact", True))
         for marker in item.iter_markers("proves")
@@ -122,10 +122,10 @@ def said_by(item: pytest.Item) -> tuple[str, list[Any], list[Any]]:
 
 
 class Plugin:
-    """Collects what passed and writes the page at the end; reports bring it from the processes that run tests.
+    """Collects the tests that passed and writes the page; reports bring them from the processes that run tests.
 
     Args:
-        path: of the page; None in a process that only runs tests.
+        path: path of the page; None in a process that only runs tests.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -155,7 +155,7 @@ class Plugin:
 
 
 def claimed(items: Iterable[pytest.Item]) -> Matrix:
-    """What the tests say, as if all passed but those that need a GPU, which the page leaves to README."""
+    """Return what the tests claim, as if all passed but those that need a GPU, which the page leaves to README."""
     matrix = Matrix()
     for item in items:
         if item.get_closest_marker("gpu") is None:
@@ -164,7 +164,7 @@ def claimed(items: Iterable[pytest.Item]) -> Matrix:
 
 
 def without_counts(page: str) -> list[str]:
-    """Lines of the page: its rows, which cells are filled, and with what."""
+    """Return the lines of the page: its rows, which cells are filled, and with what."""
     return re.sub(r"(?<=\| [=~]) \d+(?= \|)", "", page).splitlines()
 
 
@@ -172,7 +172,7 @@ class StaleCheck:
     """Ends a collection with an error if a page is not what the collected tests claim.
 
     Args:
-        path: of the page.
+        path: path of the page.
     """
 
     def __init__(self, path: Path) -> None:
@@ -186,7 +186,7 @@ class StaleCheck:
 
 
 class StalePageError(pytest.UsageError):
-    """The page says something else than the tests."""
+    """The page claims something else than the tests."""
 
     def __init__(self, path: Path, lines: list[str]) -> None:
         super().__init__("\n".join([f"{path} is stale: `make matrix` writes it anew", *lines]))

@@ -17,7 +17,7 @@ REPLAY = {"weights": "current", "activations": "recompute"}
 
 
 def checkpointing(kind: str, interval: int) -> dict[str, Any]:
-    """The arguments of a `Setup`, each kind asked for in another place."""
+    """Return the arguments of a `Setup`, each kind asked for in another place."""
     if kind == "reentrant":
         return {"module": {"activation_checkpoint_interval": interval}}
     if kind == "torch":

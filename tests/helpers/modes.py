@@ -1,4 +1,4 @@
-"""The four settings of the schedule: which weights a delayed backward sees, and what waits for it."""
+"""The four settings of the schedule: the weights that a delayed backward sees, and what waits for it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ MODES = list(product(("stash", "current"), ("keep", "recompute")))
 """Pairs of `weights` and `activations`."""
 
 MODE_BLOCKS = [{"weights": weights, "activations": activations} for weights, activations in MODES]
-"""The same as `ddg` blocks."""
+"""The same modes as `ddg` blocks."""
 
 DEFAULT = MODES[:1]
-"""That of an empty block."""
+"""The mode of an empty block."""

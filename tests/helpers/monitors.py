@@ -1,4 +1,4 @@
-"""What DeepSpeed's monitors are told."""
+"""The values that DeepSpeed's monitors are told."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def recorded(directory: Path) -> dict[str, list[tuple[int, float]]]:
-    """Name to (samples, value) in the order of writing."""
+    """Return name -> (samples, value), in the order of writing."""
     found = {}
     for path in directory.glob("job/*.csv"):
         _, *rows = csv.reader(path.open())

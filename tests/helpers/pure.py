@@ -1,4 +1,4 @@
-"""Which tests run in the process of pytest alone: the daily loop of `make test-fast`.
+"""The tests that run in the process of pytest alone: the daily loop of `make test-fast`.
 
 One rule: a test starts processes if it, a fixture it asks for, or a function of the tests that either calls or is
 given, uses the ranks, `subprocess` or `multiprocessing`. All others are pure, but for those marked as slow.
@@ -22,7 +22,7 @@ TESTS = str(Path(__file__).parents[1])
 
 
 def is_pure(item: pytest.Function) -> bool:
-    """Whether a test starts no process and is quick."""
+    """Return whether a test starts no process and is quick."""
     if any(item.get_closest_marker(name) for name in ("gpu", "slow")):
         return False
     fixtures = [fixture.func for found in item._fixtureinfo.name2fixturedefs.values() for fixture in found]
@@ -31,7 +31,7 @@ def is_pure(item: pytest.Function) -> bool:
 
 
 def starts_processes(used: Any, seen: set[int]) -> bool:
-    """Whether an object is, or comes in the tests' own code to, something that starts processes."""
+    """Return whether an object is, or comes in the tests' own code to, something that starts processes."""
     if isinstance(used, functools.partial):
         return any(starts_processes(part, seen) for part in (used.func, *used.args))
     used = getattr(used, "__wrapped__", used)
@@ -47,7 +47,7 @@ def starts_processes(used: Any, seen: set[int]) -> bool:
 
 
 def names_in(code: CodeType) -> Iterator[str]:
-    """Global names and attributes that a function and those defined inside it use."""
+    """Yield the global names and attributes that a function and those defined inside it use."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

@@ -16,7 +16,7 @@ WARMUP = {"warmup_min_lr": 0.001, "warmup_max_lr": 0.02, "warmup_num_steps": 7, 
 
 
 def engine(num_stages: int, micro_batches: int, optimizer: str, ddg: dict[str, Any] | None, **more: Any) -> Any:
-    """A DDG engine, or DeepSpeed's own if `ddg` is None, with a scheduler."""
+    """Make a DDG engine, or DeepSpeed's own if `ddg` is None, with a scheduler."""
     scheduler = {"type": "WarmupLR", "params": WARMUP}
     initialize = deepspeed.initialize if ddg is None else None
     return toy.engine(
@@ -25,7 +25,7 @@ def engine(num_stages: int, micro_batches: int, optimizer: str, ddg: dict[str, A
 
 
 def start_elsewhere(engine: Any) -> None:
-    """Other weights than every engine starts from."""
+    """Give the engine other weights than every engine starts from."""
     with torch.no_grad():
         for parameter in engine.module.parameters():
             parameter.add_(torch.randn_like(parameter))
@@ -36,7 +36,7 @@ def skip(data: Iterator[Any], count: int) -> Iterator[Any]:
 
 
 def snapshot(engine: Any) -> dict[str, Any]:
-    """All that a checkpoint is to bring back."""
+    """Return all that a checkpoint is to bring back."""
     optimizer = engine.optimizer.state_dict()
     return {
         "weights": toy.state(engine.module),
@@ -48,7 +48,7 @@ def snapshot(engine: Any) -> dict[str, Any]:
 
 
 def assert_same(ours: Any, theirs: Any, *only: str) -> None:
-    """Two snapshots (or the named parts) to the last bit."""
+    """Assert that two snapshots (or the named parts) are equal to the last bit."""
     __tracebackhide__ = True
     for name in only or theirs:
         assert same(ours[name], theirs[name]), name
@@ -71,7 +71,7 @@ def train(engine: Any, data: Iterator[Any], calls: int) -> list[tuple[Any, ...]]
 
 
 def go_on(rank: int, world_size: int, directory: str, num_stages: int, forms: Any, ddg: dict[str, Any]) -> list[Any]:
-    """Run A: 5 calls, save, 4 more. Run B: another start, 2 calls of its own, load, the same 4."""
+    """Compare run A, 5 calls, save, 4 more, with run B: another start, 2 calls of its own, load, the same 4."""
     found = []
     for micro_batches, weights, optimizer in forms:
         tag = f"{micro_batches}{weights}{optimizer}"
@@ -114,7 +114,7 @@ class Cast(nn.Module):
 
 
 def zero_engine(num_stages: int, weights: str) -> Any:
-    """In bf16, the optimizer's fp32 weights and state partitioned over the replicas."""
+    """Make an engine in bf16, the optimizer's fp32 weights and state partitioned over the replicas."""
     from deepspeed.pipe import PipelineModule
 
     import ds_ddg

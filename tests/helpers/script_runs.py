@@ -19,7 +19,7 @@ NOISE = re.compile(r"terminate called|Traceback|Error\b|exception|core dumped|Ab
 
 
 def launch(script: Path, how: str, ddg: str = "slack") -> tuple[int, str, float]:
-    """Exit status, output and seconds of the script on two ranks, started as a user starts it."""
+    """Run the script on two ranks as a user starts it; return exit status, output and seconds."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

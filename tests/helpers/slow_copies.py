@@ -27,18 +27,18 @@ class Device:
         self.may_copy = threading.Event()
         self.may_copy.set()
         self.seconds = seconds
-        """That a copy takes."""
+        """The seconds that a copy takes."""
         self.defect = ""
-        """Why copies fail."""
+        """The reason why copies fail; empty if they do not."""
         self.started: list[tuple[Tensor, Tensor]] = []
-        """Copies: to, from; not yet claimed by an event."""
+        """Copies (to, from) that no event has claimed yet."""
         self.freed_too_late = 0
         """Copies in host memory that were freed when it had a defect; torch would end the process."""
         self.threads: dict[str, torch.device] = {}
-        """The device that is current in each, where that was set."""
+        """The current device of each thread, where it was set."""
         self.log: list[str] = []
         self.waits = 0
-        """Of the host, for copies to the device alone."""
+        """The waits of the host, for copies to the device alone."""
         self._names = iter(("down", "up"))
         self._current = ["compute"]
 
@@ -125,7 +125,7 @@ class StandIn(Staging):
 
 @contextmanager
 def device(seconds: float = 0.0) -> Iterator[Device]:
-    """A device; torch refuses to note a stream for memory of the host, so that is recorded instead."""
+    """Make a device; torch refuses to note a stream for memory of the host, so that is recorded instead."""
     made = Device(seconds)
     with mock.patch.object(
         torch.Tensor, "record_stream", lambda _, stream: made.note(f"memory in use by {stream.name}")
@@ -135,6 +135,6 @@ def device(seconds: float = 0.0) -> Iterator[Device]:
 
 @contextmanager
 def staged(seconds: float = 0.001) -> Iterator[Device]:
-    """Engines made inside this block keep what they compute on a stand-in for a device."""
+    """Inside this block new engines keep what they compute on a stand-in for a device."""
     with device(seconds) as made, mock.patch("ds_ddg.engine.engine.staging_for", side_effect=lambda _: StandIn(made)):
         yield made

@@ -37,7 +37,7 @@ def decode(module: Embed, x: Tensor) -> Tensor:
 
 
 def remix(module: Embed, x: Tensor) -> Tensor:
-    """A third use, in between."""
+    """Use the weight a third time, in between."""
     return x + nn.functional.linear(x, module.weight, module.bias).tanh().mean(-1, keepdim=True)
 
 
@@ -65,7 +65,7 @@ class Use(nn.Module):
 
 
 def oracle_layers(three: bool) -> list[nn.Module]:
-    """A module for each stage, as in the pipeline: only the weight is one and the same, not the bias."""
+    """Make a module for each stage, as in the pipeline: only the weight is one and the same, not the bias."""
     first, between, last = Embed(), Embed(), Embed()
     between.weight = last.weight = first.weight
     inner = blocks()
@@ -100,7 +100,7 @@ class Result:
 def train_engine(
     rank: int, world_size: int, setting: dict[str, Any], stages: int, more: dict[str, Any], name: str = ""
 ) -> Result:
-    """In fp32, or the format called `name`."""
+    """Train the engine in fp32, or in the format called `name`."""
     from deepspeed.pipe import PipelineModule
 
     import ds_ddg
@@ -178,7 +178,7 @@ def train_oracle(setting: dict[str, Any], stages: int) -> tuple[list[float], lis
 
 
 def sorted_states(states: list[Tensor]) -> list[Tensor]:
-    """DeepSpeed registers a tied module in another place than the oracle."""
+    """Sort states, as DeepSpeed registers a tied module in another place than the oracle."""
     return sorted(states, key=lambda t: (t.dim(), tuple(t.shape), t.flatten().tolist()))
 
 

@@ -43,7 +43,7 @@ class ConvBlock(nn.Module):
 
 
 class Split(nn.Module):
-    """From a tensor to a tuple: values, a float tensor nobody differentiates, and an integer one."""
+    """Makes a tuple of a tensor: values, a float tensor nobody differentiates, and an integer one."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return x, torch.ones(x.shape[0], 1), torch.arange(x.shape[0])
@@ -67,7 +67,7 @@ class First(nn.Module):
 
 
 def layers(tuples: bool = False) -> list[nn.Module]:
-    """Eight layers, the same on every rank; with `tuples` the stages exchange tuples."""
+    """Return eight layers, the same on every rank; with `tuples` the stages exchange tuples."""
     torch.manual_seed(7)
     head: list[nn.Module] = [ConvBlock(3, 6), ConvBlock(6, 6), nn.Flatten(1), nn.Linear(6 * 16, 12)]
     if tuples:
@@ -81,7 +81,7 @@ def layers(tuples: bool = False) -> list[nn.Module]:
 
 
 def batches(count: int, size: int = 4, seed: int = 3) -> Iterator[tuple[Tensor, Tensor]]:
-    """`count` micro-batches of images (size, 3, 4, 4) and labels (size,), the same for the same seed."""
+    """Yield `count` micro-batches of images (size, 3, 4, 4) and labels (size,), the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
         yield torch.randn(size, 3, 4, 4, generator=generator), torch.randint(5, (size,), generator=generator)
@@ -91,7 +91,7 @@ loss_fn = nn.functional.cross_entropy
 
 
 def config(micro_batches: int, ddg: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-    """A DeepSpeed config: no clipping unless asked for, nothing printed."""
+    """Return a DeepSpeed config: no clipping unless asked for, nothing printed."""
     block = {} if ddg is None else {"ddg": ddg}
     return {
         "train_micro_batch_size_per_gpu": 4,
@@ -114,7 +114,7 @@ def engine(
     lr_scheduler: Any = None,
     **more: Any,
 ) -> Any:
-    """A DDG engine on the toy model over all ranks."""
+    """Make a DDG engine on the toy model over all ranks."""
     from deepspeed.pipe import PipelineModule
 
     import ds_ddg
@@ -132,7 +132,7 @@ def engine(
 
 
 def reference(num_stages: int, optimizer: str = "sgd", tuples: bool = False, **settings: Any) -> Any:
-    """The oracle on the same model, split as DeepSpeed's "uniform" splits it."""
+    """Make the oracle on the same model, split as DeepSpeed's "uniform" splits it."""
     from deepspeed.runtime.utils import partition_uniform
 
     from ds_ddg.reference import Reference
@@ -158,5 +158,5 @@ class Lines(logging.Handler):
 
 
 def state(module: nn.Module) -> list[Tensor]:
-    """Parameters and buffers in layer order."""
+    """Return parameters and buffers in layer order."""
     return [t.detach().clone() for t in (*module.parameters(), *module.buffers())]

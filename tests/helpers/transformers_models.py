@@ -54,7 +54,7 @@ def build_config(name: str) -> tuple[Any, Any]:
 
 
 def original(name: str, attention: str | None = None) -> Any:
-    """The library's model in evaluation mode, no weight at a value like 0 or 1 that hides mistakes."""
+    """Make the library's model in evaluation mode, no weight at a value like 0 or 1 that hides mistakes."""
     config, auto = build_config(name)
     torch.manual_seed(1)
     model = auto.from_config(config, **({"attn_implementation": attention} if attention else {})).eval()
@@ -65,7 +65,7 @@ def original(name: str, attention: str | None = None) -> Any:
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    """Words (3, 9) and their mask, one row padded at its end and one at its beginning."""
+    """Return words (3, 9) and their mask, one row padded at its end and one at its beginning."""
     generator = torch.Generator().manual_seed(5)
     words = torch.randint(3, 61, (3, 9), generator=generator)
     mask = torch.ones_like(words)

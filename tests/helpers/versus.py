@@ -42,29 +42,29 @@ class Setup:
     """One way to train."""
 
     layers: Callable[[], list[Any]]
-    """Modules, the same at each call; as many stages of nearly equal numbers of them."""
+    """Maker of the modules, the same at each call; stages have nearly equal numbers of them."""
     batches: Callable[[], Iterator[Any]]
-    """Micro-batches, as many as needed."""
+    """Maker of the micro-batches, as many as needed."""
     stages: int = 2
     micro_batches: int = 2
     ddg: dict[str, Any] = field(default_factory=dict)
     loss_fn: Any = nn.functional.mse_loss
     optimizer: Callable[[Any], torch.optim.Optimizer] = sgd
-    """Of a stage's trainable parameters, or of what `parameters` makes of the stage."""
+    """Maker of the optimizer of a stage's trainable parameters, or of what `parameters` makes of the stage."""
     parameters: Callable[[nn.Module], list[Any]] = trainable
     clip: float = 0.0
     config: dict[str, Any] = field(default_factory=dict)
-    """More keys of the DeepSpeed config."""
+    """Further keys of the DeepSpeed config."""
     module: dict[str, Any] = field(default_factory=dict)
-    """More arguments of `PipelineModule`."""
+    """Further arguments of `PipelineModule`."""
     arguments: Callable[[Any, Setup], dict[str, Any]] | None = None
-    """What `initialize` is given in place of a callable optimizer and parameters, made of the module."""
+    """Maker of what `initialize` gets, from the module, in place of a callable optimizer and parameters."""
     ready: Callable[[Any], None] | None = None
-    """Called with the new engine."""
+    """A function called with the new engine."""
     before: Callable[[Any, int], None] = nothing
-    """Called with the engine before each call."""
+    """A function called with the engine before each call."""
     oracle_before: Callable[[Any, int], None] = nothing
-    """What that means to the oracle."""
+    """A function that does the same to the oracle."""
     calls: int = 10
     refill: int = 3
 
@@ -73,7 +73,7 @@ class Setup:
         return f"K{self.stages}-M{self.micro_batches}" + (f"-{mode}" if mode else "")
 
     def reference(self) -> Any:
-        """The oracle, its layers shared out as DeepSpeed's "uniform" does."""
+        """Make the oracle, its layers shared out as DeepSpeed's "uniform" does."""
         from deepspeed.runtime.utils import partition_uniform
 
         from ds_ddg.reference import Reference
@@ -88,7 +88,7 @@ class Setup:
         return Reference(stages, loss_fn, optimizers, self.micro_batches, clip=self.clip, **self.ddg)
 
     def engine(self) -> Any:
-        """The engine of this rank."""
+        """Make the engine of this rank."""
         from deepspeed.pipe import PipelineModule
 
         import ds_ddg
@@ -105,7 +105,7 @@ class Setup:
 
 
 def run(trainer: Any, setup: Setup, data: Iterator[Any], modules: list[nn.Module], before: Any) -> list[Made]:
-    """Train, drain, train from the empty pipeline, drain; for each module the losses with their calls, and states."""
+    """Train, drain, train from the empty pipeline, drain; return losses with their calls, and states, by module."""
     losses: list[tuple[int, float]] = []
     states: list[list[list[Tensor]]] = [[] for _ in modules]
     for calls in (range(setup.calls), range(setup.calls, setup.calls + setup.refill)):
@@ -129,7 +129,7 @@ def run_engine(rank: int, world_size: int, setup: Setup) -> Made:
 
 
 def run_oracle(setup: Setup) -> list[Made]:
-    """By stage. One thread, as on the ranks: their number decides in which order a matrix product adds up."""
+    """Run the oracle, by stage, on one thread as on the ranks: their number decides how a matrix product adds up."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -141,7 +141,7 @@ def run_oracle(setup: Setup) -> list[Made]:
 
 
 def gaps(ours: Made, its: Made) -> list[str]:
-    """One line for everything that differs."""
+    """Return a line for everything that differs."""
     losses = dict(its[0])
     found = [f"loss of call {t}: {loss!r}, expected {losses[t]!r}" for t, loss in ours[0] if loss != losses[t]]
     moments = ("filled", "drained", "refilled", "drained again")
@@ -154,7 +154,7 @@ def gaps(ours: Made, its: Made) -> list[str]:
 
 
 def versus(ranks: GetRanks, setup: Setup, timeout: float = 90) -> list[Made]:
-    """Both runs; fails unless they agree. Returns what the oracle made, by stage."""
+    """Do both runs, and fail unless they agree; return what the oracle made, by stage."""
     __tracebackhide__ = True
     expected = run_oracle(setup)
     by_rank = ranks(setup.stages).run(run_engine, setup, timeout=timeout)

@@ -15,7 +15,7 @@ WIDTH = 12
 
 
 class Enter(nn.Module):
-    """From (values, mask, order) to one tensor of each kind, those without a gradient between those with one."""
+    """Makes one tensor of each kind of (values, mask, order), those without a gradient between those with one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def any_length() -> list[nn.Module]:
 
 
 def sequences(lengths: tuple[int, ...], each: int = 1) -> Iterator[Any]:
-    """Of the lengths given, in turn; `each`: micro-batches of one length."""
+    """Yield sequences of the lengths given, in turn; `each`: micro-batches of one length."""
     generator = torch.Generator().manual_seed(3)
     for length in cycle(lengths):
         for _ in range(each):
@@ -63,7 +63,7 @@ def sequences(lengths: tuple[int, ...], each: int = 1) -> Iterator[Any]:
 
 
 def say_so(engine: Any, call: int) -> None:
-    """As curricula do it: on every rank, just before a call of another shape."""
+    """Tell the engine of another shape as curricula do it: on every rank, just before a call."""
     if call % 3 == 0:
         engine.reset_activation_shape()
 

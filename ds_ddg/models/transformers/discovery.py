@@ -1,4 +1,4 @@
-"""Where the layers of a transformers model are, and what comes before and after them.
+"""The places of the layers in a transformers model, and of all that comes before and after them.
 
 The model runs once with stubs in place of all that has weights: what is called before the first layer, and what after
 the last, is then known for every architecture.
@@ -20,7 +20,7 @@ __all__ = ["Structure", "learn"]
 
 @dataclass(frozen=True)
 class Structure:
-    """Where a model has its layers, as paths of modules."""
+    """The places of a model's layers, as paths of modules."""
 
     layers: tuple[str, ...]
     """The transformer layers, in order."""
@@ -37,7 +37,7 @@ class Structure:
 
 
 def learn(model: Any) -> Structure:
-    """The structure of a model on the meta device. ValueError if it is not one stack of equal layers."""
+    """Find the structure of a model on the meta device; ValueError if it is not one stack of equal layers."""
     stack = _stack(model)
     layers = tuple(f"{stack}.{i}" for i in range(len(model.get_submodule(stack))))
     aliases = _aliases(model)
@@ -100,7 +100,7 @@ def _check_owners(
     aliases: dict[str, str],
     tie: tuple[str, str] | None,
 ) -> None:
-    """ValueError if a weight belongs to no module that can be moved, or to two of them."""
+    """Raise ValueError if a weight belongs to no module that can be moved, or to two of them."""
     places = (*layers, *tops)
 
     def place(key: str) -> str:
@@ -118,7 +118,7 @@ def _check_owners(
 
 
 def _trace(model: Any, layers: tuple[str, ...], tops: list[str], wraps: bool) -> list[str] | None:
-    """Paths in the order of their calls; None if a layer does not get what the one before it returned."""
+    """Return paths in the order of their calls; None if a layer does not get what the one before it returned."""
     order: list[str] = []
     unread: list[Tensor] = []
 

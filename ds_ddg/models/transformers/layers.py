@@ -34,13 +34,13 @@ class WordEmbedding(Piece):
         return self.part(self._path).weight  # type: ignore[return-value]
 
     def forward(self, values: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """(B, S) words, other inputs... -> (B, S, width), words, other inputs..."""
+        """Embed words: (B, S) words, other inputs... -> (B, S, width), words, other inputs..."""
         inputs = values if isinstance(values, tuple) else (values,)
         return self.part(self._path)(inputs[0]), *inputs
 
 
 class Embeddings(Piece):
-    """What the model does up to its first layer."""
+    """The part of the model before its first layer."""
 
     def __init__(self, blueprint: Blueprint) -> None:
         structure = blueprint.structure
@@ -57,7 +57,7 @@ class Embeddings(Piece):
         self._skeleton = blueprint.skeleton(parts)
 
     def forward(self, values: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """(words embedded if they are tied,) inputs... -> hidden states (B, S, width), inputs..."""
+        """Run the part: (embedded words, if tied,) inputs... -> hidden states (B, S, width), inputs..."""
         inputs = list(values) if isinstance(values, tuple) else [values]
         answers: dict[str, Any] = {self._first: _first_argument}
         if self._tied:
@@ -75,7 +75,7 @@ class TransformerLayer(Piece):
         super().__init__(blueprint, {self._path: blueprint.part(self._path)})
 
     def forward(self, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Hidden states (B, S, width), inputs... -> the same."""
+        """Run the layer: hidden states (B, S, width), inputs... -> the same."""
         hidden, *inputs = values
         args, kwargs = self._blueprint.call(self._index, hidden, inputs)
         output = self.part(self._path)(hidden, *args, **kwargs)
@@ -83,7 +83,7 @@ class TransformerLayer(Piece):
 
 
 class Head(Piece):
-    """What the model does after its last layer; where the output embedding is tied, up to that."""
+    """The part of the model after its last layer; where the output embedding is tied, up to that."""
 
     def __init__(self, blueprint: Blueprint) -> None:
         structure = blueprint.structure
@@ -100,9 +100,9 @@ class Head(Piece):
         self._skeleton = blueprint.skeleton(parts)
 
     def forward(self, values: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-        """Hidden states (B, S, width), inputs... -> logits.
+        """Run the part: hidden states (B, S, width), inputs... -> logits.
 
-        Tied: -> (B, S, width), the bias of the output embedding if it has one, inputs...
+        If the output embedding is tied: -> (B, S, width), the bias of the output embedding if it has one, inputs...
         """
         hidden, *inputs = values
         answer = (hidden,) if self._wraps else hidden
@@ -130,7 +130,7 @@ class Unembed:
         self._skeleton: Skeleton | None = None
 
     def __call__(self, embedding: WordEmbedding, values: tuple[Tensor, ...]) -> Tensor:
-        """(B, S, width), bias if it has one, inputs... -> logits (B, S, vocabulary)."""
+        """Run the part: (B, S, width), bias if it has one, inputs... -> logits (B, S, vocabulary)."""
         hidden, *inputs = values
         weights = {"weight": embedding.weight}
         if self._has_bias:
@@ -156,7 +156,7 @@ def _first_argument(hidden_states: Tensor, *_: Any, **__: Any) -> NoReturn:
 
 
 def _without_weight(blueprint: Blueprint, path: str, decoder: str) -> nn.Module:
-    """The module at `path` with a stub for the output embedding in it, which keeps the bias."""
+    """Build the module at `path` with a stub for the output embedding in it, which keeps the bias."""
     original: Any = blueprint.model.get_submodule(decoder)
     weight, original.weight = original.weight, None
     try:

@@ -28,7 +28,7 @@ class Blueprint:
         config: a transformers config; it is copied.
         model_class: a model class, or one of the ``AutoModelFor...``.
         inputs: names of the model's inputs, in the order in which the data has them.
-        dtype: of the weights.
+        dtype: type of the weights.
 
     Raises:
         ValueError: for a config of quantized weights, and for models that are not one stack of layers.
@@ -57,16 +57,16 @@ class Blueprint:
         return f"Blueprint({self.name})"  # DeepSpeed prints the arguments of specs
 
     def part(self, path: str, without: Mapping[str, nn.Module] | None = None) -> nn.Module:
-        """The module at `path` with memory and initial weights; other modules at some full paths inside it."""
+        """Build the module at `path` with memory and initial weights, and other modules at some paths inside it."""
         inside = {key.removeprefix(f"{path}."): other for key, other in (without or {}).items()}
         return materialise(self.model, path, splice(self.model.get_submodule(path), inside))
 
     def skeleton(self, parts: Mapping[str, nn.Module], keep: str = "") -> Skeleton:
-        """The model with `parts` at their paths and stubs elsewhere, see `Skeleton`."""
+        """Build the model with `parts` at their paths and stubs elsewhere, see `Skeleton`."""
         return Skeleton(self.model, self.structure.layers, parts, keep)
 
     def named(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The model's inputs by name. ValueError if there are more than names."""
+        """Return the model's inputs by name; ValueError if there are more than names."""
         if len(inputs) > len(self.inputs):
             raise ValueError(
                 f"the data has {len(inputs)} inputs, the layers were built for {len(self.inputs)}: {self.inputs}; "
@@ -75,11 +75,11 @@ class Blueprint:
         return dict(zip(self.inputs, inputs, strict=False))
 
     def stub(self, path: str) -> Stub:
-        """Stands in for the module at `path`."""
+        """Return a module that stands in for the module at `path`."""
         return Stub(path, self.model.get_submodule(path))
 
     def call(self, index: int, hidden: Tensor, inputs: Sequence[Tensor]) -> Call:
-        """What the model passes to layer `index` besides the hidden states (B, S, width)."""
+        """Return the arguments of layer `index` besides the hidden states (B, S, width)."""
         # One per process: the layers of a stage run one after another on the same inputs.
         self._frames = self._frames or _Frames(self)
         return self._frames.of(index, hidden, inputs)
@@ -87,21 +87,21 @@ class Blueprint:
     # What files need, see `library_layer.Origin`.
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every key of the state dict with its shape, tied weights once."""
+        """Return every key of the state dict with its shape, tied weights once."""
         aliases = self.structure.aliases
         return {key: tuple(t.shape) for key, t in self.model.state_dict().items() if key not in aliases}
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Every key of `shapes` with the type that the model was built with."""
+        """Return every key of `shapes` with the type that the model was built with."""
         aliases = self.structure.aliases
         return {key: tensor.dtype for key, tensor in self.model.state_dict().items() if key not in aliases}
 
     def aliases(self) -> dict[str, str]:
-        """Other keys of tied weights -> the one in `shapes`."""
+        """Map other keys of tied weights to the one in `shapes`."""
         return self.structure.aliases
 
     def rename(self, keys: list[str]) -> dict[str, str]:
-        """Keys in a file -> keys of the model. ValueError if the library would compute weights from several."""
+        """Map keys in a file to keys of the model; ValueError if the library would compute weights from several."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, rename_source_key
 
@@ -123,12 +123,12 @@ class Blueprint:
         return names
 
     def ignored(self, key: str) -> bool:
-        """Whether `key` is one of those that the library drops silently."""
+        """Return whether `key` is one of those that the library drops silently."""
         patterns = self.model._keys_to_ignore_on_load_unexpected or ()
         return any(re.search(pattern, key) for pattern in patterns)
 
     def check(self, directory: Path) -> None:
-        """ValueError if a config.json in `directory` is another model type's."""
+        """Raise ValueError if a config.json in `directory` is another model type's."""
         from transformers import PreTrainedConfig
 
         if (directory / "config.json").is_file():
@@ -191,7 +191,7 @@ class _Frames:
         return calls
 
     def _check(self, value: Any) -> None:
-        """ValueError unless `value` is the same on every stage, whatever the hidden states are."""
+        """Raise ValueError unless `value` is the same on every stage, whatever the hidden states are."""
         if isinstance(value, dict) and value:
             value = tuple(value.values())
         if isinstance(value, tuple | list):

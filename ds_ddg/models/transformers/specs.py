@@ -37,20 +37,22 @@ def from_transformers(
     inputs: Sequence[str] = ("input_ids", "attention_mask"),
     dtype: torch.dtype = torch.float32,
 ) -> list[LayerSpec]:
-    """Layer specs of any transformers model that is one stack of layers, with new weights; see also `load_pretrained`.
+    """Build the layer specs of a transformers model that is one stack of layers; the weights are new.
 
-    ``partition_method="type:TransformerLayer"`` gives each stage the same number of layers.
+    ``partition_method="type:TransformerLayer"`` gives each stage the same number of layers. `load_pretrained` reads
+    weights from files.
 
     Args:
         source: a config, or a directory with a config.json. Its attention implementation counts.
         model_class: a model class or an ``AutoModelFor...``; without it the one that the config names.
-        inputs: what the data's input tuple has, in this order; it may end early. Other arguments of the model's
-            ``forward`` (``token_type_ids``, ``position_ids``) go here.
-        dtype: of the weights. DeepSpeed's ``bf16`` and ``fp16`` make their own copies: leave it at float32 for those.
+        inputs: names of the model's inputs, in the order of the data's tuple, which may end early. Other arguments of
+            the model's ``forward`` (``token_type_ids``, ``position_ids``) go here.
+        dtype: type of the weights. DeepSpeed's ``bf16`` and ``fp16`` make their own copies: leave it at float32 for
+            those.
 
     Raises:
-        ValueError: for models that are not one stack of layers in which each gets what the one before returned, and
-            for a directory without a config.json or a config that names no model class.
+        ValueError: the model is not one stack of layers in which each gets what the one before returned, the
+            directory has no config.json, or the config names no model class.
         TypeError: `source` is neither a config nor a directory.
     """
     import transformers

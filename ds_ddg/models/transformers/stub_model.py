@@ -26,10 +26,10 @@ class Enough(Exception):  # noqa: N818 - not an error
 
 
 class Stub(nn.Module):
-    """Answers what `answers` has for its path, else what it has for ``""``.
+    """A module that answers with the entry of `answers` for its path, else with the entry for ``""``.
 
     Args:
-        path: of the module that this one stands in for.
+        path: path of the module that this one stands in for.
         original: that module, for plain attributes: some models ask their layers for a type or a window.
     """
 
@@ -51,12 +51,12 @@ class Stub(nn.Module):
 
 
 def splice(model: nn.Module, others: dict[str, nn.Module]) -> nn.Module:
-    """A deep copy of `model` with other modules at some paths; these themselves are not copied."""
+    """Return a deep copy of `model` with other modules at some paths; these themselves are not copied."""
     return copy.deepcopy(model, {id(model.get_submodule(path)): other for path, other in others.items()})
 
 
 def topmost(model: nn.Module, inside: Iterable[str]) -> list[str]:
-    """The paths that cover all of `model` except `inside` and what is above those."""
+    """Return the paths that cover all of `model` except `inside` and what is above those."""
     inside = set(inside)
     above = {".".join(path.split(".")[:depth]) for path in inside for depth in range(path.count(".") + 1)}
     paths = []
@@ -110,7 +110,7 @@ class Skeleton:
     """A model that can run but for its stubs.
 
     Args:
-        model: on the meta device.
+        model: a model on the meta device.
         layers: paths of its transformer layers.
         parts: real modules by their path.
         keep: a module inside one of the others to which a stub is to be reached, by its path.
@@ -138,16 +138,16 @@ class Skeleton:
         self.train(False)
 
     def train(self, mode: bool) -> None:
-        """Training or evaluation mode for what is not real: dropout without weights is the skeleton's."""
+        """Set training or evaluation mode for what is not real: dropout without weights is the skeleton's."""
         if self.model.training is not mode:
             for module in self._own:
                 module.training = mode
 
     def run(self, inputs: Mapping[str, Tensor], like: Tensor | None, answers: Mapping[str, Answer]) -> Any:
-        """The model's output, or what a stub raised `Enough` with.
+        """Return the model's output, or what a stub raised `Enough` with.
 
         Args:
-            inputs: of the model, by name.
+            inputs: inputs of the model, by name.
             like: hidden states (B, S, width). All other stubs answer NaN of that shape: it shows if it gets anywhere.
             answers: functions for stubs by path.
         """
