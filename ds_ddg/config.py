@@ -24,33 +24,33 @@ class DDGConfig(BaseModel):
     """Whether the delayed schedule runs. If not, DeepSpeed's own 1F1B runs, for A/B runs of one script."""
 
     weights: Literal["stash", "current"] = "stash"
-    """The weights that a delayed backward sees. "stash": those of its own forward, the paper's equation. "current": the
-    newest ones, as in the authors' code of 2018, without copies of weights."""
+    """The weights that a delayed backward sees. "stash": those of its own forward, the paper's equation. "current":
+    the newest ones, as in the authors' code of 2018, without copies of weights."""
 
     activations: Literal["keep", "recompute"] = "keep"
-    """What waits for a gradient. "keep": the graph of the forward. "recompute": the stage's input alone, and the forward
-    runs again; with ``"weights": "current"`` this is Features Replay."""
+    """What waits for a gradient. "keep": the graph of the forward. "recompute": the stage's input alone, and the
+    forward runs again; with ``"weights": "current"`` this is Features Replay."""
 
     slack: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
-    """Extra micro-batches in flight per hop: they hide the latency of the network and cost staleness. "auto": the first
-    calls run at slack 0 and are timed; then all ranks take the smallest slack that hides the latency (8 at most), print
-    why, and go on from a drained pipeline. Set the number printed to repeat such a run exactly."""
+    """Extra micro-batches in flight per hop: they hide the latency of the network and cost staleness. "auto": the
+    first calls run at slack 0 and are timed; then all ranks take the smallest slack that hides the latency (8 at
+    most), print why, and go on from a drained pipeline. Set the number printed to repeat such a run exactly."""
 
     clip: Literal["stage", "global"] = "stage"
-    """The norm that ``gradient_clipping`` goes by. "stage": the stage's own, as waiting for the others would bring the
-    bubble back. "global": that of the whole pipeline, in the newest call for which every stage knows it without a wait:
-    call t - L - 2 in call t, with L = ceil(d_0 / M)."""
+    """The norm that ``gradient_clipping`` goes by. "stage": the stage's own, as waiting for the others would bring
+    the bubble back. "global": that of the whole pipeline, in the newest call for which every stage knows it without
+    a wait: call t - L - 2 in call t, with L = ceil(d_0 / M)."""
 
     loss: Literal["delayed", "exact"] = "delayed"
-    """The loss that ``train_batch`` returns. "delayed": the newest one known without a wait. "exact": that of the same
-    call, which costs the overlap."""
+    """The loss that ``train_batch`` returns. "delayed": the newest one known without a wait. "exact": that of the
+    same call, which costs the overlap."""
 
     sync_steps: int = Field(default=0, ge=0)
     """The number of calls at the start that run DeepSpeed's 1F1B, before the delayed schedule begins."""
 
     trace: str | None = Field(default=None, min_length=1)
-    """A folder where each rank records what it does and when, for ``ds-ddg trace``; at most 16 MB a rank, the end of a
-    long run."""
+    """A folder where each rank records what it does and when, for ``ds-ddg trace``; at most 16 MB a rank, the end
+    of a long run."""
 
     @property
     def timed(self) -> bool:
@@ -72,7 +72,7 @@ class DDGConfig(BaseModel):
 
 
 def _explain(problems: Sequence[Mapping[str, Any]]) -> str:
-    """What is wrong with the value of one key, which may be of several types."""
+    """Say what is wrong with the value of one key, which may be of several types."""
     problem = problems[0]
     if not problem["loc"]:
         return f'"ddg" must be a block of settings such as {{"enabled": true}}, got {problem["input"]!r}'

@@ -1,7 +1,6 @@
 """Writes docs/configuration.md from the model of the ``"ddg"`` block, so that the two cannot differ.
 
-    python docs/site/configuration.py            # writes the page
-    python docs/site/configuration.py --check    # fails if the page is stale
+With ``--check`` it writes nothing, and fails if the page is stale.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ HEAD = """# Configuration
 
 <!-- Written by `python docs/site/configuration.py`; change ds_ddg/config.py, not this page. -->
 
-The settings stand in the `"ddg"` block of the DeepSpeed config, a JSON file or a dictionary. All are optional; these are
-the defaults:
+The settings stand in the `"ddg"` block of the DeepSpeed config, a JSON file or a dictionary. All are optional; these
+are the defaults:
 
 ```json
 {defaults}
 ```
 
 An unknown key, a wrong type or a value out of range is an error that names the key, the value and what is allowed.
-`ds-ddg check ds.json --stages 4` says what a config does before anything is started. `gradient_accumulation_steps` is M,
-the number of micro-batches per call; everything else in the config is DeepSpeed's, and works as
+`ds-ddg check ds.json --stages 4` says what a config does before anything is started. `gradient_accumulation_steps` is
+M, the number of micro-batches per call; everything else in the config is DeepSpeed's, and works as
 [described there](https://www.deepspeed.ai/docs/config-json/), but for what [Limitations](limitations.md) lists.
 
 | key | values | default | meaning |
