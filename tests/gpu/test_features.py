@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 from ds_ddg.analysis.trace_reader import read
 from helpers import failing, fp16_runs, resuming, tied_runs, toy, wire_layers
-from helpers.devices import DEVICE, ROOT, device, launch, needs_kernels, random_state_of_the_device
+from helpers.devices import DEVICE, device, launch, needs_kernels, random_state_of_the_device
 from helpers.formats import FORMATS, train_replicas
 from helpers.formats import train_engine as train_format
 from helpers.model_features import JSON, REPLAY, STASH, checkpointing, from_json, pictures
 from helpers.modes import DEFAULT
+from helpers.paths import ROOT
 from helpers.versus import Made, Setup, adamw, gaps, run_engine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(600)]

@@ -1,7 +1,7 @@
 """Messages of a stage that computes on a device, without one: a stand-in copies when, and if, the test lets it.
 
 What is posted must leave in order and not before its copy is done, the main thread must not wait for that, and all
-that bounds, parks, settles and fails must do so with copies that are not done. On a GPU: test_gpu.py.
+that bounds, parks, settles and fails must do so with copies that are not done. On a GPU: tests/gpu.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from helpers import toy
 from helpers.distributed import GetRanks
 from helpers.exact_runs import Case, Course, assert_exact, train_oracle
 from helpers.exact_runs import train_engine as train_exactly
+from helpers.paths import TESTS
 from helpers.script_runs import NOISE, launch
 from helpers.slow_copies import CPU, SENDER, TIMEOUT, Device, StandIn, device, staged
 
@@ -47,7 +48,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def link(rank: int, made: Device, depth: int = 8) -> tuple[Sender, Receiver]:
-    """This rank's two ends, as in test_channel.py."""
+    """This rank's two ends, as in test_sender.py."""
     other = 1 - rank
     peer = Peer(dist.new_group([0, 1]), other, f"stage {other} (rank {other})")
     staging = StandIn(made)
@@ -194,7 +195,7 @@ def test_pinned_data_is_waited_for_once_a_call() -> None:
 
 
 def exchange(rank: int, world_size: int) -> None:
-    """As in test_channel.py, with copies that take their time; control messages overtake nothing."""
+    """As in test_sender.py, with copies that take their time; control messages overtake nothing."""
     with device(seconds=0.0005) as made:
         outbox, inbox = link(rank, made, depth=64)
         messages = channel.samples()
@@ -566,7 +567,7 @@ print(f"rank {{engine.global_rank}} trained {{engine.global_steps}} calls", flus
 def test_script_ends_with_messages_on_their_way(tmp_path: Path) -> None:
     """The sender's thread ends before the stages take leave of each other, which must do without it."""
     script = tmp_path / "train.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    script.write_text(SCRIPT.format(tests=str(TESTS)))
     status, output, _ = launch(script, "just end")
     assert status == 0, output
     for rank in range(2):

@@ -185,7 +185,7 @@ def test_needs_goes_down_the_v_and_up_again() -> None:
 def test_table_of_delays(
     plan: Plan, delay: list[int], staleness: list[int], versions: list[int], activations: list[int]
 ) -> None:
-    """The design's table; tests/test_simulator.py counts the same numbers in a replay of every plan."""
+    """The design's table; tests/schedules/test_simulator.py counts the same numbers in a replay of every plan."""
     stages = range(plan.num_stages)
     assert [plan.delay(k) for k in stages] == delay
     assert [plan.staleness(k) for k in stages] == staleness

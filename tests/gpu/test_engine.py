@@ -1,7 +1,7 @@
 """Stages on a GPU: several share one over gloo, against the oracle on the same device, or the engine on CPU.
 
-    python -m pytest tests/test_gpu*.py                                 # first thing on a machine with a GPU
-    python -m pytest tests/test_gpu*.py -n 8 --dist loadgroup           # the same in parallel
+    python -m pytest tests/gpu                                         # first thing on a machine with a GPU
+    python -m pytest tests/gpu -n 8 --dist loadgroup                   # the same in parallel
 
 Nothing but one GPU is needed. `devices.py` says how these tests are tried without one.
 """

@@ -18,6 +18,7 @@ from ds_ddg.cli.options import progress
 from ds_ddg.schedules.plan import Plan
 from ds_ddg.schedules.simulator import Cost, replay
 from ds_ddg.schedules.timeline import Timeline
+from helpers.paths import ROOT
 
 
 def run(capsys: pytest.CaptureFixture[str], arguments: str, status: int = 0) -> str:
@@ -279,7 +280,7 @@ def test_bad_syntax_ends_as_in_argparse(capsys: pytest.CaptureFixture[str], argu
 def test_module_runs_without_torch() -> None:
     """`-X importtime` lists every module that the command imports."""
     command = [sys.executable, "-X", "importtime", "-m", "ds_ddg", "plan", "--stages", "2"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("ddg, K = 2 stages")
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert "ds_ddg.schedules.plan" in imported
@@ -294,5 +295,5 @@ print(ds_ddg.partition.PipelineModule.__name__, ds_ddg.reference.__name__, ds_dd
 assert not hasattr(ds_ddg, "nothing")
 """
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "PipelineModule ds_ddg.reference ds_ddg.models"

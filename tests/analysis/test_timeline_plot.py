@@ -15,6 +15,7 @@ from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.schedules.plan import Op
 from ds_ddg.schedules.simulator import Cost, replay
 from ds_ddg.schedules.synchronous import DualPipeVPlan, OneFOneBPlan
+from helpers.paths import ROOT
 
 
 def lines(picture: str) -> list[str]:
@@ -154,4 +155,4 @@ def test_other_suffixes_are_refused(tmp_path: Path) -> None:
 def test_text_needs_neither_torch_nor_matplotlib() -> None:
     modules = "ds_ddg.analysis.timeline_plot, ds_ddg.schedules.simulator"
     code = f"import sys, {modules}; sys.exit(any(m in sys.modules for m in ('torch', 'matplotlib')))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -1,6 +1,6 @@
 """Times of a device, without one: a stand-in whose work takes as long as the test says, while the host goes on.
 
-On a GPU: test_gpu_features.py.
+On a GPU: tests/gpu.
 """
 
 from __future__ import annotations

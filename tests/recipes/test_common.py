@@ -21,11 +21,10 @@ import torch
 
 from benchmarks import launch
 from helpers.distributed import GetRanks
+from helpers.paths import ROOT
 from recipes import common
 from recipes.checkpoints import Checkpoints
 from recipes.progress import Progress
-
-ROOT = Path(__file__).parents[1]
 
 
 def load_benchmark() -> Any:

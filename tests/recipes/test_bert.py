@@ -15,11 +15,11 @@ import torch
 from torch.nn import functional as F
 
 from helpers.distributed import GetRanks
+from helpers.paths import ROOT
 
 pytest.importorskip("transformers")
 
 
-ROOT = Path(__file__).parents[1]
 LENGTH = 16
 TRAIN = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2, "steps_per_print": 10**9}
 CONFIG = {

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ds_ddg.cli import main
+from helpers.paths import ROOT
 
 RIGHT = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0}
 
@@ -256,7 +257,7 @@ def test_one_stage_is_plain_training(capsys: pytest.CaptureFixture[str], tmp_pat
 
 def test_the_recipes_own_configs_are_right(capsys: pytest.CaptureFixture[str]) -> None:
     """They leave the number of calls to the recipe, which is said."""
-    configs = sorted((Path(__file__).parents[1] / "configs").glob("*.json"))
+    configs = sorted((ROOT / "configs").glob("*.json"))
     assert len(configs) > 5
     left = []
     for path in configs:
