@@ -290,7 +290,7 @@ def test_a_profile_leaves_everything_as_it_was(fails: bool) -> None:
     assert (everything(), randomness()) == before
 
 
-def test_gradients_of_what_a_function_takes_from_outside_are_put_back() -> None:
+def test_gradients_of_tensors_from_outside_are_put_back() -> None:
     with_gradient, without = torch.ones(3, requires_grad=True), nn.Linear(3, 3)
     with_gradient.grad = torch.full((3,), 7.0)
     (cost,) = profile([lambda x: without(x * with_gradient)], (torch.ones(2, 3), None))
@@ -588,16 +588,14 @@ def test_an_error_of_the_users_function_is_one_message(
         ("x = 1\nimport no_such_module\n", "broken.py, line 2: import no_such_module)"),
     ],
 )
-def test_a_broken_file_is_named_with_its_line_and_before_deepspeed_is_imported(
-    tmp_path: Path, text: str, message: str
-) -> None:
+def test_a_broken_file_is_named_before_deepspeed_is_loaded(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "broken.py").write_text(text)
     error, imported = imported_by(tmp_path, "broken.py:layers")
     assert message in error
     assert not {"torch", "deepspeed"} & imported
 
 
-def test_nothing_is_measured_or_imported_for_files_that_are_not_there(tmp_path: Path) -> None:
+def test_nothing_is_measured_or_imported_for_missing_files(tmp_path: Path) -> None:
     (tmp_path / "model.py").write_text(SOURCE)
     for arguments, message in (
         ("missing.py:layers", "No such file or directory: 'missing.py'"),

@@ -28,11 +28,11 @@ def sizes(first: float = 1500, later: float = 300, sent: float = 1) -> Sizes:
         (1, 2, 1000 + 1500 + 2 + 3 + 1),
     ],
 )
-def test_with_one_micro_batch_a_call_no_gradients_are_there_before(slack: int, stage: int, expected: float) -> None:
+def test_with_one_micro_batch_no_gradients_are_there_before(slack: int, stage: int, expected: float) -> None:
     assert fullest(DDGPlan(3, 1, slack), stage, sizes(sent=stage < 2)) == expected
 
 
-def test_with_more_the_fullest_backward_is_one_that_finds_gradients() -> None:
+def test_with_more_the_fullest_backward_finds_gradients() -> None:
     plan = DDGPlan(3, 4)
     # The second of the call still uses an old version; the data of two more micro-batches waits.
     assert fullest(plan, 0, sizes(first=100)) == 2000 + 2 * 202 + 1000 + 300 + 2 + 2 + 2

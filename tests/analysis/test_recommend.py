@@ -47,7 +47,7 @@ def test_times_against_one_device() -> None:
     assert again.speedup == pytest.approx(26 / 8.5)  # running a forward again is no progress
 
 
-def test_overhead_is_paid_once_on_one_device_and_again_by_a_forward_that_runs_again() -> None:
+def test_overhead_is_paid_again_by_a_forward_run_again() -> None:
     setup = Setup(DDGPlan(4, 2), Model(Cost(update=0.5, overhead=0.25)))
     assert (setup.time_per_call, setup.one_device) == pytest.approx((7.5, 27))
     again = Setup(DDGPlan(4, 2), Model(Cost(update=0.5, overhead=0.25)), activations="recompute")
@@ -64,7 +64,7 @@ def test_steady_is_steady(m: int, link: float) -> None:
         assert steady(setup.plan, Cost(link=link)).period() == pytest.approx(expected, rel=0.01), setup
 
 
-def test_takes_the_fastest_that_fits_and_of_those_the_least_stale() -> None:
+def test_takes_the_fastest_that_fits_then_the_least_stale() -> None:
     choices = [c for m in (1, 4, 128) for setup in setups(2, m, (0, 1), PAIR) for c in candidates(setup)]
     assert str(recommend(choices)) == "1f1b, K = 2 stages, M = 128"  # within 1% of no bubble, and nothing stale
     ddg = [choice for choice in choices if choice.plan.name == "ddg"]

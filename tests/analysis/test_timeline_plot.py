@@ -67,7 +67,7 @@ def test_clock_shows_that_ddg_has_none() -> None:
     """)
 
 
-def test_clock_keeps_columns_aligned_with_long_numbers_and_updates_that_take_time() -> None:
+def test_clock_aligns_long_numbers_and_long_updates() -> None:
     timeline = [(Op.parse(op), start, end) for op, start, end in [
         ("0F99", 5.0, 5.1), ("0F100", 5.1, 5.2), ("0B99", 5.2, 5.4), ("0U99", 5.4, 5.5), ("1F99", 5.1, 5.2),
     ]]  # fmt: skip
@@ -78,7 +78,7 @@ def test_clock_keeps_columns_aligned_with_long_numbers_and_updates_that_take_tim
     assert lines(clock(timeline, unit=0.05))[1] == "stage 1 | .    .    F99------ .    .    .    .    .    ."
 
 
-def test_stages_without_events_and_many_stages_keep_their_row() -> None:
+def test_stages_without_events_and_many_stages_keep_rows() -> None:
     timeline = [(Op("F", 10, 0), 0.0, 1.0), (Op("F", 0, 0), 0.0, 1.0)]
     rows = text(timeline).splitlines()
     assert (rows[0], rows[1], rows[10]) == ("stage  0 | F0", "stage  1 |", "stage 10 | F0")

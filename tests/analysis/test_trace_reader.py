@@ -80,7 +80,7 @@ def test_plan_beside_measurement(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("ended", [1, 5, 6])
-def test_a_run_shorter_than_asked_for_is_shown_from_its_start(
+def test_a_run_shorter_than_asked_is_shown_from_its_start(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], ended: int
 ) -> None:
     """Also one that was killed within a call; and nobody waits for a replay of as many ticks as were asked for."""

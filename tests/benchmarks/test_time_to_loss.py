@@ -51,7 +51,7 @@ def test_reached_for_good(losses: list[float], place: int | None) -> None:
     assert reached.reached(curve, 3) == place
 
 
-def test_the_target_is_the_worst_runs_loss_whichever_schedule_it_is_of() -> None:
+def test_the_target_is_the_worst_runs_loss_of_any_schedule() -> None:
     good = [float(10 - call) for call in range(10)]
     bad = [loss + 0.5 for loss in good]
     for losses in ((good, bad), (bad, good)):
@@ -61,7 +61,7 @@ def test_the_target_is_the_worst_runs_loss_whichever_schedule_it_is_of() -> None
     assert reached.target([a_run("1f1b", good, 2), ddg], 1.0) == 2.5, "the last that is known"
 
 
-def test_rows_separate_what_delay_costs_from_what_the_bubble_does() -> None:
+def test_rows_separate_the_cost_of_delay_from_the_bubbles() -> None:
     losses = [float(10 - call) for call in range(10)]
     runs = [a_run("1f1b", losses, 2000), a_run("ddg", [loss + 1 for loss in losses], 1000, unknown=1)]
     half, _, end = reached.rows(runs)

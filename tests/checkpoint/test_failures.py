@@ -157,7 +157,7 @@ def fail_with_zero(rank: int, world_size: int, directory: str) -> tuple[str, str
     return heard, latest(directory)
 
 
-def test_an_optimizer_state_of_a_replica_that_cannot_be_saved(ranks: GetRanks, tmp_path: Path) -> None:
+def test_a_replicas_optimizer_state_that_cannot_be_saved(ranks: GetRanks, tmp_path: Path) -> None:
     results = ranks(4).run(fail_with_zero, str(tmp_path), timeout=TIMEOUT)
     assert_told([heard for heard, _ in results], [3], "No space left on device")
     assert {named for _, named in results} == {"global_step2"}
@@ -190,7 +190,7 @@ def overwrite(rank: int, world_size: int, directory: str) -> tuple[str, bool, st
     return heard, named, latest(directory)
 
 
-def test_a_checkpoint_that_is_overwritten_is_not_the_latest_meanwhile(ranks: GetRanks, tmp_path: Path) -> None:
+def test_an_overwritten_checkpoint_is_not_latest_meanwhile(ranks: GetRanks, tmp_path: Path) -> None:
     results = ranks(2).run(overwrite, str(tmp_path), timeout=TIMEOUT)
     assert_told([heard for heard, *_ in results], [1], "No space left on device")
     assert [found for _, *found in results] == [[False, "best"]] * 2
@@ -294,9 +294,7 @@ def load_spoilt(rank: int, world_size: int, directory: str, schedule: str) -> li
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_checkpoint_that_one_rank_cannot_read_is_loaded_on_none(
-    ranks: GetRanks, tmp_path: Path, schedule: str
-) -> None:
+def test_a_checkpoint_unreadable_on_one_is_loaded_on_none(ranks: GetRanks, tmp_path: Path, schedule: str) -> None:
     """Training goes on as if nobody had asked for it."""
     results = ranks(2).run(load_spoilt, str(tmp_path), schedule, timeout=TIMEOUT)
     for index, (_, head, why) in enumerate(SPOILT.values()):
@@ -425,7 +423,7 @@ def fail_with_ties(rank: int, world_size: int, directory: str) -> list[str]:
     return heard
 
 
-def test_stages_that_share_weights_do_not_wait_for_one_that_failed(ranks: GetRanks, tmp_path: Path) -> None:
+def test_stages_with_ties_do_not_wait_for_one_that_failed(ranks: GetRanks, tmp_path: Path) -> None:
     """DeepSpeed broadcasts such weights in a load; their optimizer state travels in a save."""
     results = ranks(2).run(fail_with_ties, str(tmp_path), timeout=TIMEOUT)
     assert_told([saved for saved, _ in results], [0], "pickle")

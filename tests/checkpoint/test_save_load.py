@@ -165,7 +165,7 @@ def go_on_from_deepspeeds(rank: int, world_size: int, directory: str) -> tuple[l
     return seen, toy.state(reader.module), reader.loss_step
 
 
-def test_delayed_training_goes_on_from_a_checkpoint_of_deepspeeds(ranks: GetRanks, tmp_path: Path) -> None:
+def test_delayed_training_resumes_deepspeeds_checkpoint(ranks: GetRanks, tmp_path: Path) -> None:
     """No loss of the time before is passed off as one of this training; the rest is the oracle's."""
     oracle = toy.reference(3)
     oracle.delays, delays = [0] * 3, oracle.delays

@@ -76,7 +76,7 @@ def test_plan_writes_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert len(boxes) == 12
 
 
-def test_plan_shows_that_calls_follow_each_other_without_a_gap(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_shows_that_calls_follow_without_a_gap(capsys: pytest.CaptureFixture[str]) -> None:
     """One call and its drain would look like a schedule with a flush, however many micro-batches it has."""
     answer = run(capsys, "plan --stages 2 --micro-batches 16 --clock")
     assert "B14---- F16 B15---- F17 " in answer.splitlines()[2]
@@ -156,7 +156,7 @@ def test_simulate_from_a_profile(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert "--forward and --profile" in run(capsys, f"{command} --forward 2", status=2)
 
 
-def test_simulate_says_its_unit_of_time_and_lists_a_setting_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_simulate_says_its_unit_and_lists_a_setting_once(capsys: pytest.CaptureFixture[str]) -> None:
     answer = run(capsys, "simulate --stages 2,2 --micro-batches 4,4 --slack 0,0 --forward 0.5 --overhead 0.25")
     rows = [line.split() for line in answer.splitlines()[1:6]]
     assert [row[3] for row in rows] == ["gpipe", "1f1b", "dualpipev", "ddg", "one"]
@@ -177,7 +177,7 @@ def test_simulate_help_has_the_defaults(capsys: pytest.CaptureFixture[str]) -> N
         assert text in answer
 
 
-def test_simulate_replays_every_setting_once_and_keeps_only_the_first_stage(
+def test_simulate_replays_once_and_keeps_the_first_stage(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replayed: list[tuple[str, float]] = []
@@ -206,9 +206,7 @@ def test_progress_is_for_terminals_and_what_takes_long(
     assert "counting" not in capsys.readouterr().err
 
 
-def test_simulate_draws_curves_of_a_sweep_and_timelines_of_one(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_simulate_draws_a_sweeps_curves_or_one_timeline(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run(capsys, f"simulate --stages 2 --micro-batches 1,4 --link 0,1 --out {tmp_path}/sweep.svg")
     curves = (tmp_path / "sweep.svg").read_text()
     for text in ("micro-batches per call, M", "ddg, slack 1", "1f1b", "dualpipev", "K = 2", "link = 1"):

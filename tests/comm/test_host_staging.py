@@ -643,7 +643,7 @@ def test_other_accelerators_are_refused_by_name(ranks: GetRanks) -> None:
 
 
 @pytest.mark.parametrize("block", [{"sync_steps": 2}, {"enabled": False}], ids=str)
-def test_deepspeeds_schedule_is_refused_where_it_cannot_send(ranks: GetRanks, block: dict[str, Any]) -> None:
+def test_deepspeeds_schedule_is_refused_if_it_cannot_send(ranks: GetRanks, block: dict[str, Any]) -> None:
     for text in ranks(2).run(settings, "cuda", block):
         assert text.startswith("DDG cannot" if block.get("enabled", True) else "DeepSpeed's schedule cannot")
         assert "1F1B of GPU stages over gloo" in text

@@ -82,7 +82,7 @@ def interleave_shapes(rank: int, world_size: int, most: int) -> None:
 
 
 @pytest.mark.parametrize("most", [4, 7, 9])
-def test_other_shapes_between_preposted_ones_keep_their_order(ranks: GetRanks, most: int) -> None:
+def test_other_shapes_between_preposted_ones_keep_order(ranks: GetRanks, most: int) -> None:
     ranks(2).run(interleave_shapes, most, timeout=TIMEOUT)
 
 
@@ -307,7 +307,7 @@ def send_what_does_not_fit(rank: int, world_size: int) -> str:
     return str(caught.value)
 
 
-def test_too_many_tensors_are_refused_before_anything_is_sent(ranks: GetRanks) -> None:
+def test_too_many_tensors_are_refused_before_any_is_sent(ranks: GetRanks) -> None:
     assert "4096" in ranks(2).run(send_what_does_not_fit, timeout=TIMEOUT)[0]
 
 
@@ -374,7 +374,7 @@ def give_up(rank: int, world_size: int) -> str:
     return str(caught.value)
 
 
-def test_who_waits_too_long_and_who_gives_up_are_not_called_lost(ranks: GetRanks) -> None:
+def test_who_waits_too_long_or_gives_up_is_not_called_lost(ranks: GetRanks) -> None:
     first, second = ranks(2).run(give_up, timeout=30.0)
     assert second.startswith("stage 0 (rank 0) has not answered (it is stuck, or waits for another stage itself): ")
     assert first.startswith(

@@ -125,7 +125,7 @@ def ask_for_nothing(rank: int, world_size: int) -> tuple[list[str], float]:
 
 
 @pytest.mark.refuses('`eval_batch(reduce_output="sum")`, or None with `bcast_loss`', '"avg", or `bcast_loss=False`')
-def test_arguments_of_eval_batch_without_a_result_are_refused_on_every_rank(ranks: GetRanks) -> None:
+def test_eval_batch_without_a_result_is_refused_everywhere(ranks: GetRanks) -> None:
     """Where DeepSpeed raises on the last stage and leaves the others waiting; the data is not touched."""
     (refused, loss), *others = ranks(2).run(ask_for_nothing)
     assert others == [(refused, loss)]
@@ -280,7 +280,7 @@ def replay(stage: int, calls: int, micro_batches: int = 2) -> list[tuple[int, in
 
 @pytest.mark.parametrize("period", [None, 2])
 @pytest.mark.proves("monitors (CSV, TensorBoard), values with the samples of their call", modes=DEFAULT)
-def test_monitor_gets_every_value_once_with_the_samples_of_its_call(
+def test_monitor_gets_every_value_once_at_its_calls_samples(
     ranks: GetRanks, tmp_path: Path, period: int | None
 ) -> None:
     oracle = toy.reference(3, micro_batches=2)

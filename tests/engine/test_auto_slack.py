@@ -40,7 +40,7 @@ def test_slowdown_is_that_of_a_replay(num_stages: int, slack: int, latency: floa
     assert plan.slowdown(latency) == pytest.approx(period / 3, rel=1e-6)
 
 
-def test_the_trial_fills_the_pipeline_and_measures_some_ticks() -> None:
+def test_a_trial_fills_the_pipeline_and_measures_some_ticks() -> None:
     assert [trial_calls(DDGPlan(4, m)) for m in (1, 2, 4, 16)] == [12, 7, 5, 5]
 
 

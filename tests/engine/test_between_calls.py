@@ -99,7 +99,7 @@ def shrink(trainer: Any, call: int) -> None:
 
 
 @pytest.mark.parametrize("activations", ["keep", "recompute"])
-def test_a_write_through_data_is_part_of_the_update_before_it(ranks: GetRanks, activations: str) -> None:
+def test_a_write_through_data_belongs_to_the_update_before(ranks: GetRanks, activations: str) -> None:
     """It leaves no trace to refuse it by, and what is in flight keeps the weights that it saw."""
     ddg = {"weights": "stash", "activations": activations}
     made = Setup(layers, vectors, stages=3, micro_batches=2, ddg=ddg)

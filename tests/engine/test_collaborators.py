@@ -136,7 +136,7 @@ def test_a_backward_runs_at_the_weights_of_its_setting(weights: str, activations
 # -- updates ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_norm_of_the_pipeline_is_unknown_while_a_stage_overflows() -> None:
+def test_the_norm_is_unknown_while_a_stage_overflows() -> None:
     engine: Any = SimpleNamespace(skipped_steps=0, _step_applied=True)
     updates = StageOptimizer(stage(), RunState(2, 1), engine, no_ties())
     updates.learn(Update(25.0, 0))

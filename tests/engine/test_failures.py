@@ -350,7 +350,7 @@ def fail_after_evaluation(rank: int, world_size: int) -> End:
     return train(engine, batches())
 
 
-def test_an_error_of_a_layer_is_not_taken_for_one_of_the_loss(ranks: GetRanks) -> None:
+def test_a_layers_error_is_not_taken_for_one_of_the_loss(ranks: GetRanks) -> None:
     """Evaluation has left logits where the loss was."""
     ends = ranks(2).run(fail_after_evaluation, timeout=TIMEOUT)
     assert_told(ends, 1, "TypeError", "my own mistake", call=BAD_CALL - 1)
@@ -397,7 +397,7 @@ def fail_far_away(rank: int, world_size: int) -> End:
     return train(misbehaving(4, 1, "explode", other="nap", once=True), batches())
 
 
-def test_failure_reaches_stages_that_are_busy_and_not_neighbours(ranks: GetRanks) -> None:
+def test_failure_reaches_busy_stages_beyond_neighbours(ranks: GetRanks) -> None:
     ends = ranks(4).run(fail_far_away, timeout=TIMEOUT)
     assert_told(ends, 1, "ArithmeticError", "no forward for you")
 
@@ -439,7 +439,7 @@ def test_data_ends_on_every_rank(ranks: GetRanks, first: int, last: int) -> None
         assert again.kind == "", again
 
 
-def test_data_of_the_last_stage_ends_before_that_of_the_first(ranks: GetRanks) -> None:
+def test_data_of_the_last_stage_ends_before_the_firsts(ranks: GetRanks) -> None:
     ends = [end for end, _ in ranks(3).run(run_out_of_data, 20, BAD_BATCH + 1, timeout=TIMEOUT)]
     assert_told(ends, 2, "RuntimeError", "data of the last stage ended", "same number of micro-batches")
 
@@ -462,7 +462,7 @@ def train_to_infinity(rank: int, world_size: int) -> tuple[list[str], dict[int, 
     return handler.lines, losses, all(bool(p.isfinite().all()) for p in engine.module.parameters())
 
 
-def test_loss_that_is_not_finite_is_reported_and_training_goes_on(ranks: GetRanks) -> None:
+def test_a_loss_not_finite_is_reported_and_training_goes_on(ranks: GetRanks) -> None:
     results = ranks(3).run(train_to_infinity, timeout=TIMEOUT)
     for rank, (lines, losses, finite) in enumerate(results):
         assert losses.pop(BAD_CALL) == float("inf")
@@ -680,7 +680,7 @@ def evaluate_while_one_is_stuck(rank: int, world_size: int, schedule: str, culpr
 
 @pytest.mark.parametrize("schedule", ["ddg", "1f1b", "not enabled"])
 @pytest.mark.parametrize(("num_ranks", "culprit"), [(2, 1), (3, 1)])
-def test_a_rank_stuck_in_evaluation_is_not_taken_for_another(
+def test_a_rank_stuck_in_evaluation_is_not_mistaken(
     ranks: GetRanks, schedule: str, num_ranks: int, culprit: int
 ) -> None:
     """Nobody is lost, and who waits in vain cannot know for whom."""

@@ -184,7 +184,7 @@ def test_buffer_that_appears_in_a_forward(ranks: GetRanks, activations: str) -> 
 
 @pytest.mark.parametrize("kind", ["spectral normalisation", "a buffer that its own forward changes"])
 @pytest.mark.parametrize("activations", ["keep", "recompute"])
-def test_checkpointed_layer_sees_the_buffers_of_its_first_run(ranks: GetRanks, kind: str, activations: str) -> None:
+def test_checkpointed_layer_sees_buffers_of_its_first_run(ranks: GetRanks, kind: str, activations: str) -> None:
     """In plain PyTorch it would see those that the first run left behind."""
     more = {"module": {"activation_checkpoint_interval": 1}, "ddg": {"activations": activations}}
     versus(ranks, Setup(partial(made, kind, 3), vectors, stages=3, optimizer=adamw, **more))
@@ -195,7 +195,7 @@ def set_interval(engine: Any, call: int) -> None:
         engine.module.set_checkpoint_interval(1)
 
 
-def test_checkpointing_switched_on_with_micro_batches_in_flight(ranks: GetRanks) -> None:
+def test_checkpointing_switched_on_in_flight(ranks: GetRanks) -> None:
     versus(ranks, Setup(partial(made, "weight normalisation", 3), vectors, stages=3, before=set_interval))
 
 

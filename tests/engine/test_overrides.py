@@ -227,7 +227,7 @@ def mapped(base: type, instruction: type) -> type:
 
 
 @pytest.mark.parametrize("instruction", [schedule.SendGrad, schedule.RecvActivation, schedule.ReduceTiedGrads])
-def test_a_mapped_function_without_effect_is_refused_by_name(instruction: type) -> None:
+def test_a_mapped_function_without_effect_is_refused(instruction: type) -> None:
     with pytest.raises(TypeError, match=rf"Base\._INSTRUCTION_MAP\[{instruction.__name__}\] would be without effect"):
         ds_ddg.ddg_engine(mapped(PipelineEngine, instruction))
     with pytest.raises(TypeError, match=rf"Base\._INSTRUCTION_MAP\[{instruction.__name__}\] would be without effect"):

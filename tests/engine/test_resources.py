@@ -395,6 +395,6 @@ def fork_beside_a_dropped_engine(rank: int, world_size: int) -> tuple[list[int],
     return ends, engine.global_steps
 
 
-def test_a_forked_child_leaves_the_connections_of_its_parent_alone(ranks: GetRanks) -> None:
+def test_a_forked_child_leaves_its_parents_connections(ranks: GetRanks) -> None:
     """A DataLoader's worker is one. It has the same sockets, over which gloo would take back pending receives."""
     assert ranks(2).run(fork_beside_a_dropped_engine, timeout=60) == [([0, 0, 0], 4)] * 2

@@ -225,7 +225,7 @@ def reset_each_time(engine: Any, call: int) -> None:
         assert math.isfinite(float(loss))
 
 
-def test_reset_before_every_call_and_evaluation_of_another_shape(ranks: GetRanks) -> None:
+def test_reset_before_every_call_and_evaluate_another_shape(ranks: GetRanks) -> None:
     data = partial(sequences, (20, 33, 50))
     versus(ranks, Setup(any_length, data, stages=3, micro_batches=1, before=reset_each_time))
 

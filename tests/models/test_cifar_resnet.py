@@ -38,7 +38,7 @@ def test_one_spec_is_one_block(depth: int) -> None:
     assert sum(isinstance(m, nn.Conv2d | nn.Linear) for layer in layers for m in layer.modules()) == depth
 
 
-def test_every_activation_is_one_tensor_of_the_documented_shape() -> None:
+def test_activations_are_one_tensor_of_the_documented_shape() -> None:
     x = torch.randn(2, 3, 32, 32)
     shapes = []
     for layer in build(cifar_resnet(20)):
@@ -72,7 +72,7 @@ def test_sequence_equals_a_composition_by_hand() -> None:
     torch.testing.assert_close(net(x), expected)
 
 
-def test_building_twice_from_the_same_seed_gives_the_same_weights() -> None:
+def test_building_twice_from_a_seed_gives_the_same_weights() -> None:
     def weights(seed: int) -> list[torch.Tensor]:
         torch.manual_seed(seed)
         return [p for layer in build(cifar_resnet(8)) for p in layer.parameters()]

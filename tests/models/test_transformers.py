@@ -127,7 +127,7 @@ def test_gradients_are_the_librarys(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_one_spec_is_one_layer_and_every_weight_is_in_one_place(name: str) -> None:
+def test_one_spec_is_one_layer_and_each_weight_in_one_place(name: str) -> None:
     config, auto = build_config(name)
     specs = models.from_transformers(config, auto)
     assert [spec.typename for spec in specs].count(TransformerLayer) == 4
@@ -152,7 +152,7 @@ def test_initial_weights_are_distributed_as_the_librarys(name: str) -> None:
             assert float(value.mean()) == pytest.approx(float(expected[key].mean()), abs=0.02), key
 
 
-def test_dropout_is_at_work_in_training_and_not_in_evaluation() -> None:
+def test_dropout_is_at_work_in_training_not_in_evaluation() -> None:
     """GPT-2 has dropout between its embeddings and its first layer, in no module with weights."""
     config, auto = build_config("gpt2")
     config.attn_pdrop = config.resid_pdrop = 0.0

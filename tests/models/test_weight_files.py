@@ -309,7 +309,7 @@ def one_shard_is_bad(rank: int, world_size: int, source: str) -> str:
     return str(raised.value)
 
 
-def test_a_shard_that_only_one_stage_reads_stops_all_of_them(ranks: GetRanks, tmp_path: Path) -> None:
+def test_a_shard_that_only_one_stage_reads_stops_all(ranks: GetRanks, tmp_path: Path) -> None:
     original("llama").save_pretrained(tmp_path, max_shard_size=20_000)
     name = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]["model.norm.weight"]
     (tmp_path / name).write_bytes(b"x")

@@ -130,7 +130,7 @@ def initial_weights(rank: int, world_size: int) -> dict[str, torch.Tensor]:
     return {key: tensor.detach().clone() for piece in pieces for key, tensor in piece.original_state().items()}
 
 
-def test_initial_weights_do_not_depend_on_the_number_of_stages(ranks: GetRanks) -> None:
+def test_initial_weights_do_not_depend_on_how_many_stages(ranks: GetRanks) -> None:
     (one,) = ranks(1).run(initial_weights)
     first, last = ranks(2).run(initial_weights)
     assert one.keys() == first.keys() | last.keys()

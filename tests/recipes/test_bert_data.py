@@ -79,7 +79,7 @@ def test_a_folder_without_text_is_named(tmp_path: Path) -> None:
         corpus.read_documents([tmp_path])
 
 
-def test_docstrings_are_those_of_modules_classes_and_functions() -> None:
+def test_docstrings_are_of_modules_classes_and_functions() -> None:
     import json
 
     found = list(corpus.docstrings("json"))
@@ -103,7 +103,7 @@ def test_the_same_text_gives_the_same_vocabulary() -> None:
     assert all(vocabulary == vocabularies[0] for vocabulary in vocabularies)
 
 
-def test_the_vocabulary_covers_the_text_and_is_saved_as_transformers_reads_it(tmp_path: Path) -> None:
+def test_the_vocabulary_covers_the_text_for_transformers(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = text.train_tokenizer(SENTENCES, vocabulary=150, max_length=16)
@@ -157,7 +157,7 @@ def test_masking_is_that_of_bert() -> None:
     assert inputs[chosen][replaced].min() >= len(text.SPECIAL)  # never a special token
 
 
-def test_a_sequence_of_few_words_is_masked_no_further_than_these() -> None:
+def test_a_short_sequence_is_masked_no_further_than_words() -> None:
     tokenizer = text.train_tokenizer(SENTENCES, 150, 16)
     tokens = torch.full((1, 32), tokenizer.sep_token_id)
     tokens[0, 5] = 9
@@ -182,7 +182,7 @@ def same(one: list[Batch], other: list[Batch]) -> bool:
     return all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in pairs)
 
 
-def test_both_ends_see_the_same_batches_and_a_resumed_run_the_rest_of_them() -> None:
+def test_both_ends_and_a_resumed_run_see_the_same_batches() -> None:
     batches = TrainBatches(50, noisy, micro_batch_size=4, micro_batches=3, seed=5)
     assert len(batches) == 4
     torch.manual_seed(1)
@@ -195,7 +195,7 @@ def test_both_ends_see_the_same_batches_and_a_resumed_run_the_rest_of_them() -> 
     assert not same(first, taken(TrainBatches(50, noisy, 4, 3, seed=6), 0, 10))
 
 
-def test_an_epoch_has_no_row_twice_and_every_epoch_an_order_of_its_own() -> None:
+def test_no_row_comes_twice_and_every_epoch_is_reordered() -> None:
     batches = TrainBatches(50, noisy, 4, 3, seed=0)
     epochs = [torch.cat([labels for _, labels in taken(batches, 4 * epoch, 4)]) for epoch in range(3)]
     assert all(len(epoch.unique()) == len(epoch) == 48 for epoch in epochs)
@@ -217,7 +217,7 @@ def test_too_few_rows_for_one_call_are_refused() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_every_held_out_row_is_measured_once_and_alike_in_every_run(size: int) -> None:
+def test_held_out_rows_are_measured_once_and_alike(size: int) -> None:
     shards = [held_out_batches(50, noisy, 8, rank, size) for rank in range(size)]
     assert len({len(shard) for shard in shards}) == 1
     assert all(len(labels) == 8 for shard in shards for _, labels in shard)

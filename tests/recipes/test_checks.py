@@ -125,7 +125,7 @@ def wrong_configs(rank: int, world_size: int) -> list[str]:
     return said
 
 
-def test_what_deepspeed_or_the_engine_refuses_is_said_without_a_traceback(ranks: GetRanks) -> None:
+def test_refusals_of_either_are_said_without_a_traceback(ranks: GetRanks) -> None:
     for batch, stage, kind in ranks(2).run(wrong_configs):
         assert batch.startswith("--deepspeed_config: Check batch related parameters. ")
         assert batch.endswith("7 != 4 * 2 * 1")

@@ -247,7 +247,7 @@ def finished(progress: Progress, folder: Path, capsys: pytest.CaptureFixture[str
     return line
 
 
-def test_a_loss_was_known_when_it_came_not_when_its_call_ended(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_was_known_when_it_came_not_at_its_calls_end(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(100))
     monkeypatch.setattr("recipes.progress.time.perf_counter", lambda: float(next(clock)))
     progress = Progress(FakeEngine(), 6)  # type: ignore[arg-type]
@@ -471,7 +471,7 @@ def test_a_damaged_checkpoint_is_not_loaded(
         resume(tmp_path, engine)
 
 
-def test_what_a_later_call_of_another_time_left_is_not_among_the_newest(alone: None, tmp_path: Path) -> None:
+def test_what_another_time_left_is_not_among_the_newest(alone: None, tmp_path: Path) -> None:
     """A save that was cut off, before the run went on from an earlier one; two whole ones are kept all the same."""
     engine = FakeEngine()
     progress = Progress(engine, 20, 5)  # type: ignore[arg-type]

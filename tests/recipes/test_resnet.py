@@ -144,7 +144,7 @@ def torchvision_weights(rank: int, world_size: int, folder: str) -> tuple[Any, A
     return trained, run(here, *common, "--eval-only", "--load", str(here / "resnet18"))
 
 
-def test_weights_of_a_torchvision_resnet_load_in_torchvision(ranks: GetRanks, files: Path, one_thread: None) -> None:
+def test_torchvision_resnet_weights_load_in_torchvision(ranks: GetRanks, files: Path, one_thread: None) -> None:
     from torchvision.models import resnet18
 
     from ds_ddg.models import read_state_dict

@@ -107,7 +107,7 @@ def crop_of(image: Tensor, crop: Tensor, mirrored: bool) -> bool:
     return any(torch.equal(window.flip(2) if mirrored else window, crop) for window in windows)
 
 
-def test_augmentation_crops_and_never_mirrors_unless_told_to() -> None:
+def test_augmentation_crops_and_mirrors_only_when_told_to() -> None:
     split = images_of(64)
     plain = augment(split.images, flip=False, generator=torch.Generator().manual_seed(1))
     assert plain.shape == split.images.shape
@@ -148,7 +148,7 @@ def test_order_and_crops_change_with_seed_and_epoch(other: dict[str, int]) -> No
     assert not torch.equal(images[labels.argsort()], other_images[other_labels.argsort()])
 
 
-def test_an_epoch_is_a_whole_number_of_calls_without_repeats() -> None:
+def test_an_epoch_is_a_whole_number_of_calls_no_repeats() -> None:
     batches = TrainBatches(images_of(100), Share(8), micro_batches=3, seed=0)
     assert len(batches) == 4
     micro_batches = list(batches.epoch(0))
@@ -262,7 +262,7 @@ def test_cifar10_is_read_in_its_own_order(cifar_dir: Path) -> None:
     assert torch.equal(train.mean, test.mean)
 
 
-def test_other_content_than_the_published_is_read_with_a_warning(cifar_dir: Path) -> None:
+def test_content_other_than_published_gives_a_warning(cifar_dir: Path) -> None:
     with pytest.warns(UserWarning, match="not the published CIFAR-10 .*data_batch_1.*test_batch"):
         data.load("cifar10", cifar_dir)
 

@@ -125,9 +125,7 @@ def test_a_call_updates_once_and_only_with_a_gradient(num_stages: int) -> None:
         (OneFOneBPlan(4, 2), 6, 0, ""),
     ],
 )
-def test_drain_updates_when_m_have_accumulated_and_once_for_the_rest(
-    plan: Plan, end: int, start: int, expected: str
-) -> None:
+def test_drain_updates_every_m_and_once_for_the_rest(plan: Plan, end: int, start: int, expected: str) -> None:
     assert picture(plan.drain(0, end, start)) == expected
     assert plan.drain(plan.num_stages - 1, end, start) == []
 
@@ -148,7 +146,7 @@ def test_nothing_is_lost_or_learned_twice_across_a_drain(plan: DDGPlan) -> None:
         assert of_kind(ops, FORWARD) == of_kind(ops, BACKWARD) == list(range((before + after) * m))
 
 
-def test_needs_is_the_way_of_a_micro_batch_through_the_pipeline() -> None:
+def test_needs_is_a_micro_batchs_way_through_the_pipeline() -> None:
     plan = DDGPlan(3)
     needs = {text: [str(need) for need in plan.needs(Op.parse(text))] for text in ("0F4", "2F4", "2B4", "0B4", "1U4")}
     assert needs == {"0F4": [], "2F4": ["1F4"], "2B4": ["2F4"], "0B4": ["0F4", "1B4"], "1U4": ["1B4"]}

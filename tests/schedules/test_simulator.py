@@ -51,7 +51,7 @@ class Restarted(DDGPlan):
 
 
 @pytest.mark.parametrize("num_stages", range(1, 9))
-def test_counts_agree_with_the_formulas_and_there_is_no_bubble(num_stages: int) -> None:
+def test_counts_agree_with_the_formulas_without_a_bubble(num_stages: int) -> None:
     """One replay of each plan shows it all: it ends, keeps what the plan says and takes the time it should."""
     for plan in plans(num_stages):
         name = f"{plan.name} M={plan.micro_batches} delay={plan.delay(0)}"
@@ -68,7 +68,7 @@ def test_counts_agree_with_the_formulas_and_there_is_no_bubble(num_stages: int) 
 
 @pytest.mark.parametrize("num_stages", range(1, 9))
 @pytest.mark.parametrize("times", [2, 4])
-def test_dualpipev_keeps_what_it_says_and_has_a_smaller_bubble(num_stages: int, times: int) -> None:
+def test_dualpipev_keeps_what_it_says_with_a_smaller_bubble(num_stages: int, times: int) -> None:
     """Five sixths of 1F1B's 3(K-1), and half a forward less."""
     plan = DualPipeVPlan(num_stages, times * num_stages)
     timeline = replay(plan, 4)
@@ -97,9 +97,7 @@ def test_dualpipev_exchanges_messages_by_pairs() -> None:
     ("num_stages", "micro_batches", "seconds"),
     [(2, 4, 0.4433), (2, 8, 0.8221), (4, 16, 1.7366), (8, 32, 3.6625)],  # per call, as benchmarks/off_cpu.py measured
 )
-def test_dualpipev_takes_the_time_that_deepspeed_was_measured_to_take(
-    num_stages: int, micro_batches: int, seconds: float
-) -> None:
+def test_dualpipev_takes_the_time_measured_of_deepspeed(num_stages: int, micro_batches: int, seconds: float) -> None:
     """Stages of 30 and 60 ms; alone, one with a single chunk took 92.3 ms for a micro-batch and 1.1 ms once a call."""
     cost = Cost(0.030, 0.060, update=0.0011, link=0.00015, overhead=0.0023 / 2)
     timeline = replay(DualPipeVPlan(num_stages, micro_batches), 4, cost)
@@ -208,7 +206,7 @@ def test_measured_events_answer_the_same_questions() -> None:
     assert [op for op, _, _ in timeline] == [op for op, _, _ in replay(OneFOneBPlan(2), 2)]
 
 
-def test_the_newest_version_counts_before_a_forward_has_seen_it() -> None:
+def test_the_newest_version_counts_before_any_forward_of_it() -> None:
     ops = [Op.parse(text) for text in ("0F0", "0F1", "0B0", "0U0")]
     timeline = Timeline(tuple(Event(op, i, i + 1) for i, op in enumerate(ops)), 1)
     assert (timeline.peak_versions(0), timeline.peak_activations(0), timeline.staleness(0)) == (2, 2, 0)
@@ -258,7 +256,7 @@ def test_whoever_receives_a_result_is_who_needs_it(plan: Plan) -> None:
     assert {op: plan.receiver(op) for op in ops if plan.receiver(op) is not None} == needed
 
 
-def test_messages_of_a_pair_of_operations_queue_for_their_link() -> None:
+def test_messages_of_two_operations_queue_for_their_link() -> None:
     """DualPipeV sends the results of a forward and a backward together, here 2 of time each, to the same stage."""
     timeline = replay(DualPipeVPlan(2, 4), 1, Cost(num_bytes=2, bandwidth=1))
     _, sent = (event for event in timeline.rows[1] if str(event.op) in ("1F2'", "1B0"))
@@ -272,7 +270,7 @@ def test_times_that_no_float_can_hold_are_refused() -> None:
     assert replay(DDGPlan(2), 20, Cost(link=1e300)).period() == pytest.approx(1e300)
 
 
-def test_an_absurd_size_is_refused_before_anything_is_computed() -> None:
+def test_an_absurd_size_is_refused_before_any_computation() -> None:
     message = "100 stages x 1000 calls of 1000 micro-batches are 200,100,000 operations to replay, more than 5,000,000"
     with pytest.raises(ValueError, match=message):
         replay(DDGPlan(100, 1000), 1000)

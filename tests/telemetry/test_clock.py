@@ -146,7 +146,7 @@ def test_busy_share_of_calls_that_are_known(device: Device) -> None:
     assert shares == [0.75, 0.25, 0.5]
 
 
-def test_a_period_of_which_nothing_is_known_repeats_the_last_call(device: Device) -> None:
+def test_a_period_with_nothing_known_repeats_the_last_call(device: Device) -> None:
     """A monitor without steps_per_print makes every call a period, and the host may be a call ahead."""
     meter, call, _ = meter_of(device)
     versions: Any = SimpleNamespace(version=0, alive=1, in_flight=0)

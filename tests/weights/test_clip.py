@@ -83,7 +83,7 @@ def test_equals_the_oracle(
 
 
 @pytest.mark.parametrize("clip", ["stage", "global"])
-def test_norm_is_that_of_the_pipeline_and_equal_on_every_rank(ranks: GetRanks, clip: str) -> None:
+def test_norm_is_the_pipelines_and_equal_on_every_rank(ranks: GetRanks, clip: str) -> None:
     got = ranks(3).run(train_engine, 4, {"clip": clip}, CLIP)
     _, norms = train_oracle(3, 4, {"clip": clip})
     first = got[0][1]
@@ -135,7 +135,7 @@ class Derived(torch.optim.SGD):
 
 @pytest.mark.parametrize("scheduled", [False, True])
 @pytest.mark.filterwarnings("error")
-def test_wrapper_clips_by_the_known_norm_inside_the_block_alone(scheduled: bool) -> None:
+def test_wrapper_clips_by_the_known_norm_in_the_block_alone(scheduled: bool) -> None:
     weight = torch.nn.Parameter(torch.zeros(2))
     inner = Derived([weight], lr=1.0)
     scheduler = torch.optim.lr_scheduler.StepLR(inner, 1, gamma=1.0) if scheduled else None

@@ -334,7 +334,7 @@ SYNCHRONOUS = [name for name in FORMATS if "fp16" not in name and "fp32 sums" no
 
 
 @pytest.mark.parametrize(("name", "frozen"), [(name, 1 + index % 2) for index, name in enumerate(SYNCHRONOUS)])
-def test_trains_on_deepspeeds_schedule_where_a_stage_has_nothing_to_train(
+def test_a_stage_without_training_on_deepspeeds_schedule(
     ranks: GetRanks, monkeypatch: pytest.MonkeyPatch, name: str, frozen: int
 ) -> None:
     """Its wrappers fail there on either schedule."""

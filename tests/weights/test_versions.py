@@ -232,7 +232,7 @@ def test_weights_come_back_after_a_failed_backward() -> None:
     assert all(same(newest, list(net.parameters())))
 
 
-def test_an_optimizer_that_owns_the_storage_finds_the_weights_there_and_old_graphs_do_not_notice() -> None:
+def test_an_optimizers_own_storage_is_unseen_by_old_graphs() -> None:
     """Mixed-precision and ZeRO optimizers write into a flat buffer whose views the parameters are."""
     torch.manual_seed(2)
     net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 3))
