@@ -1,6 +1,6 @@
 """The ``"ddg"`` block and the refusals: what a user gets to read for every mistake that we could think of.
 
-Single process; that real engines raise the same on every rank is in test_failures.py.
+Single process; that real engines raise the same on every rank is in tests/engine.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def test_timeout_kills_and_shows_where_a_rank_hangs(ranks: GetRanks) -> None:
     assert "in wait_in_vain" in outcomes[0].log
 
 
-def test_ranks_that_ignore_a_failure_are_killed_after_the_grace(ranks: GetRanks) -> None:
+def test_ranks_that_ignore_a_failure_are_killed_after_grace(ranks: GetRanks) -> None:
     pool = ranks(2)
     pool.run(sum_over_ranks, 0.0)
     before = pool.pids

@@ -28,6 +28,7 @@ from ds_ddg.cli import main
 from ds_ddg.partition import PipelineModule, profile
 from helpers import toy
 from helpers.distributed import GetRanks
+from helpers.paths import ROOT
 
 # -- the split --------------------------------------------------------------------------------------------------------
 
@@ -289,7 +290,7 @@ def test_a_profile_leaves_everything_as_it_was(fails: bool) -> None:
     assert (everything(), randomness()) == before
 
 
-def test_gradients_of_what_a_function_takes_from_outside_are_put_back() -> None:
+def test_gradients_of_tensors_from_outside_are_put_back() -> None:
     with_gradient, without = torch.ones(3, requires_grad=True), nn.Linear(3, 3)
     with_gradient.grad = torch.full((3,), 7.0)
     (cost,) = profile([lambda x: without(x * with_gradient)], (torch.ones(2, 3), None))
@@ -587,16 +588,14 @@ def test_an_error_of_the_users_function_is_one_message(
         ("x = 1\nimport no_such_module\n", "broken.py, line 2: import no_such_module)"),
     ],
 )
-def test_a_broken_file_is_named_with_its_line_and_before_deepspeed_is_imported(
-    tmp_path: Path, text: str, message: str
-) -> None:
+def test_a_broken_file_is_named_before_deepspeed_is_loaded(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "broken.py").write_text(text)
     error, imported = imported_by(tmp_path, "broken.py:layers")
     assert message in error
     assert not {"torch", "deepspeed"} & imported
 
 
-def test_nothing_is_measured_or_imported_for_files_that_are_not_there(tmp_path: Path) -> None:
+def test_nothing_is_measured_or_imported_for_missing_files(tmp_path: Path) -> None:
     (tmp_path / "model.py").write_text(SOURCE)
     for arguments, message in (
         ("missing.py:layers", "No such file or directory: 'missing.py'"),
@@ -610,7 +609,7 @@ def test_nothing_is_measured_or_imported_for_files_that_are_not_there(tmp_path: 
 def imported_by(folder: Path, arguments: str) -> tuple[str, set[str]]:
     """The error that the command ends with, and every module that it has imported."""
     command = [sys.executable, "-X", "importtime", "-m", "ds_ddg", "partition", *arguments.split(), "--stages", "1"]
-    environment = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     lines = done.stderr.splitlines()
@@ -620,7 +619,7 @@ def imported_by(folder: Path, arguments: str) -> tuple[str, set[str]]:
 def test_a_fresh_process_prints_nothing_but_the_answer(source: str) -> None:
     """DeepSpeed writes its own lines to stdout on import."""
     command = [sys.executable, "-m", "ds_ddg", "partition", f"{source}:with_loss", "--stages", "1", "--json"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["parts"] == [0, 3]
     assert "a word from the user's file" in done.stderr
 
@@ -628,7 +627,7 @@ def test_a_fresh_process_prints_nothing_but_the_answer(source: str) -> None:
 def test_a_saved_profile_is_split_without_torch(tmp_path: Path) -> None:
     save(costs(1, 2, 3), tmp_path / "profile.json")
     command = [sys.executable, "-X", "importtime", "-m", "ds_ddg", "partition", "profile.json", "--stages", "2"]
-    environment = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert "efficiency (mean / slowest): 100.0%" in done.stdout
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}

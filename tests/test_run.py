@@ -28,12 +28,10 @@ from typing import Any
 
 import pytest
 
-import ds_ddg
 from helpers.distributed import GetRanks
 from helpers.modes import DEFAULT
+from helpers.paths import ROOT, SCRIPTS
 
-ROOT = Path(ds_ddg.__file__).parents[1]
-SCRIPTS = Path(__file__).parent / "scripts"
 BINARIES = Path(sys.executable).parent
 STEPS = 12
 PATIENCE = 240.0

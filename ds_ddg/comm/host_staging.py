@@ -2,7 +2,7 @@
 
 Messages go over gloo, which knows host memory alone, so several stages can share one GPU and links without NCCL work;
 NCCL carries no messages of ours, only the collectives of DeepSpeed within a stage, where it is what was initialized.
-Seen on one GPU that all stages share (tests/test_gpu*.py); the other tests put a stand-in in the place of streams and
+Seen on one GPU that all stages share (tests/gpu); the other tests put a stand-in in the place of streams and
 events.
 
 Neither direction makes the main thread wait for the device, which would cost it the lead over the device that hides

@@ -3,7 +3,7 @@
     launch(job, 2, *args)                  two stages that share one GPU over gloo
     launch(job, 2, *args, device="cpu")    the same on CPU, to compare with
 
-Without a GPU, all but the kernels can be tried: `DS_DDG_TEST_DEVICE=cpu python -m pytest tests/test_gpu*.py`.
+Without a GPU, all but the kernels can be tried: `DS_DDG_TEST_DEVICE=cpu python -m pytest tests/gpu`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from unittest import mock
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+from helpers.paths import ROOT, TESTS
+
 DEVICE = os.environ.get("DS_DDG_TEST_DEVICE", "cuda")
 TIMEOUT = 500.0
 
@@ -69,7 +70,7 @@ def launch(
 
 
 def environment_of(rank: int, world_size: int, device: str, backend: str) -> dict[str, str]:
-    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
     more = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     return {
         **os.environ,

@@ -118,7 +118,8 @@ def said_by(item: pytest.Item) -> tuple[str, list[Any], list[Any]]:
         for feature in marker.args
         for mode in modes_of(item, marker)
     ]
-    return item.path.stem, proves, [marker.args for marker in item.iter_markers("refuses")]
+    file = item.nodeid.partition("::")[0].removeprefix("tests/").removesuffix(".py")
+    return file, proves, [marker.args for marker in item.iter_markers("refuses")]
 
 
 class Plugin:

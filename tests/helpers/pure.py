@@ -10,15 +10,13 @@ import functools
 import multiprocessing
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
 import pytest
 
 from helpers.distributed import Ranks, spawn
-
-TESTS = str(Path(__file__).parents[1])
+from helpers.paths import TESTS
 
 
 def is_pure(item: pytest.Function) -> bool:
@@ -37,7 +35,7 @@ def starts_processes(used: Any, seen: set[int]) -> bool:
     used = getattr(used, "__wrapped__", used)
     if any(used is starter for starter in (Ranks, spawn, subprocess, multiprocessing)):
         return True
-    if not isinstance(used, FunctionType) or not used.__code__.co_filename.startswith(TESTS) or id(used) in seen:
+    if not isinstance(used, FunctionType) or not used.__code__.co_filename.startswith(str(TESTS)) or id(used) in seen:
         return False
     seen.add(id(used))
     names = set(names_in(used.__code__))
