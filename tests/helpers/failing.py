@@ -197,7 +197,7 @@ def mistake(x: Tensor) -> Tensor:
 def misbehaving(
     num_stages: int, stage: int, deed: str, other: str = "", ddg: dict[str, Any] | None = None, **options: Any
 ) -> Any:
-    """An engine whose `stage` does its `deed` in its last layer, and all others do `other` in theirs."""
+    """Return an engine whose `stage` does its `deed` in its last layer, and all others do `other` in theirs."""
     layers = [Misbehaves() for _ in range(2 * num_stages)]
     for k in range(num_stages):
         layers[2 * k + 1] = Misbehaves(deed if k == stage else other, **options)

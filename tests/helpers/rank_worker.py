@@ -96,7 +96,7 @@ class Worker:
 
 
 def fork_server() -> multiprocessing.context.ForkServerContext:
-    """The context whose processes are forked from one that has imported what takes seconds."""
+    """Return the context whose processes are forked from one that has imported what takes seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     with _environment(ENVIRONMENT):

@@ -163,5 +163,5 @@ def state(module: nn.Module) -> list[Tensor]:
 
 
 def decay(optimizer: torch.optim.Optimizer) -> Any:
-    """A scheduler that multiplies the learning rate by 0.9 a step."""
+    """Return a scheduler that multiplies the learning rate by 0.9 a step."""
     return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
