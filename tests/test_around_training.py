@@ -18,7 +18,7 @@ from deepspeed.runtime.lr_schedules import WarmupLR
 from torch import Tensor, nn
 
 from ds_ddg.schedules.ddg import DDGPlan
-from ds_ddg.telemetry.stage_metrics import Timestamp
+from ds_ddg.telemetry.observer import Timestamp
 from helpers import toy
 from helpers.distributed import GetRanks
 from helpers.modes import DEFAULT

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.pipe.schedule import ForwardPass, RecvActivation
 from torch import nn
 
 from ds_ddg.comm.failures import FailureGuard, KnownToAllError, OutOfDataError
 from ds_ddg.comm.loss_exchange import Loss, Update
+from ds_ddg.comm.message import Kind, Message
 from ds_ddg.comm.p2p import StageError
+from ds_ddg.comm.stage_links import Links
 from ds_ddg.config import DDGConfig
 from ds_ddg.engine.auto_slack import SlackTuner, trial_calls
+from ds_ddg.engine.data_feed import Feed
 from ds_ddg.engine.micro_batch import MicroBatchRunner
+from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.stage import RunState, Stage
 from ds_ddg.telemetry.console import Console
-from ds_ddg.telemetry.stage_metrics import Timestamp
+from ds_ddg.telemetry.observer import Observer, Timestamp
+from ds_ddg.telemetry.recorder import Recorder
+from ds_ddg.telemetry.trace_writer import TraceWriter
+from ds_ddg.weights.stage_groups import StagePeers
 from ds_ddg.weights.stage_optimizer import StageOptimizer
 
 
@@ -194,12 +204,14 @@ def test_a_trial_takes_its_calls_and_then_drains(monkeypatch: pytest.MonkeyPatch
     run, drained, seen = RunState(2, 1), [], []
     run.switch("ddg")
     clock = iter(range(1000))
-    links: Any = SimpleNamespace(
+    links: Any = SimpleNamespace(ping=lambda tensors, times: seen.append([tuple(t.shape) for t in tensors]))
+    observer: Any = SimpleNamespace(
         timestamp=lambda keep: keep(Timestamp(float(next(clock)), 0.0)),
         clock=SimpleNamespace(read=lambda wait: None),
-        ping=lambda tensors: seen.append([tuple(t.shape) for t in tensors]) or 0.5,
+        subscribe=lambda hop, _: [hop("hop", 0.0, back) for back in (9.0, 1.0, 1.0)],
     )
-    tuner = SlackTuner(stage(slack="auto"), run, links, torch.device("cpu"), None, lambda: drained.append(run.call))
+    drain = lambda: drained.append(run.call)  # noqa: E731
+    tuner = SlackTuner(stage(slack="auto"), run, links, observer, torch.device("cpu"), None, drain)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
     monkeypatch.setattr("torch.distributed.all_gather_object", lambda out, value, group: out.__setitem__(0, value))
     tuner.observe([torch.zeros(4, 3)])
@@ -210,6 +222,163 @@ def test_a_trial_takes_its_calls_and_then_drains(monkeypatch: pytest.MonkeyPatch
     assert len(drained) == 1
     assert run.slack == 1, "half a tick of latency is hidden by one more micro-batch in flight"
     assert not tuner.trying
+
+
+# -- waits ------------------------------------------------------------------------------------------------------------
+
+
+class FakeClock:
+    """A second passes between two looks at it."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def now(self) -> float:
+        self.time += 1.0
+        return self.time
+
+    def then(self, act: Any, what: str, *moments: float) -> None:
+        act(what, *moments)
+
+    def read(self, wait: bool = False) -> None:
+        pass
+
+
+def test_a_wait_is_timed_once_for_all_who_subscribed() -> None:
+    observer, seen, others = Observer(FakeClock()), [], []
+    observer.subscribe(lambda *wait: seen.append(wait), "gradient", "send")
+    observer.subscribe(lambda *wait: others.append(wait), "gradient")
+    with observer.waits("gradient"):
+        pass
+    with observer.waits("data"):  # nobody wants to know
+        pass
+    with pytest.raises(KeyError), observer.waits("send"):
+        raise KeyError
+    assert seen == [("gradient", 1.0, 2.0), ("send", 3.0, 4.0)]
+    assert others == seen[:1]
+    stamps: list[Timestamp] = []
+    observer.timestamp(stamps.append)
+    assert stamps == [Timestamp(5.0, 1.0)], "sending is no waiting for another stage"
+    assert observer.seconds == {"activation": 0.0, "gradient": 1.0, "loss": 0.0}
+
+
+class Waits:
+    """An observer that knows what is waited for while a channel is read or written."""
+
+    def __init__(self) -> None:
+        self.now: list[str] = []
+        self.seen: list[tuple[str, str]] = []
+
+    @contextmanager
+    def waits(self, what: str) -> Iterator[None]:
+        self.now.append(what)
+        yield
+        self.now.pop()
+
+    def channel(self, *messages: Message) -> Any:
+        coming = iter(messages)
+
+        def take(*_: Any, what: str) -> Message:
+            self.seen.append(("+".join(self.now), what))
+            return next(coming)
+
+        def post(*_: Any, **__: Any) -> None:
+            self.seen.append(("+".join(self.now), "post"))
+
+        return SimpleNamespace(take=take, post=post, listen=lambda: None)
+
+
+def test_links_say_what_they_wait_for() -> None:
+    waits, here = Waits(), ("train_batch", 0, 1)
+    links = Links([[0]], 0, DDGPlan(1), observer=waits)
+    info = {"tuple": False, "needed": "1", "here": here, "riders": {"rows": ((0, 1),)}}
+    first = Message(Kind.DATA, info, (torch.ones(1),))
+    second = Message(Kind.DATA, {**info, "here": None}, (torch.ones(1),))
+    links._activations_in = waits.channel(first, second)
+    links._activations_out = links._gradients_out = waits.channel()
+    links._gradients_in = waits.channel(Message(Kind.DATA, {"scale": 1.0}, (torch.ones(1),)))
+    links._losses_in = waits.channel(Message(Kind.DATA, {"mean": 2.0}), Message(Kind.DATA, {"shared": 1.0}))
+    assert links.begin(here, ready=True, with_data=True) is Kind.BEGIN
+    assert links.riders == {"rows": ((0, 1),)}
+    for _ in range(2):
+        links.send_activations(links.recv_activations())
+        assert links.riders == {}, "what came with the first went on with the first"
+    links.recv_grads()
+    links.send_grads([None])
+    links.share(0.0)
+    assert links.next_loss() == {"mean": 2.0}  # has come already, so it is no wait
+    assert waits.seen == [
+        ("activation", "the start of train_batch"),
+        ("send", "post"),
+        ("activation", "an activation"),
+        ("send", "post"),
+        ("gradient", "a gradient"),
+        ("send", "post"),
+        ("loss", "the last stage"),
+        ("loss", "the last stage"),
+    ]
+
+
+def test_fetching_is_a_wait_for_data() -> None:
+    waits = Waits()
+
+    def data() -> Iterator[Any]:
+        waits.seen.append(("+".join(waits.now), "next"))
+        yield torch.ones(1, 1), torch.ones(1)
+
+    feed = Feed(True, True, StagePeers([]), observer=waits)
+    assert feed.fetch(data(), 1, None)
+    assert waits.seen == [("data", "next")]
+    assert waits.now == []
+
+
+class Lines(list[str]):
+    """As much of a `Log` as a recorder uses."""
+
+    begin = flush = flush_if_due = close = lambda *_: None
+    add = list.append
+
+
+def traced(run: RunState, lines: Lines, observer: Observer) -> tuple[TraceWriter, Any]:
+    """A trace of a stage whose instructions take a second each."""
+    recorder = Recorder(lines, 0, observer.clock)  # type: ignore[arg-type]
+    observer.subscribe(recorder.waited, "activation", "data")
+
+    def receive() -> None:
+        with observer.waits("activation") if run.delayed else nullcontext():
+            pass
+
+    instruction_map = {RecvActivation: receive, ForwardPass: lambda: None}
+    engine: Any = SimpleNamespace(_INSTRUCTION_MAP=instruction_map)
+    return TraceWriter(run, engine, recorder), engine
+
+
+@pytest.mark.parametrize("schedule", ["ddg", "1f1b"])
+def test_a_receive_is_recorded_once_on_either_schedule(schedule: str) -> None:
+    run, lines, observer = RunState(2, 1, schedule=schedule), Lines(), Observer(FakeClock())
+    tracer, engine = traced(run, lines, observer)
+    own = engine._INSTRUCTION_MAP
+
+    def execute(steps: Any) -> None:
+        for step in steps:
+            engine._INSTRUCTION_MAP[step]()
+
+    tracer.execute(execute, [RecvActivation, ForwardPass])
+    assert lines == ['["0F0", 3.000000, 4.000000, {"activation": 1.000000}]']
+    assert engine._INSTRUCTION_MAP is own
+
+
+def test_an_evaluation_is_part_of_the_script() -> None:
+    run, lines, observer = RunState(2, 1, schedule="ddg"), Lines(), Observer(FakeClock())
+    tracer, engine = traced(run, lines, observer)
+    recorder: Any = tracer._recorder
+    recorder._left = 0.0
+    with torch.no_grad():
+        tracer.execute(lambda _: engine._INSTRUCTION_MAP[RecvActivation](), None)  # from 1 to 2
+    with observer.waits("data"):  # from 3 to 4
+        pass
+    tracer.execute(lambda _: engine._INSTRUCTION_MAP[ForwardPass](), None)
+    assert lines == ['["0F0", 5.000000, 6.000000, {"script": 3.000000, "data": 1.000000}]']
 
 
 # -- the console ------------------------------------------------------------------------------------------------------

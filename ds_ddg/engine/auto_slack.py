@@ -22,9 +22,10 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils.logging import print_dist
 
+from ds_ddg.comm.stage_links import Links
 from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.stage import RunState, Stage
-from ds_ddg.telemetry.stage_metrics import Timestamp, WatchedLinks
+from ds_ddg.telemetry.observer import Observer, Timestamp
 
 __all__ = ["MOST", "SlackTuner", "smallest_slack", "trial_calls"]
 
@@ -53,6 +54,7 @@ class SlackTuner:
         stage: this stage.
         run: where it is in its run.
         links: to the other stages.
+        observer: times this stage and its messages.
         device: where the stage computes.
         everyone: a group of all ranks; None: the default one.
         drain: empties the pipeline.
@@ -62,12 +64,13 @@ class SlackTuner:
         self,
         stage: Stage,
         run: RunState,
-        links: WatchedLinks,
+        links: Links,
+        observer: Observer,
         device: torch.device,
         everyone: Any,
         drain: Callable[[], None],
     ) -> None:
-        self._stage, self._run, self._links = stage, run, links
+        self._stage, self._run, self._links, self._observer = stage, run, links, observer
         self._device, self._everyone, self._drain = device, everyone, drain
         self._timestamps: list[Timestamp] | None = (
             [] if stage.config.slack == "auto" and stage.num_stages > 1 else None
@@ -95,21 +98,37 @@ class SlackTuner:
         """
         if self._timestamps is None or not self._run.delayed:
             return False
-        self._links.timestamp(self._timestamps.append)
+        self._observer.timestamp(self._timestamps.append)
         self._tried += 1
         plan = self._run.plan
         if self._tried <= trial_calls(plan):
             return False
-        self._links.clock.read(wait=True)
+        self._observer.clock.read(wait=True)
         filling = plan.staleness(0) + 1
         work = [
             end.time - begin.time - (end.waited - begin.waited) for begin, end in pairwise(self._timestamps[filling:])
         ]
         self._timestamps = None
         self._drain()
-        latency = self._links.ping([torch.zeros(s, dtype=d, device=self._device) for d, s in self._sample])
+        latency = self.latency([torch.zeros(s, dtype=d, device=self._device) for d, s in self._sample])
         self._agree(median(work) / self._run.micro_batches, latency)
         return True
+
+    def latency(self, tensors: Sequence[torch.Tensor], times: int = 5) -> float:
+        """Measure how long `tensors` take to the next stage; all stages must be drained, and must call it.
+
+        Args:
+            tensors: what travels there and back.
+            times: how often.
+
+        Returns:
+            Seconds: half of the median time there and back; 0 on the last stage.
+        """
+        hops: list[float] = []
+        self._observer.subscribe(lambda _, sent, back: hops.append((back - sent) / 2), "hop")
+        self._links.ping(tensors, times)
+        self._observer.clock.read(wait=True)
+        return median(hops[1:]) if hops else 0.0
 
     def _agree(self, tick: float, latency: float) -> None:
         measured: list[Any] = [None] * dist.get_world_size()

@@ -22,6 +22,7 @@ from torch import Tensor
 from ds_ddg.checkpoint.save_load import CheckpointPart
 from ds_ddg.comm.failures import OutOfDataError, guard_stop_iteration
 from ds_ddg.comm.message import Kind
+from ds_ddg.comm.stage_links import Links
 from ds_ddg.engine.auto_slack import SlackTuner
 from ds_ddg.engine.data_feed import Feed
 from ds_ddg.engine.drain import Drain
@@ -31,7 +32,6 @@ from ds_ddg.instructions import DDGSchedule
 from ds_ddg.stage import RunState, Stage
 from ds_ddg.telemetry.console import Console
 from ds_ddg.telemetry.reporter import Reporter
-from ds_ddg.telemetry.stage_metrics import WatchedLinks
 from ds_ddg.weights.stage_optimizer import StageOptimizer
 from ds_ddg.weights.tied import TiedWeights
 
@@ -58,7 +58,7 @@ class Calls:
     stage: Stage
     run: RunState
     host: Host
-    links: WatchedLinks
+    links: Links
     feed: Feed
     tied_weights: TiedWeights
     updates: StageOptimizer

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from ds_ddg.comm.host_staging import Staging
 from ds_ddg.comm.p2p import StageError
+from ds_ddg.comm.waits import UNOBSERVED, WaitObserver
 from ds_ddg.engine.output_checks import described
 from ds_ddg.profiling.isolation import tensors
 from ds_ddg.weights.stage_groups import StagePeers
@@ -35,9 +36,18 @@ class Feed:
         last: this is the last stage; it reads the labels, ``batch[1]``.
         peers: all ranks of this stage, which stop together.
         staging: puts data on the device of this stage; None: it stays on the CPU.
+        observer: measures how long fetching takes; default: nobody does.
     """
 
-    def __init__(self, first: bool, last: bool, peers: StagePeers, staging: Staging | None = None) -> None:
+    def __init__(
+        self,
+        first: bool,
+        last: bool,
+        peers: StagePeers,
+        staging: Staging | None = None,
+        observer: WaitObserver = UNOBSERVED,
+    ) -> None:
+        self._waits = observer.waits
         self._first, self._last = first, last
         self._peers, self._staging = peers, staging
         self._shape: list[Any] | None = None
@@ -58,6 +68,10 @@ class Feed:
             ValueError, TypeError: the data is not what a pipeline can use.
             StageError: that happened on another rank of this stage.
         """
+        with self._waits("data"):
+            return self._fetch(data_iter, count, batch_fn)
+
+    def _fetch(self, data_iter: Iterator[Any] | None, count: int, batch_fn: Callable[[Any], Any] | None) -> bool:
         self.clear()
         if not (self._first or self._last):
             return True

@@ -23,6 +23,7 @@ from typing_extensions import override
 from ds_ddg.checkpoint.save_load import CheckpointPart
 from ds_ddg.comm.failures import FailureGuard, register_shutdown
 from ds_ddg.comm.host_staging import staging_for, without_greetings
+from ds_ddg.comm.stage_links import Links
 from ds_ddg.config import DDGConfig
 from ds_ddg.engine.assembly import assemble, groups_of_stage
 from ds_ddg.engine.calls import Calls
@@ -37,8 +38,8 @@ from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.stage import RunState, Stage
 from ds_ddg.telemetry.clock import clock_for
 from ds_ddg.telemetry.console import Console
+from ds_ddg.telemetry.observer import Observer
 from ds_ddg.telemetry.reporter import Reporter
-from ds_ddg.telemetry.stage_metrics import WatchedLinks
 from ds_ddg.telemetry.trace_writer import TraceWriter
 from ds_ddg.weights.experts import create_expert_groups, expert_sizes
 from ds_ddg.weights.stage_groups import StagePeers
@@ -67,7 +68,7 @@ class DDGEngine(PipelineEngine):
     _console: Console
     _failures: FailureGuard
     _host: Host
-    _links: WatchedLinks
+    _links: Links
     _reporter: Reporter
     _run: RunState
     _runner: MicroBatchRunner
@@ -104,22 +105,23 @@ class DDGEngine(PipelineEngine):
         self._run.resize(self.micro_batches)
         self._updates.new_versions()
         pipelines = self.grid.topology().get_axis_comm_lists("pipe")
-        clock = clock_for(self.device) if self.ddg.timed else None
+        observer = Observer(clock_for(self.device) if self.ddg.timed else None)
         peers, staging = StagePeers(groups_of_stage(self._host)), staging_for(self.device)
         self._updates.connect(peers)
-        self._links = WatchedLinks(pipelines, self.global_rank, self._run.plan, staging, clock=clock)
+        self._links = Links(pipelines, self.global_rank, self._run.plan, staging, observer=observer)
         register_shutdown(self._links)
         self._failures = FailureGuard(self._stage, self._run, self._links, weakref.ref(self))
-        feed = Feed(self._stage.is_first, self._stage.is_last, peers, staging)
-        self._failures.run(self._finish_init, feed)  # from here on the other stages hear if it fails
+        feed = Feed(self._stage.is_first, self._stage.is_last, peers, staging, observer)
+        self._failures.run(self._finish_init, feed, observer)  # from here on the other stages hear if it fails
 
-    def _finish_init(self, feed: Feed) -> None:
+    def _finish_init(self, feed: Feed, observer: Observer) -> None:
         self._calls, self._checkpoint, self._reporter, self._runner, self._tracer = assemble(
             self._stage,
             self._run,
             self._host,
             self._links,
             feed,
+            observer,
             self._tied_weights,
             self._updates,
             self._console,

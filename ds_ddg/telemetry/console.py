@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
-from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
+from deepspeed.runtime.pipe.engine import PIPE_RECV_GRAD_TIMER, PIPE_RECV_INPUT_TIMER, TRAIN_BATCH_TIMER
 from deepspeed.utils.logging import print_dist
 
 from ds_ddg.comm.loss_exchange import Loss
@@ -21,6 +21,8 @@ from ds_ddg.stage import Stage
 __all__ = ["Console"]
 
 _NO_MONITOR = SimpleNamespace(enabled=False)
+_TIMERS = {"activation": PIPE_RECV_INPUT_TIMER, "gradient": PIPE_RECV_GRAD_TIMER, "loss": "recv_loss"}
+"""The names of waits in the printed line: those of DeepSpeed's timers, as far as it has them."""
 
 
 class Console:
@@ -94,7 +96,10 @@ class Console:
             self._print_waits(waited)
 
     def _print_waits(self, waited: Mapping[str, float]) -> None:
-        """In place of DeepSpeed's pipe timers: sends wait for nobody here, receives do."""
-        waits = [f" | {n}: {1000 * (s - self._seconds_printed.get(n, 0.0)):.2f}" for n, s in waited.items()]
+        """Print the waits since the last line in place of DeepSpeed's pipe timers: here only receives wait."""
+        waits = [
+            f" | {_TIMERS[what]}: {1000 * (seconds - self._seconds_printed.get(what, 0.0)):.2f}"
+            for what, seconds in waited.items()
+        ]
         print_dist("time (ms)" + "".join(waits), ranks=[0])
         self._seconds_printed = dict(waited)

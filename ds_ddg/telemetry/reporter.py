@@ -17,11 +17,13 @@ import torch
 from deepspeed.utils import logger
 from torch import Tensor
 
-from ds_ddg.comm.loss_exchange import Loss, Losses
+from ds_ddg.comm.loss_exchange import Loss, Losses, Row, Update
+from ds_ddg.comm.stage_links import Links
 from ds_ddg.host import Host
 from ds_ddg.stage import RunState, Stage
 from ds_ddg.telemetry.console import Console
-from ds_ddg.telemetry.stage_metrics import MEASURED, StageMeter, WatchedLinks
+from ds_ddg.telemetry.observer import Observer
+from ds_ddg.telemetry.stage_metrics import MEASURED, StageMeter
 from ds_ddg.telemetry.wandb import InOrder
 from ds_ddg.weights.stage_optimizer import StageOptimizer
 
@@ -36,6 +38,7 @@ class Reporter:
         run: where it is in its run.
         host: DeepSpeed's engine.
         links: to the other stages; losses and measurements travel with their messages.
+        observer: knows how long this stage waits.
         updates: what the updates of calls came to travels with the losses.
         console: prints.
     """
@@ -45,13 +48,18 @@ class Reporter:
         stage: Stage,
         run: RunState,
         host: Host,
-        links: WatchedLinks,
+        links: Links,
+        observer: Observer,
         updates: StageOptimizer,
         console: Console,
     ) -> None:
         self._stage, self._run, self._host, self._links = stage, run, host, links
-        self._updates, self._console = updates, console
+        self._observer, self._updates, self._console = observer, updates, console
         self.losses = Losses(links)
+        self._rows: tuple[Row, ...] = ()
+        """The rows of the stages above, then that of this stage, as far as a period ended in the call before."""
+        self._update = Update()
+        """The result of the updates of the call before, on the stages above and this one."""
         self._samples: dict[int, int] = {}
         """Samples at the end of a call, by its number, until its loss has been recorded."""
         self.new_meter()
@@ -66,7 +74,7 @@ class Reporter:
     def new_meter(self) -> None:
         """With the pipeline empty: measure anew."""
         stage, calls = self._stage, self._stage.num_stages * (1 + self._run.slack) + 1
-        self.meter = StageMeter(stage.stage_id, self._links, calls)
+        self.meter = StageMeter(stage.stage_id, self._observer, calls)
 
     @property
     def loss_step(self) -> int:
@@ -101,7 +109,7 @@ class Reporter:
         call = self._run.call
         if not math.isfinite(mean) and math.isfinite(self.losses.newest.mean):
             logger.error(f"stage {self._stage.stage_id}: the loss of call {call} is {mean}; training goes on")
-        loss = Loss(call, mean, self._additional(), self._links.rows, self._links.update)
+        loss = Loss(call, mean, self._additional(), self._rows, self._update)
         self.losses.tell(loss, self._known_in(call))
 
     def learn_losses(self, call: int) -> None:
@@ -166,9 +174,16 @@ class Reporter:
     # -- reports ----------------------------------------------------------------------------------------------------
 
     def begin_call(self) -> None:
-        """A delayed call has begun."""
-        self.meter.begin_call(self._updates.versions.version)
-        self._links.update = self._links.update.plus(self._updates.last)
+        """Add what this stage measured to what came with the first message of a delayed call, which has begun.
+
+        It travels on with the first activation, and from the last stage to all with the loss. These messages exist
+        anyway, and nobody waits for a measurement.
+        """
+        came = self._links.riders
+        self._rows = (*came.get("rows", ()), *self.meter.begin_call(self._updates.versions.version))
+        self._update = Update(*came.get("update", ())).plus(self._updates.last)
+        update = tuple(self._update) if any(self._update) else ()
+        self._links.riders = {name: what for name, what in (("rows", self._rows), ("update", update)) if what}
 
     def report_call(self) -> None:
         """A delayed call is over: print and measure every ``steps_per_print``; for a monitor alone after each."""
@@ -178,7 +193,7 @@ class Reporter:
         if self._host.global_steps % (period or 1):
             return
         if period is not None:
-            self._console.print_call(self.losses.newest, self.loss_step, self._links.seconds)
+            self._console.print_call(self.losses.newest, self.loss_step, self._observer.seconds)
         if self._host.monitor.enabled:
             self.meter.end_period(self._updates.versions, self._run.micro_batches)
 
