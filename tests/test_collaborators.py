@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
+import deepspeed
 import pytest
 import torch
+import torch.distributed as dist
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.pipe.schedule import ForwardPass, RecvActivation
 from torch import nn
 
 from ds_ddg.comm.failures import FailureGuard, KnownToAllError, OutOfDataError
+from ds_ddg.comm.lifetime import Process
 from ds_ddg.comm.loss_exchange import Loss, Update
 from ds_ddg.comm.message import Kind, Message
 from ds_ddg.comm.p2p import StageError
@@ -22,12 +29,14 @@ from ds_ddg.config import DDGConfig
 from ds_ddg.engine.auto_slack import SlackTuner, trial_calls
 from ds_ddg.engine.data_feed import Feed
 from ds_ddg.engine.micro_batch import MicroBatchRunner
+from ds_ddg.host import barrier_replaced
 from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.stage import RunState, Stage
 from ds_ddg.telemetry.console import Console
 from ds_ddg.telemetry.observer import Observer, Timestamp
 from ds_ddg.telemetry.recorder import Recorder
 from ds_ddg.telemetry.trace_writer import TraceWriter
+from ds_ddg.weights.optimizer_wrappers import clocks_stopped, idle_optimizer, norm_unscaled
 from ds_ddg.weights.stage_groups import StagePeers
 from ds_ddg.weights.stage_optimizer import StageOptimizer
 
@@ -155,6 +164,119 @@ def test_the_norm_of_the_pipeline_is_unknown_while_a_stage_overflows() -> None:
     assert (updates.pipeline_norm, engine.skipped_steps, engine._step_applied) == (5.0, 1, False)
     updates.learn(Update(0.0, 0))
     assert (updates.pipeline_norm, engine._step_applied) == (None, True)
+
+
+# -- what is replaced in DeepSpeed's objects and modules for the time of a block --------------------------------------
+
+
+def test_an_idle_optimizer_steps_nothing_while_the_scheduler_goes_on() -> None:
+    parameter = nn.Parameter(torch.ones(1))
+    parameter.grad = torch.ones(1)
+    real = torch.optim.SGD([parameter], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(real, 1, 0.5)
+    engine: Any = SimpleNamespace(optimizer=real)
+
+    def inside() -> None:
+        with idle_optimizer(engine):
+            engine.optimizer.step()
+            engine.optimizer.zero_grad()
+            scheduler.step()
+            assert engine.optimizer.param_groups is real.param_groups
+            raise KeyError
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns of a scheduler that steps first
+        with pytest.raises(KeyError):
+            inside()
+    assert engine.optimizer is real
+    assert (parameter.item(), parameter.grad.item()) == (1.0, 1.0)
+    assert real.param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "fp16", "kind", "norm"),
+    [
+        (2, True, SimpleNamespace, 6.0 * 4.0 / 8.0),  # DeepSpeed has divided by the scale of the next step
+        (2, True, FP16_UnfusedOptimizer, 6.0 / 8.0),  # or not at all
+        (2, True, ZeROOptimizer, 6.0),
+        (2, False, SimpleNamespace, 6.0),
+        (1, True, SimpleNamespace, 6.0),
+    ],
+)
+def test_a_norm_is_left_without_the_scale_of_its_step(num_stages: int, fp16: bool, kind: type, norm: float) -> None:
+    optimizer: Any = Mock(spec=kind) if kind is not SimpleNamespace else SimpleNamespace()
+    optimizer.loss_scale = 8.0
+    engine: Any = SimpleNamespace(optimizer=optimizer, fp16_enabled=lambda: fp16, _global_grad_norm=None)
+    with norm_unscaled(engine, num_stages):
+        engine._global_grad_norm = 6.0
+        optimizer.loss_scale = 4.0
+    assert engine._global_grad_norm == norm
+    with norm_unscaled(engine, num_stages):
+        engine._global_grad_norm = None  # an overflow has no norm
+    assert engine._global_grad_norm is None
+
+
+def test_while_clocks_are_stopped_a_step_counts_for_nothing() -> None:
+    scheduler = object()
+    engine: Any = SimpleNamespace(global_steps=3, global_samples=12, lr_scheduler=scheduler, skipped_steps=0)
+
+    def inside() -> None:
+        with clocks_stopped(engine):
+            assert engine.lr_scheduler is None
+            engine.global_steps, engine.global_samples, engine.skipped_steps = 4, 16, 1
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        inside()
+    assert vars(engine) == {"global_steps": 3, "global_samples": 12, "lr_scheduler": scheduler, "skipped_steps": 1}
+
+
+def test_a_barrier_of_all_ranks_is_replaced_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[Any] = []
+    own = called.append
+    monkeypatch.setattr(deepspeed.comm, "barrier", own)
+
+    def inside() -> None:
+        with barrier_replaced(lambda: called.append("meet")):
+            deepspeed.comm.barrier()
+            deepspeed.comm.barrier("some of them")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        inside()
+    assert called == ["meet", "some of them"]
+    assert deepspeed.comm.barrier is own
+
+
+# -- what outlives an engine ------------------------------------------------------------------------------------------
+
+
+def test_a_process_keeps_links_while_they_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.register_at_fork", lambda **_: None)
+    process, kept = Process(), []
+    for _ in range(2):
+        links: Any = type("Links", (), {"usable": True})()
+        process.keep(links)
+        kept.append(weakref.ref(links))
+        del links
+    first, second = kept[0](), kept[1]()
+    assert first is not None
+    assert second is not None
+    first.usable = False
+    del first
+    process.keep(second)
+    assert [reference() is None for reference in kept] == [True, False]
+
+
+def test_what_a_group_keeps_is_freed_with_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.register_at_fork", lambda **_: None)
+    process, group = Process(), dist.ProcessGroup(0, 1)
+    process.kept_by(group).sends.append(handle := {"handle"})
+    assert process.kept_by(group).sends == [handle]
+    assert process.kept_by(dist.ProcessGroup(0, 1)).sends == []
+    kept = weakref.ref(process.kept_by(group))
+    del group
+    assert kept() is None
 
 
 # -- failures ---------------------------------------------------------------------------------------------------------

@@ -25,13 +25,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ds_ddg.comm.host_staging import Staging, staging_for, without_greetings
+from ds_ddg.comm.host_staging import Staging, staging_for
 from ds_ddg.comm.message import Header, Kind
 from ds_ddg.comm.p2p import Peer, StageError, Wire
 from ds_ddg.comm.receiver import Receiver
 from ds_ddg.comm.sender import Sender
 from ds_ddg.engine.compatibility import refuse_unsupported
 from ds_ddg.engine.data_feed import Feed
+from ds_ddg.host import without_greetings
 from ds_ddg.weights.recompute import ForwardState
 from ds_ddg.weights.stage_groups import StagePeers
 from helpers import channel_ends as channel

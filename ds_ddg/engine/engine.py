@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from ds_ddg.checkpoint.save_load import CheckpointPart
 from ds_ddg.comm.failures import FailureGuard, register_shutdown
-from ds_ddg.comm.host_staging import staging_for, without_greetings
+from ds_ddg.comm.host_staging import staging_for
 from ds_ddg.comm.stage_links import Links
 from ds_ddg.config import DDGConfig
 from ds_ddg.engine.assembly import assemble, groups_of_stage
@@ -32,7 +32,7 @@ from ds_ddg.engine.data_feed import Feed
 from ds_ddg.engine.micro_batch import MicroBatchRunner
 from ds_ddg.engine.output_checks import with_checks
 from ds_ddg.engine.overrides import METHODS, is_deepspeeds, refuse_overrides, warn_of_patches
-from ds_ddg.host import EngineHost, Host
+from ds_ddg.host import EngineHost, Host, without_greetings
 from ds_ddg.instructions import AdvanceClocks, TellLoss, UpdateWeights
 from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.stage import RunState, Stage
@@ -317,15 +317,8 @@ class DDGEngine(PipelineEngine):
             StageError: so are another's; or a load has failed halfway, and all that can be done is another.
         """
         which = load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only
-        return self._failures.run(
-            self._checkpoint.load,
-            super().load_checkpoint,
-            load_dir,
-            tag,
-            *which,
-            *args,
-            **kwargs,
-        )
+        given = load_dir, tag, *which, *args
+        return self._failures.run(self._checkpoint.load, super().load_checkpoint, *given, **kwargs)
 
     @override
     def set_train_batch_size(self, train_batch_size: int) -> None:
