@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed.runtime.pipe import schedule as instructions
 from torch import Tensor
 
 from ds_ddg.checkpoint.save_load import CheckpointPart
@@ -27,6 +26,7 @@ from ds_ddg.engine.auto_slack import SlackTuner
 from ds_ddg.engine.data_feed import Feed
 from ds_ddg.engine.drain import Drain
 from ds_ddg.engine.micro_batch import MicroBatchRunner
+from ds_ddg.engine.schedule_checks import Call, refuse_other_schedule, refuse_outside_call
 from ds_ddg.host import Host
 from ds_ddg.instructions import DDGSchedule
 from ds_ddg.stage import RunState, Stage
@@ -39,16 +39,6 @@ __all__ = ["Calls"]
 
 _Method = Callable[..., Any]
 """DeepSpeed's own method, or a project's, beneath the delayed engine's."""
-
-
-@dataclass
-class _Call:
-    """How far the present call of the script has come."""
-
-    what: str
-    """The method."""
-    begun: bool = False
-    executed: bool = False
 
 
 @dataclass
@@ -72,7 +62,7 @@ class Calls:
     """What errors call the engine."""
     delayed_from: int | None
     """From this step on the schedule is DDG; None: the script decides."""
-    _call: _Call | None = None
+    _call: Call | None = None
 
     # -- what a script calls ----------------------------------------------------------------------------------------
 
@@ -144,17 +134,8 @@ class Calls:
         if isinstance(pipe_schedule, DDGSchedule):  # a drain, which belongs to no call
             execute(pipe_schedule)
             return
-        call = self._call
-        what = "train_batch" if torch.is_grad_enabled() else "eval_batch"
-        if call is None or call.what != what or call.executed:
-            raise RuntimeError(
-                f"{self.engine_name} executes a {type(pipe_schedule).__name__}, with gradients "
-                f"{'on' if torch.is_grad_enabled() else 'off'}, "
-                + ("outside a call" if call is None else f"in {call.what}" + " once more" * call.executed)
-                + "; a training schedule is executed once in each train_batch, an inference schedule in each "
-                "eval_batch (an engine that derives from DDG's own has to call their super())"
-            )
-        if what == "train_batch":
+        call = refuse_outside_call(self.engine_name, pipe_schedule, self._call)
+        if call.what == "train_batch":
             self._train(execute, pipe_schedule)
         else:
             if not call.begun:  # an eval_batch of a project that does not call DeepSpeed's
@@ -194,9 +175,9 @@ class Calls:
     # -- inside -----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _calling(self, what: str) -> Iterator[_Call]:
+    def _calling(self, what: str) -> Iterator[Call]:
         """Inside, a schedule may be executed: one."""
-        before, self._call = self._call, _Call(what)
+        before, self._call = self._call, Call(what)
         try:
             yield self._call
         finally:
@@ -206,7 +187,7 @@ class Calls:
         """Execute what was `asked` for, or the delayed schedule in its place."""
         run, host = self.run, self.host
         if run.delayed:
-            self._refuse_schedule(asked)
+            refuse_other_schedule(self.engine_name, asked, host.micro_batches)
         self._begin("train_batch", host.data_iterator, host.micro_batches)
         host.total_loss = host.total_additional_losses = None
         if run.delayed:
@@ -236,19 +217,6 @@ class Calls:
         self.tied_weights.expect(self.run.plan)
         self.reporter.new_meter()
         self.runner.observe = None
-
-    def _refuse_schedule(self, asked: Any) -> None:
-        if type(asked) is not instructions.TrainSchedule:
-            raise RuntimeError(
-                f"{self.engine_name} executes a {type(asked).__name__}; the delayed schedule takes the place of "
-                'DeepSpeed\'s TrainSchedule alone ("ddg": {"enabled": false} runs others)'
-            )
-        if asked.micro_batches != self.host.micro_batches:
-            raise RuntimeError(
-                f"{self.engine_name} trains on {asked.micro_batches} micro-batches, and "
-                f"gradient_accumulation_steps is {self.host.micro_batches}; call set_train_batch_size on every rank "
-                "before"
-            )
 
     def _begin(self, what: str, data_iter: Iterator[Any] | None, micro_batches: int, labelled: bool = True) -> None:
         """Fetch the data of a call, then start it on every stage, or stop on every stage."""
