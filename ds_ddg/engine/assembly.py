@@ -1,4 +1,4 @@
-"""How the collaborators of an engine are made and handed to each other; none of them knows the engine."""
+"""Makes the collaborators of an engine and hands them to each other; none of them knows the engine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["Parts", "assemble", "groups_of_stage"]
 
 
 class Parts(NamedTuple):
-    """The collaborators to whom an engine hands over."""
+    """The collaborators to which an engine hands over its work."""
 
     calls: Calls
     checkpoint: CheckpointPart
@@ -39,7 +39,7 @@ class Parts(NamedTuple):
 
 
 def groups_of_stage(host: Host) -> list[Any]:
-    """Groups that together join all ranks of this stage, for tensors on the CPU. Collective over all ranks."""
+    """Return groups that together join all ranks of this stage, for tensors on the CPU. Collective over all ranks."""
     if host.device.type != "cpu":
         axes = map(host.grid.topology().get_axis_comm_lists, ("data", "model"))
         return [group for lists in axes if (group := own_group(lists, host.global_rank)) is not None]
@@ -66,7 +66,7 @@ def assemble(
 
     Args:
         stage: this stage.
-        run: where it is in its run.
+        run: the place of the stage in its run.
         host: DeepSpeed's engine, fully constructed.
         links: to the other stages.
         feed: the data of a call.

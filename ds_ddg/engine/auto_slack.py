@@ -32,28 +32,28 @@ __all__ = ["MOST", "SlackTuner", "smallest_slack", "trial_calls"]
 _TOLERATED = 1.03
 """A tick may take so many times what it would without latency: a larger slack would cost staleness for nothing."""
 MOST = 8
-"""Largest slack that is chosen unasked, since memory and staleness grow with it."""
+"""The largest slack that is chosen unasked, since memory and staleness grow with it."""
 _MEASURED_TICKS = 8
 
 
 def smallest_slack(num_stages: int, tick: float, latency: float) -> int:
-    """The smallest slack that hides a hop's `latency` behind ticks of so much work, at most `MOST`."""
+    """Return the smallest slack that hides a hop's `latency` behind a `tick` (both in seconds), at most `MOST`."""
     fitting = (slack for slack in count() if DDGPlan(num_stages, 1, slack).slowdown(latency / tick) <= _TOLERATED)
     return min(next(fitting), MOST)
 
 
 def trial_calls(plan: DDGPlan) -> int:
-    """Calls before the choice: those that fill the pipeline, one to warm up, at least 3 and 8 ticks to measure."""
+    """Return the calls before the choice: to fill the pipeline, one to warm up, at least 3 and 8 ticks to measure."""
     return plan.staleness(0) + 1 + max(3, -(-_MEASURED_TICKS // plan.micro_batches))
 
 
 class SlackTuner:
-    """The trial and the choice; it does nothing where the slack is a number.
+    """Makes the trial and the choice; it does nothing where the slack is a number.
 
     Args:
         stage: this stage.
-        run: where it is in its run.
-        links: to the other stages.
+        run: the place of the stage in its run.
+        links: the links to the other stages.
         observer: times this stage and its messages.
         device: where the stage computes.
         everyone: a group of all ranks; None: the default one.
@@ -75,15 +75,15 @@ class SlackTuner:
         self._timestamps: list[Timestamp] | None = (
             [] if stage.config.slack == "auto" and stage.num_stages > 1 else None
         )
-        """When the calls of the trial began, as far as that is known; None: there is none, or it is over."""
+        """The moments at which calls of the trial began, as far as known; None: there is no trial, or it is over."""
         self._tried = 0
-        """Calls of the trial that have begun."""
+        """The number of calls of the trial that have begun."""
         self._sample: tuple[tuple[torch.dtype, torch.Size], ...] = ()
-        """What an activation is like."""
+        """The type and shape of each tensor of an activation."""
 
     @property
     def trying(self) -> bool:
-        """Whether the trial is not over."""
+        """Whether the trial is still going on."""
         return self._timestamps is not None
 
     def observe(self, outputs: Sequence[torch.Tensor]) -> None:
@@ -91,7 +91,7 @@ class SlackTuner:
         self._sample = tuple((t.dtype, t.shape) for t in outputs)
 
     def settle(self) -> bool:
-        """Before a call of the delayed schedule: if the trial is over, choose. Collective then.
+        """Choose the slack before a call of the delayed schedule, if the trial is over. Collective then.
 
         Returns:
             Whether a slack has been chosen, so that the plan is another one.
@@ -139,7 +139,7 @@ class SlackTuner:
 
 
 def _reason(plan: DDGPlan, tick: float, latency: float) -> str:
-    """What was chosen, why, and how to pin it."""
+    """Return a sentence that says which slack was chosen, why, and how to pin it."""
     without = DDGPlan(plan.num_stages).slowdown(latency / tick) - 1
     rest = plan.slowdown(latency / tick) - 1
     reason = (

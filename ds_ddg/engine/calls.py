@@ -59,9 +59,9 @@ class Calls:
     slack: SlackTuner
     checkpoint: CheckpointPart
     engine_name: str
-    """What errors call the engine."""
+    """The name that errors give to the engine."""
     delayed_from: int | None
-    """From this step on the schedule is DDG; None: the script decides."""
+    """The step from which on the schedule is DDG; None: the script decides."""
     _call: Call | None = None
 
     # -- what a script calls ----------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ class Calls:
                 host.data_iterator = iterator  # if it ended early, DeepSpeed has not put it back
 
     def switch(self, name: str) -> None:
-        """From the next call on run schedule `name`, draining first."""
+        """Drain, and run schedule `name` from the next call on."""
         self.delayed_from = None  # whoever assigns it decides from here on
         if name == self.run.schedule:
             return
@@ -122,7 +122,7 @@ class Calls:
         self.runner.empty_buffers()
 
     def resize(self, set_train_batch_size: _Method, train_batch_size: int) -> None:
-        """Have DeepSpeed take another number of micro-batches per call, which is another plan, after a drain."""
+        """Drain, then have DeepSpeed take another number of micro-batches per call, which is another plan."""
         self.drain()
         set_train_batch_size(train_batch_size)
         self.run.resize(self.host.micro_batches)
@@ -145,14 +145,14 @@ class Calls:
         call.executed = True
 
     def begin_evaluation(self, data_iter: Any, micro_batches: int, labelled: bool) -> None:
-        """Begin before DeepSpeed's own barrier, where no stage could hear that another failed."""
+        """Begin an evaluation before DeepSpeed's own barrier, in which no stage could hear that another failed."""
         assert self._call is not None
         self._begin("eval_batch", data_iter, micro_batches, labelled)
         self.links.meet()
         self._call.begun = True
 
     def next_batch(self) -> Any:
-        """The next micro-batch of the call, ``(inputs, labels)``."""
+        """Return the next micro-batch of the call, ``(inputs, labels)``."""
         try:
             return self.feed.take()
         except IndexError:
@@ -161,7 +161,7 @@ class Calls:
             ) from None
 
     def total_loss(self, aggregate: _Method) -> Tensor:
-        """The loss that DeepSpeed's ``train_batch`` or ``eval_batch`` returns; `aggregate` is DeepSpeed's own."""
+        """Return the loss for DeepSpeed's ``train_batch`` or ``eval_batch``; `aggregate` is DeepSpeed's method."""
         training = self._call is not None and self._call.what == "train_batch"
         if training and self.run.delayed:
             loss: Tensor = self.host.agg_train_loss
@@ -176,7 +176,7 @@ class Calls:
 
     @contextmanager
     def _calling(self, what: str) -> Iterator[Call]:
-        """Inside, a schedule may be executed: one."""
+        """Inside this block one schedule may be executed."""
         before, self._call = self._call, Call(what)
         try:
             yield self._call
@@ -184,7 +184,7 @@ class Calls:
             self._call = before
 
     def _train(self, execute: _Method, asked: Any) -> None:
-        """Execute what was `asked` for, or the delayed schedule in its place."""
+        """Execute the schedule that was `asked` for, or the delayed one in its place."""
         run, host = self.run, self.host
         if run.delayed:
             refuse_other_schedule(self.engine_name, asked, host.micro_batches)
@@ -212,7 +212,7 @@ class Calls:
             self.updates.share_tied_weights()
 
     def _adopt_plan(self) -> None:
-        """With the pipeline empty, another slack has been chosen."""
+        """Go over to the plan of another slack, with the pipeline empty."""
         self.links.expect(self.run.plan)
         self.tied_weights.expect(self.run.plan)
         self.reporter.new_meter()

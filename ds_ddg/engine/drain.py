@@ -32,7 +32,7 @@ class Drain:
     failures: FailureGuard
 
     def __call__(self) -> None:
-        """Nothing is left in flight or retained; twice does nothing. Every stage of the pipeline has to do it."""
+        """Drain: afterwards nothing is in flight or retained. Every stage must do it; twice does nothing."""
         self.failures.run(self._drain)
 
     def _drain(self) -> None:

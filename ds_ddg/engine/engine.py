@@ -163,7 +163,7 @@ class DDGEngine(PipelineEngine):
 
     @override
     def train_batch(self, data_iter: Iterator[Any] | None = None, **more: Any) -> torch.Tensor:
-        """One call: M ticks and at most one update. DeepSpeed's signature and, but for its age, its result.
+        """Run one call: M ticks and at most one update. DeepSpeed's signature and, but for its age, its result.
 
         Args:
             data_iter: yields micro-batches ``(inputs, labels)``; exactly M are pulled on the first and last stage.
@@ -255,11 +255,11 @@ class DDGEngine(PipelineEngine):
 
     @property
     def versions(self) -> WeightVersions:
-        """Which weights a micro-batch saw."""
+        """The versions of the weights that micro-batches in flight saw."""
         return self._updates.versions
 
     def ddg_stats(self) -> dict[str, Any]:
-        """What this stage measures: the values that a monitor gets as ``Train/DDG/stage{k}/...``, as of now.
+        """Return what this stage measures: the values that a monitor gets as ``Train/DDG/stage{k}/...``, as of now.
 
         Returns:
             `stage`; `staleness`, the updates made since the oldest micro-batch in flight went forward, which is how
@@ -271,7 +271,7 @@ class DDGEngine(PipelineEngine):
 
     @override
     def get_global_grad_norm(self) -> Any:
-        """Norm of all stages' gradients in call ``loss_step - 1``, equal on every rank; None if not known yet.
+        """Return the norm of all stages' gradients in call ``loss_step - 1``, equal on every rank; None if unknown.
 
         In fp16, if a stage overflowed in that call, in the newest one before it without an overflow.
         """
@@ -289,7 +289,7 @@ class DDGEngine(PipelineEngine):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """DeepSpeed's, after a drain: what is in flight belongs to no checkpoint.
+        """Drain, then save as DeepSpeed does: what is in flight belongs to no checkpoint.
 
         Raises:
             Exception: what went wrong on this rank; training can go on, on all of them.
@@ -310,7 +310,7 @@ class DDGEngine(PipelineEngine):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """DeepSpeed's, after a drain: gradients in flight belong to the weights that are given up.
+        """Drain, then load as DeepSpeed does: gradients in flight belong to the weights that are given up.
 
         Raises:
             OSError, ValueError: files of this rank are missing or damaged; nothing has been changed anywhere.
@@ -322,23 +322,23 @@ class DDGEngine(PipelineEngine):
 
     @override
     def set_train_batch_size(self, train_batch_size: int) -> None:
-        """DeepSpeed's, after a drain: another number of micro-batches per call is another plan."""
+        """Drain, then do as DeepSpeed does: another number of micro-batches per call is another plan."""
         self._calls.resize(super().set_train_batch_size, train_batch_size)
 
     @override
     def reset_activation_shape(self) -> None:
-        """DeepSpeed's: from here on another shape. Messages say theirs, so what is in flight does not mind."""
+        """Allow activations another shape from here on. Each message says its own, so those in flight do not mind."""
         super().reset_activation_shape()
         self._runner.reset_shape()
 
     @override
     def steps_per_print(self) -> int | None:
-        """DeepSpeed's; practically never while it must not print."""
+        """Return DeepSpeed's number of calls between two lines; a huge one while DeepSpeed must not print."""
         return self._console.period(super().steps_per_print())
 
     @override
     def destroy(self) -> None:
-        """DeepSpeed's; the other stages learn that this one has left, and what was recorded goes to the disk."""
+        """Destroy the engine as DeepSpeed does, tell the other stages, and write what was recorded to the disk."""
         links = self.__dict__.get("_links")  # DeepSpeed also calls this for an engine whose construction failed
         if links is not None:
             links.leave()
@@ -364,7 +364,7 @@ class DDGEngine(PipelineEngine):
         return self._calls.total_loss(super()._aggregate_total_loss)
 
     def _beneath_aggregate_total_loss(self) -> torch.Tensor:
-        """The mean loss as the engine beneath computes it."""
+        """Return the mean loss as the engine beneath computes it."""
         return super()._aggregate_total_loss()
 
     @override
@@ -393,7 +393,7 @@ class DDGEngine(PipelineEngine):
 
     @override
     def clip_fp32_gradients(self) -> None:
-        """By the norm of this stage, or the newest one known of all; DeepSpeed's own clip under 1F1B."""
+        """Clip by the norm of this stage, or by the newest known norm of all; under 1F1B as DeepSpeed does."""
         if self._run.delayed:
             self._updates.clip()
         else:
@@ -401,7 +401,7 @@ class DDGEngine(PipelineEngine):
 
     @override
     def allreduce_gradients(self, *args: Any, **kwargs: Any) -> None:
-        """DeepSpeed's, where it has something to do."""
+        """Average gradients as DeepSpeed does, where there is something to do."""
         self._updates.allreduce(super().allreduce_gradients, *args, **kwargs)
 
     @override
@@ -461,7 +461,7 @@ class DDGEngine(PipelineEngine):
 
 
 class Beneath(PipelineEngine):
-    """Right above DeepSpeed's engine, below a project's own: here begins what is DeepSpeed's.
+    """The class right above DeepSpeed's engine and below a project's own: DeepSpeed's part of a call begins here.
 
     What DeepSpeed says of a loss is muted, as it takes it for that of another call; what a project says is not.
     """
@@ -471,7 +471,7 @@ class Beneath(PipelineEngine):
         self._console.only_deepspeed = False
 
     def train_batch(self, data_iter: Any = None) -> Any:
-        """DeepSpeed's."""
+        """Run DeepSpeed's own ``train_batch``, muted."""
         self._console.only_deepspeed = True
         try:
             return super().train_batch(data_iter)
@@ -488,7 +488,7 @@ class Beneath(PipelineEngine):
         bcast_loss: bool = True,
         num_micro_batches: int | None = None,
     ) -> Any:
-        """DeepSpeed's; the data is that which a project gives it."""
+        """Run DeepSpeed's own ``eval_batch`` on the data that a project gives it."""
         count = self.micro_batches if num_micro_batches is None else num_micro_batches
         self._calls.begin_evaluation(data_iter, count, compute_loss)
         return super().eval_batch(data_iter, return_logits, compute_loss, reduce_output, bcast_loss, num_micro_batches)

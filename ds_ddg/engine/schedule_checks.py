@@ -1,4 +1,4 @@
-"""What the engine of a project may have executed, and when: each mistake by name, with what to do instead."""
+"""Refuses schedules that a project's engine executes in the wrong place, by name and with what to do instead."""
 
 from __future__ import annotations
 

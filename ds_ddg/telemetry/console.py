@@ -1,6 +1,6 @@
-"""What is printed of a call, and when DeepSpeed is kept from doing so.
+"""One rank prints a line on a call in place of DeepSpeed, which is muted meanwhile.
 
-DeepSpeed's own line, monitor and timers would present a loss as that of the call that returns it.
+DeepSpeed's own line, monitor and timers would present a loss as the loss of the call that returns it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TIMERS = {"activation": PIPE_RECV_INPUT_TIMER, "gradient": PIPE_RECV_GRAD_TIMER
 
 
 class Console:
-    """The printed lines of one rank.
+    """Prints the lines of one rank, and mutes DeepSpeed.
 
     Args:
         stage: this stage.
@@ -38,20 +38,20 @@ class Console:
         self.only_deepspeed = True
         """Whether DeepSpeed's own method runs, so that what it says of a loss is muted; not if a project's does."""
         self._muted: Any = None
-        """The monitor, while it is out of DeepSpeed's reach."""
+        """The monitor, while it is kept out of DeepSpeed's reach; else None."""
         self._seconds_printed: Mapping[str, float] = MappingProxyType({})
-        """Seconds waited until the last line, by what for."""
+        """The seconds waited until the last line, by what for."""
 
     def period(self, own: int | None) -> int | None:
-        """DeepSpeed's `own` number of calls between two lines; practically never while the host is muted."""
+        """Return DeepSpeed's `own` number of calls between two lines; a huge one while the host is muted."""
         return sys.maxsize if self._muted is not None and own is not None else own
 
     def mute_host(self) -> None:
-        """From here on DeepSpeed neither prints nor records."""
+        """Keep DeepSpeed from printing and recording."""
         self._muted, self._host.monitor = self._host.monitor, _NO_MONITOR
 
     def unmute_host(self) -> None:
-        """From here on DeepSpeed prints and records again."""
+        """Let DeepSpeed print and record again."""
         if self._muted is not None:
             self._muted, self._host.monitor = None, self._muted
 
@@ -65,7 +65,7 @@ class Console:
             self.unmute_host()
 
     def forget_time(self) -> None:
-        """A call that did not happen took no time."""
+        """Drop the time of a call that did not happen."""
         timer = self._host.timers(TRAIN_BATCH_TIMER)
         if timer.started_:  # a project's own train_batch may do without it
             timer.stop()

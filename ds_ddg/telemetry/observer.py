@@ -60,7 +60,7 @@ class Observer:
     def __init__(self, clock: Clock | None = None) -> None:
         self.clock = clock or HostClock()
         self.seconds = {"activation": 0.0, "gradient": 0.0, "loss": 0.0}
-        """Seconds for which this stage has waited for other stages so far, by what for."""
+        """The seconds for which this stage has waited for other stages so far, by what for."""
         self._subscribers: dict[What, list[Subscriber]] = {}
         self.subscribe(self._add, "activation", "gradient", "loss")
 

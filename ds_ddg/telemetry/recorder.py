@@ -1,4 +1,4 @@
-"""The records of one rank: its operations with start and end, and what the gap before each went to.
+"""A record of one rank is an operation with its start and end, and what the gap before it went to.
 
 A gap went to waiting for an activation, a gradient or a loss, to fetching data, to sending, or to the training script
 between two calls. What no name covers is Python. All times are those of the processor that computes (``clock.py``): on

@@ -1,4 +1,4 @@
-"""Measurements of a stage: how old its gradients are, how busy it is, how much it holds."""
+"""A stage measures how old its gradients are, how busy it is, and how much it holds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _Known:
     before: Timestamp | None = None
     newest: Timestamp | None = None
     period: Timestamp | None = None
-    """The beginning of the period."""
+    """The moment at which the period began."""
 
     def add(self, moment: Timestamp) -> None:
         self.before, self.newest = self.newest, moment

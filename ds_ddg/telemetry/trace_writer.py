@@ -1,4 +1,4 @@
-"""When a rank writes its trace: ``"ddg": {"trace": DIR}`` records its training calls; ``ds-ddg trace`` reads that.
+"""A rank records its training calls where ``"ddg": {"trace": DIR}`` asks for it; ``ds-ddg trace`` reads that.
 
 The operations of a call are instructions, which are wrapped for the time of that call (``recorder.py`` makes records
 of them). Instructions also appear by name in a torch profile, while one is being taken.
@@ -50,7 +50,7 @@ class TraceWriter:
     def __init__(self, run: RunState, host: Host, recorder: Recorder | None) -> None:
         self._run, self._host, self._recorder = run, host, recorder
         self._wrapped_map: tuple[Any, Any] = (None, None)
-        """Wrapped instructions, behind what they were made from."""
+        """The instructions as wrapped last, behind what they were made from."""
 
     def close(self) -> None:
         """Write to the disk what has been recorded."""
