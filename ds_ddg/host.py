@@ -15,8 +15,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from deepspeed import comm
-from deepspeed.accelerator import get_accelerator
+from deepspeed import accelerator, comm
 from deepspeed.runtime.pipe import p2p
 from torch import Tensor
 
@@ -160,7 +159,7 @@ def without_greetings() -> Iterator[None]:
     device for an address of the host, and the connection breaks.
     """
     with ExitStack() as until_the_end:
-        if get_accelerator().device_name() != "cpu" and dist.get_backend() == "gloo":
+        if accelerator.get_accelerator().device_name() != "cpu" and dist.get_backend() == "gloo":
             for name in ("send", "recv"):
                 until_the_end.enter_context(replaced(p2p, name, lambda *_: None))
         yield
