@@ -47,8 +47,8 @@ ACROSS = {
     "weights": {"clip", "deepspeed_optimizers", "fp16", "precision"},
 }
 """Files of tests that span modules, by the folder that they are about; all others have the name of one module."""
-LONG = {"engine/engine.py": 500, "engine/calls.py": 275}
-"""Modules that may be longer than the rest: all overrides with the documentation of what scripts call, and calls."""
+LONG = {"engine/engine.py": 500, "reference.py": 265}
+"""Modules that may be longer than the rest: all overrides with the documentation of what scripts call; the oracle."""
 
 
 def modules() -> Iterator[ModuleType]:
@@ -124,7 +124,7 @@ def test_modules_and_folders_are_small() -> None:
     long = {}
     for path in PACKAGE.rglob("*.py"):
         name, lines = path.relative_to(PACKAGE).as_posix(), len(path.read_text().splitlines())
-        if lines > LONG.get(name, 265):
+        if lines > LONG.get(name, 255):
             long[name] = lines
     assert not long
     folders: dict[Path, int] = {}

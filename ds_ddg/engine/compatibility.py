@@ -1,4 +1,4 @@
-"""What DDG cannot run with, of a DeepSpeed config and a model: each by name, with what to do instead."""
+"""Refuses, by name, what DDG cannot train of a DeepSpeed config and a model, and says what to do instead."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def refuse_switch(name: str, enabled: bool, config: Any, module: Any) -> None:
 
 
 def _one_f_one_b_refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
-    """What an engine that was built for DDG cannot run on DeepSpeed's schedule."""
+    """Yield what an engine that was built for DDG cannot run on DeepSpeed's schedule."""
     yield from _sending_refusals(module)
     yield (
         module.num_stages > 1 and "fp16" in _wrappers(config),
@@ -168,7 +168,7 @@ def _one_f_one_b_refusals(config: Any, module: Any) -> Iterable[tuple[bool, str,
 
 
 def _sending_refusals(module: Any) -> Iterable[tuple[bool, str, str]]:
-    """Where DeepSpeed's own messages break their connection."""
+    """Yield the case in which DeepSpeed's own messages break their connection."""
     import torch.distributed as dist
     from deepspeed.accelerator import get_accelerator
 
@@ -192,7 +192,7 @@ def _expert_refusals(config: Any, module: Any, sizes: Sequence[int]) -> Iterable
 
 
 def _wrappers(config: Any) -> list[str]:
-    """Why DeepSpeed wraps the optimizer, if it does."""
+    """Return the reasons why DeepSpeed wraps the optimizer; none if it does not."""
     reasons = {
         "ZeRO-1": int(config.zero_config.stage) == 1,
         "bf16": config.bfloat16_config.enabled,
@@ -212,7 +212,7 @@ def _tied_across_stages(module: Any) -> bool:
 
 
 def _sharing_refusals(module: Any) -> Iterable[tuple[bool, str, str]]:
-    """Modules given as such, not as specs, that share what is trained: each stage would train a copy of its own."""
+    """Yield layers that share weights without a spec that says so: each stage would train a copy of its own."""
     holders: dict[int, list[int]] = {}
     for index, layer in enumerate(module._layer_specs):
         if isinstance(layer, Module):

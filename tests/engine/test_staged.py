@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_ddg.comm.host_staging import without_greetings
 from ds_ddg.comm.p2p import StageError
 from ds_ddg.engine.compatibility import refuse_unsupported
+from ds_ddg.host import without_greetings
 from ds_ddg.weights.recompute import ForwardState
 from helpers import tied_runs as tied
 from helpers import toy

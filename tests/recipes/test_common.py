@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import os
-import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from helpers.distributed import GetRanks
 from helpers.paths import ROOT
 from recipes import common
 
@@ -135,42 +130,3 @@ def test_seeds_of_different_places_differ() -> None:
     places = [(seed, epoch, rank) for seed in range(4) for epoch in range(4) for rank in range(4)]
     assert len({common.seed_from(*place) for place in places}) == len(places)
     assert common.seed_from(1, 2, 3) == common.seed_from(1, 2, 3)
-
-
-# -- the example of the documentation ---------------------------------------------------------------------------------
-
-
-def run_example(rank: int, world_size: int, code: str) -> str:
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(code, "docs/recipes.md", "exec"), {"__name__": "__main__"})
-    return printed.getvalue()
-
-
-def documented_example() -> str:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(), re.S)
-    return code
-
-
-def test_the_example_in_the_documentation_learns(ranks: GetRanks) -> None:
-    for printed in ranks(2).run(run_example, documented_example()):
-        step, loss = re.search(r"loss of call (\d+), counted from 0: ([\d.]+)$", printed.strip()).groups()  # type: ignore[union-attr]
-        assert step == "98", "one call ago"
-        assert float(loss) < 0.5
-
-
-def test_the_example_in_the_documentation_can_be_measured(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(documented_example())
-    (command,) = set(re.findall(r"`ds-ddg (partition mine.py.*?)`", (ROOT / "docs" / "recipes.md").read_text()))
-    run = subprocess.run(
-        [sys.executable, "-m", "ds_ddg", *command.split()],
-        cwd=tmp_path,
-        env={**os.environ, "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert run.returncode == 0, run.stderr
-    first, last = run.stdout.splitlines()[1:3]
-    assert re.match(r" +0 +0 Linear \.\. \d Block ", first)
-    assert re.match(r" +1 +\d Block \.\. 7 Linear \+ cross_entropy ", last)

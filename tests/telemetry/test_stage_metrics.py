@@ -10,7 +10,7 @@ from deepspeed.pipe import PipelineModule
 from torch import Tensor, nn
 
 from ds_ddg.schedules.ddg import DDGPlan
-from ds_ddg.telemetry.stage_metrics import Timestamp
+from ds_ddg.telemetry.observer import Timestamp
 from helpers import toy
 from helpers.distributed import GetRanks
 
