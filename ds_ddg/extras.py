@@ -27,7 +27,7 @@ class MissingExtraError(ModuleNotFoundError):
 
 @contextmanager
 def extra(name: str, what: str) -> Iterator[None]:
-    """Imports in this block are of libraries that the extra `name` brings.
+    """Put imports of libraries that the extra `name` brings into this block.
 
     Args:
         name: such as "plot".

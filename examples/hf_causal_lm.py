@@ -40,7 +40,7 @@ def arguments():
 
 
 def make_tiny_model(directory):
-    """A Llama with new weights that reads bytes."""
+    """Write a Llama with new weights that reads bytes."""
     tokenizer = ByT5Tokenizer(extra_ids=0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -59,7 +59,7 @@ def make_tiny_model(directory):
 
 
 def encode(tokenizer, pairs):
-    """Token ids, mask and labels, all (examples, length).
+    """Return token ids, mask and labels, all (examples, length).
 
     All have the length of the longest: what travels between stages has one shape. Labels are the tokens themselves,
     not shifted; the prompt and the padding are not to be predicted.
@@ -83,7 +83,7 @@ def encode(tokenizer, pairs):
 
 
 def micro_batches(ids, mask, labels, size, seed):
-    """((token ids, mask), labels) without end, in an order that depends on the seed alone, not on the rank."""
+    """Yield ((token ids, mask), labels) without end, in an order that depends on the seed alone, not on the rank."""
     order = random.Random(seed)
     chosen = itertools.chain.from_iterable(iter(lambda: order.sample(range(len(ids)), len(ids)), None))
     while True:
@@ -92,7 +92,7 @@ def micro_batches(ids, mask, labels, size, seed):
 
 
 def generate(directory, prompts):
-    """What the saved model says, by transformers alone."""
+    """Print what the saved model says, by transformers alone."""
     model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     for prompt in prompts:
@@ -104,6 +104,8 @@ def generate(directory, prompts):
 
 def main():
     args = arguments()
+    # On CPUs DeepSpeed would compile this for a minute, and only inference uses it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
     torch.manual_seed(args.seed)
     directory = args.model or args.output / "start"
@@ -123,7 +125,8 @@ def main():
     config = {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 2,
-        "optimizer": {"type": "AdamW", "params": {"lr": args.lr, "weight_decay": 0.01}},
+        # Without "torch_adam" DeepSpeed compiles one of its own first, which takes a minute and a compiler.
+        "optimizer": {"type": "AdamW", "params": {"lr": args.lr, "weight_decay": 0.01, "torch_adam": True}},
         "gradient_clipping": 1.0,
         "steps_per_print": max(1, args.calls // 6),
     }

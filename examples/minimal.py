@@ -34,8 +34,10 @@ class Block(nn.Module):
 
 
 def batches(size, seed):
-    """Points around ten centres, and which centre each belongs to. The first and the last stage each draw their own
-    copy, so all that is random comes from the seed and nothing from the rank."""
+    """Yield points around ten centres, and which centre each belongs to.
+
+    The first and the last stage each draw their own copy, so all that is random comes from the seed, not the rank.
+    """
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(CLASSES, WIDTH, generator=generator)
     while True:
@@ -44,7 +46,7 @@ def batches(size, seed):
 
 
 def layers():
-    """Layers, a micro-batch (inputs, labels) and the loss: what there is to measure."""
+    """Return layers, a micro-batch (inputs, labels) and the loss: what there is to measure."""
     blocks = [LayerSpec(Block, 96) for _ in range(6)]
     specs = [LayerSpec(nn.Linear, WIDTH, 96), *blocks, LayerSpec(nn.Linear, 96, CLASSES)]
     return specs, next(batches(32, SEED)), nn.functional.cross_entropy
@@ -59,6 +61,8 @@ config = {
 
 
 def main():
+    # On CPUs DeepSpeed would compile this for a minute, and only inference uses it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
     torch.manual_seed(SEED)
     specs, sample, loss_fn = layers()

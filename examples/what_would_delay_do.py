@@ -43,7 +43,7 @@ def layers():
 
 
 def batches():
-    """Micro-batches (inputs, labels): points around ten centres, and which centre each belongs to."""
+    """Yield micro-batches (inputs, labels): points around ten centres, and which centre each belongs to."""
     generator = torch.Generator().manual_seed(SEED)
     centres = torch.randn(10, 64, generator=generator)
     while True:
@@ -65,7 +65,7 @@ def optimizer(parameters, learning_rate):
 
 # %%
 def train(num_stages, micro_batches, learning_rate):
-    """Losses of all calls with the delay of `num_stages` stages."""
+    """Return the losses of all calls with the delay of `num_stages` stages."""
     torch.manual_seed(SEED)
     model = layers()
     cuts = [round(k * len(model) / num_stages) for k in range(num_stages + 1)]
@@ -77,7 +77,7 @@ def train(num_stages, micro_batches, learning_rate):
 
 
 def final(losses):
-    """The mean loss of the last tenth, or that there is none."""
+    """Return the mean loss of the last tenth as text, or that there is none."""
     loss = sum(losses[-len(losses) // 10 :]) / (len(losses) // 10)
     return f"{loss:.4f}" if math.isfinite(loss) else "diverged"
 
