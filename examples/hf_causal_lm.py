@@ -115,16 +115,17 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     pairs = [line.split("\t") for line in args.data.read_text().splitlines()] if args.data else PAIRS
 
+    stages = comm.get_world_size()
     net = PipelineModule(
         causal_lm(directory),
-        num_stages=comm.get_world_size(),
+        num_stages=stages,
         loss_fn=next_token_loss,
         partition_method="type:TransformerLayer",  # the same number of transformer layers
     )
     load_pretrained(net, directory)  # before ds_ddg.initialize, which copies weights
     config = {
         "train_micro_batch_size_per_gpu": 4,
-        "gradient_accumulation_steps": 2,
+        "gradient_accumulation_steps": max(2, stages - 1),  # so gradients are one update old at most
         # Without "torch_adam" DeepSpeed compiles one of its own first, which takes a minute and a compiler.
         "optimizer": {"type": "AdamW", "params": {"lr": args.lr, "weight_decay": 0.01, "torch_adam": True}},
         "gradient_clipping": 1.0,
