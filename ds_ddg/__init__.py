@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ds_ddg.entry import ddg_engine, initialize, swap
 
 __all__ = ["DDGConfig", "DDGEngine", "ddg_engine", "initialize", "swap"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "DDGConfig": "config",

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 
 from ds_ddg import __version__
+from ds_ddg.extras import MissingExtraError
 
 from . import check, partition, plan, simulate, trace
 
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         answer: str = options.run(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MissingExtraError) as error:
         print(f"ds-ddg: error: {error}", file=sys.stderr)
         return 2
     try:
