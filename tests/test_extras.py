@@ -61,7 +61,7 @@ def test_a_missing_library_is_one_line(
     assert str(caught.value) == f'{what} needs {library}: pip install "ds_ddg[{name}]"'
 
 
-def test_weights_that_cannot_be_written_say_so_on_every_rank(tmp_path: Path, without: Callable[[str], None]) -> None:
+def test_weights_that_cannot_be_written_say_so_everywhere(tmp_path: Path, without: Callable[[str], None]) -> None:
     """Ranks tell each other what went wrong, so the message arrives inside of another error."""
     net = nn.Sequential(*(spec.build() for spec in models.torchvision_resnet("resnet18", num_classes=2)))
     torch.save(net.state_dict(), tmp_path / "weights.pt")

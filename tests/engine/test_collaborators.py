@@ -169,7 +169,7 @@ def test_the_norm_is_unknown_while_a_stage_overflows() -> None:
 # -- what is replaced in DeepSpeed's objects and modules for the time of a block --------------------------------------
 
 
-def test_an_idle_optimizer_steps_nothing_while_the_scheduler_goes_on() -> None:
+def test_an_idle_optimizer_lets_the_scheduler_go_on() -> None:
     parameter = nn.Parameter(torch.ones(1))
     parameter.grad = torch.ones(1)
     real = torch.optim.SGD([parameter], lr=1.0)

@@ -117,7 +117,7 @@ def test_cifar_resnet_reads_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(list(example["in_order"](images, labels))) == 10
 
 
-def test_hf_causal_lm_saves_a_model_that_says_what_it_has_learned(tmp_path: Path) -> None:
+def test_hf_causal_lm_saves_what_it_has_learned(tmp_path: Path) -> None:
     output = run(tmp_path, "hf_causal_lm.py")
     assert falls(output) > 0.9
     said = re.findall(r"^generated: (.*)$", output, re.M)
@@ -137,7 +137,7 @@ def changed(before: Tensor, after: Tensor) -> bool:
     return before.shape == after.shape and not torch.equal(before, after)
 
 
-def test_hf_causal_lm_goes_on_from_a_directory_with_other_pairs(tmp_path: Path) -> None:
+def test_hf_causal_lm_goes_on_from_a_directory(tmp_path: Path) -> None:
     from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel
 
     tokenizer = ByT5Tokenizer(extra_ids=0)
