@@ -1,0 +1,139 @@
+"""Rules at work in the steps of an optimizer, any subclass of ``torch.optim.Optimizer``.
+
+Inside a step, and there alone, the optimizer finds groups of parameters with another learning rate and momentum, one
+for each age of gradients in a group. The groups that schedulers, checkpoints and scripts see are never touched. It
+works below DeepSpeed's wrappers, which step the optimizer inside (ZeRO one group at a time), as the hooks are torch's
+own: every ``step`` runs them, whoever has wrapped it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ds_ddg.staleness.rules import Rules, Staleness
+
+__all__ = ["PREVIOUS_STEP", "StaleSteps"]
+
+PREVIOUS_STEP = "ddg_previous_step"
+"""The key of u_{t-1} in the optimizer's state of a parameter, which is saved and loaded with the rest."""
+
+_Group = dict[str, Any]
+
+
+class _Part(NamedTuple):
+    """The parameters of a group whose gradients are equally old, as a group of its own."""
+
+    group: _Group
+    """The optimizer's own."""
+    values: _Group
+    changed: frozenset[str]
+    """What it has other than the optimizer's own."""
+    lead: float = 0.0
+    """The c s of the step (1+cs) u_t - cs u_{t-1}."""
+
+
+class StaleSteps:
+    """Has an optimizer step by rules from now on.
+
+    Args:
+        optimizer: the innermost one, whose parameters are those that it updates.
+        rules: what to change.
+        staleness: the present staleness of the gradient of a parameter.
+
+    Raises:
+        TypeError: `optimizer` is none of torch's.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, rules: Rules, staleness: Callable[[Tensor], Staleness]
+    ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                '"staleness" changes the steps of subclasses of torch.optim.Optimizer, got '
+                f'{type(optimizer).__name__}; use such an optimizer, or "staleness": "off"'
+            )
+        self._rules, self._staleness = rules, staleness
+        self._given: list[_Group] | None = None
+        """The groups of the optimizer, inside a step that finds others."""
+        self._parts: list[_Part] = []
+        self._led: list[tuple[Tensor, Tensor, float]] = []
+        """Parameters to extrapolate, their values before the step, and c s."""
+        optimizer.register_step_pre_hook(self._before)
+        optimizer.register_step_post_hook(self._after)
+
+    @torch.no_grad()
+    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        # A subclass may call its parent's step, which runs the hooks as well, and a step may have failed halfway.
+        self._put_back(optimizer)
+        parts = [part for group in optimizer.param_groups for part in self._split(optimizer, group)]
+        if not any(part.changed for part in parts):
+            return
+        if any(closure is not None for closure in (*args[1:2], kwargs.get("closure"))):
+            raise ValueError(
+                f"{type(optimizer).__name__}.step was given a closure; the rules for stale gradients need the "
+                "gradients before the step: call backward first, and step without one"
+            )
+        self._given, self._parts = optimizer.param_groups, parts
+        optimizer.param_groups = [part.values for part in parts]
+        self._led = [
+            (parameter, parameter.detach().clone(), part.lead)
+            for part in parts
+            if part.lead > 0
+            for parameter in part.values["params"]
+        ]
+
+    @torch.no_grad()
+    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for parameter, before, lead in self._led:
+            step = before.sub_(parameter)
+            parameter.sub_(step, alpha=lead)
+            # Written only now, as optimizers take an empty state for that of a parameter without a step.
+            state = optimizer.state[parameter]
+            if PREVIOUS_STEP in state:
+                parameter.add_(state[PREVIOUS_STEP], alpha=lead)
+            state[PREVIOUS_STEP] = step
+        self._put_back(optimizer)
+
+    def _put_back(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give the optimizer its own groups again, with what it has noted in those of the step."""
+        if self._given is not None:
+            optimizer.param_groups = self._given
+        for part in self._parts:
+            part.group.update({name: value for name, value in part.values.items() if name not in part.changed})
+        self._given, self._parts, self._led = None, [], []
+
+    def _split(self, optimizer: torch.optim.Optimizer, group: _Group) -> Iterator[_Part]:
+        """What takes the place of `group`: itself if all its gradients are fresh, else a group for each age."""
+        by_age: dict[Staleness, list[Tensor]] = {}
+        for parameter in group["params"]:
+            by_age.setdefault(self._staleness(parameter), []).append(parameter)
+        if not by_age:
+            yield _Part(group, group, frozenset())
+        for age, parameters in by_age.items():
+            if age.updates > 0:
+                yield self._part(group, parameters, age)
+                continue
+            for parameter in parameters:
+                optimizer.state.get(parameter, {}).pop(PREVIOUS_STEP, None)
+            if len(by_age) == 1:
+                yield _Part(group, group, frozenset())
+            else:
+                yield _Part(group, {**group, "params": parameters}, frozenset(["params"]))
+
+    def _part(self, group: _Group, parameters: list[Tensor], age: Staleness) -> _Part:
+        rules = self._rules
+        # DeepSpeed's Muon also steps parameters without a gradient, when none is due yet.
+        changes: _Group = {"params": [parameter for parameter in parameters if parameter.grad is not None]}
+        if rules.learning_rate:
+            changes["lr"] = group["lr"] * rules.rate_factor(age)
+        if rules.momentum != "keep":
+            if "betas" in group:
+                first, *others = group["betas"]
+                changes["betas"] = (rules.momentum_at(first, age), *others)
+            else:
+                changes["momentum"] = rules.momentum_at(group["momentum"], age)
+        return _Part(group, {**group, **changes}, frozenset(changes), rules.lead(age))
