@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ds_ddg.weights.single_rank import local_if_single_rank
 
-__all__ = ["StageLocalGrid", "StagePeers", "clip", "clip_stage_gradients"]
+__all__ = ["StageLocalGrid", "StagePeers", "clip", "clip_stage_gradients", "square_norm"]
 
 
 class StagePeers:
@@ -123,11 +123,11 @@ def clip_stage_gradients(
     if slices.get_model_parallel_world_size() == 1:
         if not gradients:
             return None
-        square = _square_norm(gradients)
+        square = square_norm(gradients)
     else:
         first = slices.get_model_parallel_rank() == 0
         own = [p.grad for p in having if p.grad is not None and (first or is_model_parallel_parameter(p))]
-        square = _square_norm(own) if own else torch.zeros((), device=device)
+        square = square_norm(own) if own else torch.zeros((), device=device)
         dist.all_reduce(square, group=slices.get_model_parallel_group())
     norm = square.pow(0.5)
     if experts:
@@ -146,5 +146,6 @@ def clip(gradients: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
         gradient.mul_(coefficient)
 
 
-def _square_norm(gradients: Sequence[Tensor]) -> Tensor:
+def square_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Return the square of the norm of all `gradients` together, in the arithmetic of DeepSpeed's fp32 clip."""
     return torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).pow(2.0).sum()

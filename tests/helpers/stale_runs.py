@@ -1,0 +1,181 @@
+"""Training with rules for stale gradients: by the engine, by `ds_ddg.delayed`, by the oracle with steps by hand."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from helpers import toy
+
+CALLS, REFILL = 9, 4
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A way to step, as the config says it, and as numbers of s."""
+
+    optimizer: str
+    staleness: Any
+    rate: Callable[[float], float] = lambda s: 1.0
+    stretch: bool = False
+    lead: float = 0.0
+    clip: float = 0.0
+
+
+RULES = {
+    "off": Rule("sgd", "off"),
+    "S": Rule(
+        "sgd", {"rules": "auto", "clip": 0.05}, lambda s: float((1 + s) ** -2.5), stretch=True, lead=1.0, clip=0.05
+    ),
+    "A": Rule("adamw", "auto", lambda s: float((1 + s) ** -0.5), stretch=True, lead=1.0),
+    "A, fused": Rule("fused_adamw", "auto", lambda s: float((1 + s) ** -0.5), stretch=True, lead=1.0),
+    "Muon's": Rule("sgd", {"learning_rate": 1}, lambda s: float((1 + s) ** -1.0)),
+}
+
+
+class ByHand:
+    """The optimizer of one stage of the oracle, with steps from the formulas.
+
+    Args:
+        optimizer: the plain one.
+        rule: the formulas.
+        s: the staleness of the stage.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, rule: Rule, s: float) -> None:
+        self.optimizer, self.rule, self.s = optimizer, rule, s
+        self.param_groups = optimizer.param_groups
+        self.zero_grad = optimizer.zero_grad
+        self.previous: dict[Tensor, Tensor] = {}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Step, with the optimizer's own numbers put back afterwards."""
+        group, rule, s = self.param_groups[0], self.rule, self.s
+        if s == 0 or rule.staleness == "off":
+            self.optimizer.step()
+            return
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if rule.clip:
+            norm = torch.stack([p.grad.norm() for p in parameters]).square().sum().sqrt()
+            for parameter in parameters:
+                parameter.grad.mul_(torch.clamp(torch.tensor(rule.clip) / (norm + 1e-6), max=1.0))
+        key = "betas" if "betas" in group else "momentum"
+        lr, own = group["lr"], group[key]
+        stretched = 1 - (1 - (own if key == "momentum" else own[0])) / (1 + s)
+        group["lr"] = lr * rule.rate(s)
+        if rule.stretch:
+            group[key] = stretched if key == "momentum" else (stretched, own[1])
+        before = [p.clone() for p in parameters]
+        self.optimizer.step()
+        group["lr"], group[key] = lr, own
+        for parameter, value in zip(parameters, before, strict=True):
+            u = value - parameter
+            if rule.lead:
+                parameter.sub_(u, alpha=rule.lead * s)
+                if parameter in self.previous:
+                    parameter.add_(self.previous[parameter], alpha=rule.lead * s)
+            self.previous[parameter] = u
+
+
+def layers() -> list[nn.Module]:
+    """The toy model without dropout: the stages of a pipeline have random numbers of their own, a loop has one."""
+    net = toy.layers()
+    for layer in net:
+        for module in layer.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    return net
+
+
+def split(net: Iterable[nn.Module], stages: int) -> list[nn.Sequential]:
+    """As DeepSpeed's "uniform" splits it."""
+    from deepspeed.runtime.utils import partition_uniform
+
+    net = list(net)
+    return [nn.Sequential(*net[a:b]) for a, b in itertools.pairwise(partition_uniform(len(net), stages))]
+
+
+@dataclass
+class Result:
+    """What is left to compare of one stage."""
+
+    losses: list[float] = field(default_factory=list)
+    states: list[list[Tensor]] = field(default_factory=list)
+    """At the end of the first calls, after the drain, and after the calls and the drain that follow."""
+
+
+def train_oracle(
+    stages: int, micro_batches: int, rule: Rule, calls: int = CALLS, refill: int = REFILL
+) -> list[Result]:
+    """The learning rate is halved every third call."""
+    from ds_ddg.reference import Reference
+
+    net = split(layers(), stages)
+    plain = [toy.OPTIMIZERS[rule.optimizer](stage.parameters()) for stage in net]
+    optimizers: Any = [ByHand(optimizer, rule, (stages - 1 - k) / micro_batches) for k, optimizer in enumerate(plain)]
+    trainer = Reference(net, toy.loss_fn, optimizers, micro_batches, schedulers=[halving(it) for it in plain])
+    results = [Result() for _ in range(stages)]
+    data = toy.batches((calls + refill) * micro_batches)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*lr_scheduler.*")
+        for count in (calls, refill):
+            for _ in range(count):
+                loss = float(trainer.train_batch(data))
+                for result in results:
+                    result.losses.append(loss)
+            for drained in (False, True):
+                if drained:
+                    trainer.drain()
+                for result, stage in zip(results, net, strict=True):
+                    result.states.append(toy.state(stage))
+    return results
+
+
+def halving(optimizer: Any) -> Any:
+    """A scheduler."""
+    return torch.optim.lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.5)
+
+
+class Loop:
+    """A plain loop over the model, with a delayed optimizer.
+
+    Args:
+        micro_batches: M.
+        rule: the optimizer.
+        delay: what is done to the optimizer, given the layers.
+    """
+
+    def __init__(
+        self, micro_batches: int, rule: Rule, delay: Callable[[nn.Sequential, Any], Any], scheduler_first: bool = False
+    ) -> None:
+        self.micro_batches = micro_batches
+        self.net = nn.Sequential(*layers())
+        self.optimizer = toy.OPTIMIZERS[rule.optimizer](self.net.parameters())
+        if scheduler_first:
+            self.scheduler = halving(self.optimizer)
+        assert delay(self.net, self.optimizer) is self.optimizer
+        if not scheduler_first:
+            self.scheduler = halving(self.optimizer)
+
+    def train(self, data: Iterator[tuple[Tensor, Tensor]], calls: int = CALLS) -> list[float]:
+        """Return the loss of each call."""
+        losses = []
+        for _ in range(calls):
+            total = torch.zeros(())
+            for _ in range(self.micro_batches):
+                inputs, labels = next(data)
+                loss = toy.loss_fn(self.net(inputs), labels)
+                (loss / self.micro_batches).backward()
+                total = total + loss.detach()
+            self.optimizer.step()
+            self.scheduler.step()
+            self.optimizer.zero_grad()
+            losses.append(float(total / self.micro_batches))
+        return losses
