@@ -8,7 +8,7 @@ own: every ``step`` runs them, whoever has wrapped it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,8 @@ __all__ = ["PREVIOUS_STEP", "StaleSteps"]
 
 PREVIOUS_STEP = "ddg_previous_step"
 """The key of u_{t-1} in the optimizer's state of a parameter, which is saved and loaded with the rest."""
+_STEPS = "ddg_steps"
+"""The name of the attribute by which an optimizer has its `StaleSteps`."""
 
 _Group = dict[str, Any]
 
@@ -42,28 +44,41 @@ class StaleSteps:
     Args:
         optimizer: the innermost one, whose parameters are those that it updates.
         rules: what to change.
-        staleness: the present staleness of the gradient of a parameter.
+        by_age: divides the parameters of a group by the present staleness of their gradients.
 
     Raises:
         TypeError: `optimizer` is none of torch's.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, rules: Rules, staleness: Callable[[Tensor], Staleness]
+        self,
+        optimizer: torch.optim.Optimizer,
+        rules: Rules,
+        by_age: Callable[[list[Tensor]], Mapping[Staleness, list[Tensor]]],
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
                 '"staleness" changes the steps of subclasses of torch.optim.Optimizer, got '
                 f'{type(optimizer).__name__}; use such an optimizer, or "staleness": "off"'
             )
-        self._rules, self._staleness = rules, staleness
+        self._rules, self._by_age = rules, by_age
         self._given: list[_Group] | None = None
         """The groups of the optimizer, inside a step that finds others."""
         self._parts: list[_Part] = []
         self._led: list[tuple[Tensor, Tensor, float]] = []
         """Parameters to extrapolate, their values before the step, and c s."""
-        optimizer.register_step_pre_hook(self._before)
-        optimizer.register_step_post_hook(self._after)
+        if (before := vars(optimizer).get(_STEPS)) is not None:
+            before.remove()  # an optimizer that an engine before had
+        vars(optimizer)[_STEPS] = self
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def remove(self) -> None:
+        """From here on the optimizer steps as ever."""
+        for hook in self._hooks:
+            hook.remove()
 
     @torch.no_grad()
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -72,10 +87,10 @@ class StaleSteps:
         parts = [part for group in optimizer.param_groups for part in self._split(optimizer, group)]
         if not any(part.changed for part in parts):
             return
-        if any(closure is not None for closure in (*args[1:2], kwargs.get("closure"))):
+        if any(given is not None for given in (*args[1:2], kwargs.get("closure"), kwargs.get("grads"))):
             raise ValueError(
-                f"{type(optimizer).__name__}.step was given a closure; the rules for stale gradients need the "
-                "gradients before the step: call backward first, and step without one"
+                f"{type(optimizer).__name__}.step was given a closure or gradients; the rules for stale gradients "
+                "find them in .grad before the step: call backward first, and step without arguments"
             )
         self._given, self._parts = optimizer.param_groups, parts
         optimizer.param_groups = [part.values for part in parts]
@@ -108,9 +123,7 @@ class StaleSteps:
 
     def _split(self, optimizer: torch.optim.Optimizer, group: _Group) -> Iterator[_Part]:
         """What takes the place of `group`: itself if all its gradients are fresh, else a group for each age."""
-        by_age: dict[Staleness, list[Tensor]] = {}
-        for parameter in group["params"]:
-            by_age.setdefault(self._staleness(parameter), []).append(parameter)
+        by_age = self._by_age(group["params"])
         if not by_age:
             yield _Part(group, group, frozenset())
         for age, parameters in by_age.items():

@@ -115,13 +115,17 @@ class _Delay:
         # torch's GradScaler tells an optimizer of this kind that it is at work.
         optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
         optimizer.register_step_pre_hook(self._before_step)
-        StaleSteps(optimizer, rules, self._staleness)
+        StaleSteps(optimizer, rules, self._by_age)
         optimizer.register_step_post_hook(self._after_step)
         optimizer.register_state_dict_post_hook(self._save)
         optimizer.register_load_state_dict_pre_hook(self._load)
 
-    def _staleness(self, parameter: Tensor) -> Staleness:
-        return Staleness.of(self._plan, self._stage_of[parameter], self._steps)
+    def _by_age(self, parameters: list[Tensor]) -> dict[Staleness, list[Tensor]]:
+        ages = [Staleness.of(self._plan, k, self._steps) for k in range(self._plan.num_stages)]
+        result: dict[Staleness, list[Tensor]] = {}
+        for parameter in parameters:
+            result.setdefault(ages[self._stage_of[parameter]], []).append(parameter)
+        return result
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -9,6 +9,7 @@ The engine's own ``mpu`` must stay the real grid: checkpoint file names come fro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -138,6 +139,8 @@ def clip_stage_gradients(
 
 def clip(gradients: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
     """Scale `gradients` in place down to `max_norm`, with `norm`, a 0-dim tensor, taken as their norm."""
+    if math.isinf(max_norm):
+        return
     # On the CPU comparing costs less than multiplying by one; near the border the rounding below has to decide.
     if norm.is_cpu and norm.item() < 0.99 * max_norm - 1e-6:
         return

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers import toy
+from helpers.census import census
 
 CALLS, REFILL = 9, 4
 
@@ -179,3 +180,59 @@ class Loop:
             self.optimizer.zero_grad()
             losses.append(float(total / self.micro_batches))
         return losses
+
+
+@dataclass
+class Seen:
+    """What the training of one stage left to compare."""
+
+    states: list[list[Tensor]]
+    """As of `Result`."""
+    groups: list[tuple[Any, ...]]
+    """Learning rate, and momentum or betas, that a script sees after each of the first calls."""
+    keys: set[str]
+    """Of the state of its optimizer."""
+    collectives: int
+    """Across stages, in the last of the first calls."""
+    norm: float | None
+
+
+def build_engine(
+    stages: int, micro_batches: int, optimizer: str, staleness: Any, clip: float = 0.0, **ddg: Any
+) -> Any:
+    """On the ranks of this process group."""
+    from deepspeed.pipe import PipelineModule
+
+    import ds_ddg
+
+    net = PipelineModule(layers(), num_stages=stages, loss_fn=toy.loss_fn, partition_method="uniform")
+    return ds_ddg.initialize(
+        model=net,
+        config=toy.config(micro_batches, {"staleness": staleness, **ddg}, gradient_clipping=clip),
+        optimizer=toy.OPTIMIZERS[optimizer],
+        model_parameters=list(net.parameters()),
+        lr_scheduler=halving,
+    )[0]
+
+
+def train_engines(rank: int, world_size: int, names: list[str], micro_batches: int) -> list[Seen]:
+    """One engine after another, for each of `RULES` named."""
+    found = []
+    for name in names:
+        rule = RULES[name]
+        engine = build_engine(world_size, micro_batches, rule.optimizer, rule.staleness)
+        data = toy.batches((CALLS + REFILL) * micro_batches)
+        states, groups = [], []
+        for count in (CALLS, REFILL):
+            for _ in range(count):
+                with census() as seen:
+                    engine.train_batch(data)
+                group = engine.optimizer.param_groups[0]
+                groups.append((group["lr"], group["betas"] if "betas" in group else group["momentum"]))
+            across = sum(count for (_, group), count in seen.items() if len(group) > 1)
+            states.append(toy.state(engine.module))
+            engine.drain()
+            states.append(toy.state(engine.module))
+        keys = {key for state in engine.optimizer.state.values() for key in state}
+        found.append(Seen(states, groups, keys, across, engine.get_global_grad_norm()))
+    return found

@@ -53,7 +53,7 @@ def trained(make: Callable[[Any], Any], rules: Rules | None, ages: list[Stalenes
     optimizer = make(weights)
     now = ages[:1]
     if rules is not None:
-        StaleSteps(optimizer, rules, lambda parameter: now[0])
+        StaleSteps(optimizer, rules, lambda parameters: {now[0]: parameters})
     for step, age in enumerate(ages):
         now[0] = age
         set_gradients(weights, step)
@@ -112,7 +112,7 @@ def test_groups_are_as_the_script_left_them() -> None:
     optimizer = torch.optim.SGD([{"params": [weights[0]], "lr": 0.1}, {"params": [weights[1]]}], lr=0.2, momentum=0.9)
     given = optimizer.param_groups
     inside: list[tuple[float, float]] = []
-    StaleSteps(optimizer, ALL, lambda parameter: Staleness(3.0))
+    StaleSteps(optimizer, ALL, lambda parameters: {Staleness(3.0): parameters})
     optimizer.register_step_pre_hook(lambda o, *_: inside.extend((g["lr"], g["momentum"]) for g in o.param_groups))
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
     before = visible(optimizer)
@@ -128,8 +128,7 @@ def test_groups_are_as_the_script_left_them() -> None:
 def test_a_group_is_split_by_the_age_of_its_gradients() -> None:
     weights = parameters()
     optimizer = torch.optim.SGD(weights, lr=0.1)
-    ages = {id(weights[0]): Staleness(1.0), id(weights[1]): Staleness()}
-    StaleSteps(optimizer, Rules(learning_rate=1.0), lambda parameter: ages[id(parameter)])
+    StaleSteps(optimizer, Rules(learning_rate=1.0), lambda both: {Staleness(1.0): both[:1], Staleness(): both[1:]})
     before = [weight.detach().clone() for weight in weights]
     set_gradients(weights, 0)
     optimizer.step()
@@ -149,7 +148,7 @@ def test_what_an_optimizer_notes_in_a_group_stays() -> None:
 
     weights = parameters()
     optimizer = Counting(weights, lr=0.1)
-    StaleSteps(optimizer, ALL, lambda parameter: Staleness(2.0))
+    StaleSteps(optimizer, ALL, lambda parameters: {Staleness(2.0): parameters})
     for step in range(3):
         set_gradients(weights, step)
         optimizer.step()
@@ -176,7 +175,7 @@ def test_a_step_that_failed_leaves_no_trace_in_the_next() -> None:
 
     weights = parameters()
     optimizer = Failing(weights, lr=0.05, momentum=0.9, weight_decay=0.01)
-    StaleSteps(optimizer, ALL, lambda parameter: Staleness(2.0))
+    StaleSteps(optimizer, ALL, lambda parameters: {Staleness(2.0): parameters})
     for step in range(3):
         set_gradients(weights, step)
         optimizer.fails = True
@@ -192,7 +191,7 @@ def test_a_step_that_failed_leaves_no_trace_in_the_next() -> None:
 def test_a_parameter_without_a_gradient_is_left_alone() -> None:
     weights = parameters()
     optimizer = torch.optim.AdamW(weights, lr=0.1)
-    StaleSteps(optimizer, ALL, lambda parameter: Staleness(2.0))
+    StaleSteps(optimizer, ALL, lambda parameters: {Staleness(2.0): parameters})
     set_gradients(weights, 0)
     weights[1].grad = None
     before = weights[1].detach().clone()
@@ -209,7 +208,7 @@ def test_state_goes_with_that_of_the_optimizer(name: str) -> None:
     half, optimizer = trained(OPTIMIZERS[name], ALL, [age] * 3)
     weights = [torch.nn.Parameter(weight.clone()) for weight in half]
     other = OPTIMIZERS[name](weights)
-    StaleSteps(other, ALL, lambda parameter: age)
+    StaleSteps(other, ALL, lambda parameters: {age: parameters})
     other.load_state_dict(optimizer.state_dict())
     for step in range(3, 6):
         set_gradients(weights, step)
@@ -217,13 +216,24 @@ def test_state_goes_with_that_of_the_optimizer(name: str) -> None:
     assert all(map(torch.equal, weights, whole))
 
 
-def test_refuses_what_it_cannot_change() -> None:
-    with pytest.raises(TypeError, match=r"subclasses of torch\.optim\.Optimizer, got Own"):
-        StaleSteps(type("Own", (), {})(), ALL, lambda parameter: Staleness())  # type: ignore[arg-type]
+def test_rules_of_an_engine_before_are_given_up() -> None:
     weights = parameters()
     optimizer = torch.optim.SGD(weights, lr=0.1)
-    StaleSteps(optimizer, ALL, lambda parameter: Staleness(1.0))
+    for _ in range(2):
+        StaleSteps(optimizer, Rules(learning_rate=1.0), lambda parameters: {Staleness(1.0): parameters})
+    start = weights[0].detach().clone()
     set_gradients(weights, 0)
-    with pytest.raises(ValueError, match="given a closure"):
+    optimizer.step()
+    assert torch.equal(weights[0], start.sub(weights[0].grad, alpha=0.05))
+
+
+def test_refuses_what_it_cannot_change() -> None:
+    with pytest.raises(TypeError, match=r"subclasses of torch\.optim\.Optimizer, got Own"):
+        StaleSteps(type("Own", (), {})(), ALL, lambda parameters: {Staleness(): parameters})  # type: ignore[arg-type]
+    weights = parameters()
+    optimizer = torch.optim.SGD(weights, lr=0.1)
+    StaleSteps(optimizer, ALL, lambda parameters: {Staleness(1.0): parameters})
+    set_gradients(weights, 0)
+    with pytest.raises(ValueError, match="given a closure or gradients"):
         optimizer.step(lambda: 0.0)
     assert optimizer.param_groups[0]["lr"] == 0.1
