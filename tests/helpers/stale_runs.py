@@ -11,10 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from helpers import toy
+from ds_ddg.weights.optimizer_wrappers import with_a_parameter
+from helpers import formats, toy
 from helpers.census import census
+from helpers.formats import Format
 
 CALLS, REFILL = 9, 4
+
+
+def unchanged(s: float) -> float:
+    """The factor of a learning rate without a discount."""
+    return 1.0
+
+
+@dataclass(frozen=True)
+class Discount:
+    """The factor of a learning rate."""
+
+    exponent: float
+
+    def __call__(self, s: float) -> float:
+        """(1+s)^-p."""
+        return float((1 + s) ** -self.exponent)
 
 
 @dataclass(frozen=True)
@@ -23,7 +41,7 @@ class Rule:
 
     optimizer: str
     staleness: Any
-    rate: Callable[[float], float] = lambda s: 1.0
+    rate: Callable[[float], float] = unchanged
     stretch: bool = False
     lead: float = 0.0
     clip: float = 0.0
@@ -31,12 +49,10 @@ class Rule:
 
 RULES = {
     "off": Rule("sgd", "off"),
-    "S": Rule(
-        "sgd", {"rules": "auto", "clip": 0.05}, lambda s: float((1 + s) ** -2.5), stretch=True, lead=1.0, clip=0.05
-    ),
-    "A": Rule("adamw", "auto", lambda s: float((1 + s) ** -0.5), stretch=True, lead=1.0),
-    "A, fused": Rule("fused_adamw", "auto", lambda s: float((1 + s) ** -0.5), stretch=True, lead=1.0),
-    "Muon's": Rule("sgd", {"learning_rate": 1}, lambda s: float((1 + s) ** -1.0)),
+    "S": Rule("sgd", {"rules": "auto", "clip": 0.05}, Discount(2.5), stretch=True, lead=1.0, clip=0.05),
+    "A": Rule("adamw", "auto", Discount(0.5), stretch=True, lead=1.0),
+    "A, fused": Rule("fused_adamw", "auto", Discount(0.5), stretch=True, lead=1.0),
+    "Muon's": Rule("sgd", {"learning_rate": 1}, Discount(1.0)),
 }
 
 
@@ -60,6 +76,7 @@ class ByHand:
         """Step, with the optimizer's own numbers put back afterwards."""
         group, rule, s = self.param_groups[0], self.rule, self.s
         if s == 0 or rule.staleness == "off":
+            self.previous.clear()
             self.optimizer.step()
             return
         parameters = [p for p in group["params"] if p.grad is not None]
@@ -83,6 +100,60 @@ class ByHand:
                 if parameter in self.previous:
                     parameter.add_(self.previous[parameter], alpha=rule.lead * s)
             self.previous[parameter] = u
+
+
+class Masters:
+    """By way of fp32 copies of a stage's weights, as DeepSpeed's wrappers step.
+
+    Args:
+        weights: those of the stage.
+        form: their format.
+        make: makes the optimizer of the copies.
+    """
+
+    def __init__(self, weights: Iterable[nn.Parameter], form: Format, make: Callable[[Any], ByHand]) -> None:
+        self.weights, self.scale = list(weights), form.scale
+        self.copies = [nn.Parameter(weight.detach().float()) for weight in self.weights]
+        self.inner = make(with_a_parameter(self.copies))
+        if form.primed:
+            for copy in self.copies:
+                copy.grad = torch.zeros_like(copy)
+            self.inner.optimizer.step()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """With what Reference has summed, without the scale of the loss."""
+        for weight, copy in zip(self.weights, self.copies, strict=True):
+            copy.grad = None if weight.grad is None else weight.grad.float() / self.scale
+        if self.copies:
+            self.inner.step()
+        for weight, copy in zip(self.weights, self.copies, strict=True):
+            weight.copy_(copy)
+
+    def zero_grad(self) -> None:
+        for weight in self.weights:
+            weight.grad = None
+
+
+def train_oracle_in(name: str, stages: int, micro_batches: int, rule: Rule, frozen: int | None) -> list[list[Tensor]]:
+    """As `formats.train_engine` does it; the states of the stages at the end."""
+    from ds_ddg.reference import Reference
+
+    form = formats.FORMATS[name]
+    net = split([layer.to(form.weights) for layer in formats.layers(frozen=frozen)], stages)
+    torch.manual_seed(11)
+    optimizers: Any = []
+    for k, stage in enumerate(net):
+        s = (stages - 1 - k) / micro_batches
+        make = lambda weights, s=s: ByHand(formats.OPTIMIZERS[rule.optimizer](weights), rule, s)  # noqa: E731
+        optimizers.append(Masters(formats.trainable(stage), form, make))
+    trainer = Reference(net, lambda out, y: formats.loss_fn(out, y) * form.scale, optimizers, micro_batches)
+    data = formats.batches((formats.CALLS + formats.REFILL) * micro_batches, form.weights)
+    for count in (formats.CALLS, formats.REFILL):
+        for _ in range(count):
+            trainer.train_batch(data)
+        trainer.drain()
+    return [toy.state(stage) for stage in net]
 
 
 def layers() -> list[nn.Module]:
@@ -197,9 +268,7 @@ class Seen:
     norm: float | None
 
 
-def build_engine(
-    stages: int, micro_batches: int, optimizer: str, staleness: Any, clip: float = 0.0, **ddg: Any
-) -> Any:
+def build_engine(stages: int, micro_batches: int, optimizer: str, staleness: Any, **ddg: Any) -> Any:
     """On the ranks of this process group."""
     from deepspeed.pipe import PipelineModule
 
@@ -208,7 +277,7 @@ def build_engine(
     net = PipelineModule(layers(), num_stages=stages, loss_fn=toy.loss_fn, partition_method="uniform")
     return ds_ddg.initialize(
         model=net,
-        config=toy.config(micro_batches, {"staleness": staleness, **ddg}, gradient_clipping=clip),
+        config=toy.config(micro_batches, {"staleness": staleness, **ddg}),
         optimizer=toy.OPTIMIZERS[optimizer],
         model_parameters=list(net.parameters()),
         lr_scheduler=halving,
@@ -236,3 +305,48 @@ def train_engines(rank: int, world_size: int, names: list[str], micro_batches: i
         keys = {key for state in engine.optimizer.state.values() for key in state}
         found.append(Seen(states, groups, keys, across, engine.get_global_grad_norm()))
     return found
+
+
+def resume_in(rank: int, world_size: int, name: str, staleness: Any, directory: str) -> list[list[Tensor]]:
+    """States after four calls behind a checkpoint: going on, and with another engine that loads it."""
+    one, other = (
+        formats.build_engine(world_size, name, 2, "adamw", {"staleness": staleness}, dropout=False) for _ in range(2)
+    )
+    data = list(formats.batches(18, formats.FORMATS[name].weights))
+    first, rest = data[:10], data[10:]
+    seen = iter(first)
+    for _ in range(5):
+        one.train_batch(seen)
+    one.save_checkpoint(directory)
+    other.train_batch(iter(rest[:2]))
+    other.load_checkpoint(directory)
+    found = []
+    for engine in (one, other):
+        data_left = iter(rest)
+        for _ in range(4):
+            engine.train_batch(data_left)
+        engine.drain()
+        found.append(toy.state(engine.module))
+    return found
+
+
+def build_refused(rank: int, world_size: int, optimizer: str, staleness: Any, ddg: dict[str, Any]) -> str:
+    """The error that every rank is to raise."""
+    try:
+        build_engine(world_size, 1, optimizer, staleness, **ddg)
+    except ValueError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    """With weight decay."""
+    return toy.OPTIMIZERS["adamw"](parameters)
+
+
+def change(engine: Any, call: int) -> None:
+    """To DeepSpeed's schedule and back, then to more micro-batches."""
+    if call in (3, 6):
+        engine.schedule = {3: "1f1b", 6: "ddg"}[call]
+    if call == 8:
+        engine.set_train_batch_size(4 * 3)
