@@ -47,6 +47,23 @@ class Rule:
     clip: float = 0.0
 
 
+def muon(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """DeepSpeed's, for matrices (it fails on convolutions); Adam for the rest."""
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    parameters = list(parameters)
+    groups: list[dict[str, Any]] = [
+        {"use_muon": True, "lr": 0.02, "momentum": 0.9, "weight_decay": 0.1},
+        {"use_muon": False, "lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1},
+    ]
+    for parameter in parameters:
+        parameter.use_muon = parameter.dim() == 2  # type: ignore[attr-defined]
+    halves = [[p for p in parameters if (p.dim() == 2) is group["use_muon"]] for group in groups]
+    return MuonWithAuxAdam([{**group, "params": half} for group, half in zip(groups, halves, strict=True) if half])
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {**toy.OPTIMIZERS, "muon": muon}
+
 RULES = {
     "off": Rule("sgd", "off"),
     "S": Rule("sgd", {"rules": "auto", "clip": 0.05}, Discount(2.5), stretch=True, lead=1.0, clip=0.05),
@@ -54,6 +71,7 @@ RULES = {
     "A, fused": Rule("fused_adamw", "auto", Discount(0.5), stretch=True, lead=1.0),
     "Muon's": Rule("sgd", {"learning_rate": 1}, Discount(1.0)),
 }
+MUON = Rule("muon", "auto", Discount(1.0))
 
 
 class ByHand:
@@ -229,7 +247,7 @@ class Loop:
     ) -> None:
         self.micro_batches = micro_batches
         self.net = nn.Sequential(*layers())
-        self.optimizer = toy.OPTIMIZERS[rule.optimizer](self.net.parameters())
+        self.optimizer = OPTIMIZERS[rule.optimizer](self.net.parameters())
         if scheduler_first:
             self.scheduler = halving(self.optimizer)
         assert delay(self.net, self.optimizer) is self.optimizer
@@ -278,17 +296,16 @@ def build_engine(stages: int, micro_batches: int, optimizer: str, staleness: Any
     return ds_ddg.initialize(
         model=net,
         config=toy.config(micro_batches, {"staleness": staleness, **ddg}),
-        optimizer=toy.OPTIMIZERS[optimizer],
+        optimizer=OPTIMIZERS[optimizer],
         model_parameters=list(net.parameters()),
         lr_scheduler=halving,
     )[0]
 
 
-def train_engines(rank: int, world_size: int, names: list[str], micro_batches: int) -> list[Seen]:
-    """One engine after another, for each of `RULES` named."""
+def train_engines(rank: int, world_size: int, rules: Iterable[Rule], micro_batches: int) -> list[Seen]:
+    """One engine after another."""
     found = []
-    for name in names:
-        rule = RULES[name]
+    for rule in rules:
         engine = build_engine(world_size, micro_batches, rule.optimizer, rule.staleness)
         data = toy.batches((CALLS + REFILL) * micro_batches)
         states, groups = [], []

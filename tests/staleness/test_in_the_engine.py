@@ -18,10 +18,35 @@ from helpers.distributed import GetRanks
 from helpers.formats import FORMATS
 from helpers.modes import DEFAULT
 from helpers.resuming import assert_resumed, go_on
-from helpers.stale_runs import CALLS, REFILL, RULES, ByHand, Loop, adamw, change, train_engines, train_oracle
+from helpers.stale_runs import (
+    CALLS,
+    MUON,
+    REFILL,
+    RULES,
+    ByHand,
+    Loop,
+    Rule,
+    adamw,
+    change,
+    train_engines,
+    train_oracle,
+)
 from helpers.versus import Setup, gaps, nothing, run_engine, run_oracle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def delayed_loop(stages: int, micro_batches: int, rule: Rule) -> Loop:
+    """A loop that has been trained."""
+    loop = Loop(
+        micro_batches,
+        rule,
+        lambda net, optimizer: ds_ddg.delayed(
+            optimizer, stale_runs.split(net, stages), micro_batches=micro_batches, rules=rule.staleness
+        ),
+    )
+    loop.train(toy.batches(CALLS * micro_batches))
+    return loop
 
 
 @pytest.mark.parametrize("stages", [2, 4])
@@ -29,17 +54,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.proves('"staleness": "auto" and a block of rules, fp32', modes=DEFAULT)
 def test_engine_equals_oracle_and_loop(ranks: GetRanks, stages: int, micro_batches: int) -> None:
     """With SGD, AdamW and a fused AdamW; through a drain and the fill after it; learning rates halved on the way."""
-    by_rank = ranks(stages).run(train_engines, list(RULES), micro_batches)
+    by_rank = ranks(stages).run(train_engines, list(RULES.values()), micro_batches)
     for i, (name, rule) in enumerate(RULES.items()):
         expected = train_oracle(stages, micro_batches, rule)
-        loop = Loop(
-            micro_batches,
-            rule,
-            lambda net, optimizer, rule=rule: ds_ddg.delayed(
-                optimizer, stale_runs.split(net, stages), micro_batches=micro_batches, rules=rule.staleness
-            ),
-        )
-        loop.train(toy.batches(CALLS * micro_batches))
+        loop = delayed_loop(stages, micro_batches, rule)
         plain = toy.OPTIMIZERS[rule.optimizer]([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
         usual = plain["betas"] if "betas" in plain else plain["momentum"]
         for k, part in enumerate(stale_runs.split(loop.net, stages)):
@@ -53,6 +71,19 @@ def test_engine_equals_oracle_and_loop(ranks: GetRanks, stages: int, micro_batch
             assert seen.collectives == 0
             assert (seen.norm is not None) == (rule.clip > 0)
             assert seen.norm == by_rank[0][i].norm
+
+
+@pytest.mark.parametrize(("stages", "micro_batches"), [(2, 1), (2, 2)])
+@pytest.mark.proves('"staleness": "auto" with Muon, fp32', modes=DEFAULT)
+def test_muon_in_the_engine_equals_the_loop(ranks: GetRanks, stages: int, micro_batches: int) -> None:
+    pytest.importorskip("deepspeed.runtime.zero.muon.muon_optimizer")
+    off = replace(MUON, staleness="off")
+    by_rank = ranks(stages).run(train_engines, [MUON, off], micro_batches)
+    loops = [delayed_loop(stages, micro_batches, rule) for rule in (MUON, off)]
+    for i, loop in enumerate(loops):
+        for k, part in enumerate(stale_runs.split(loop.net, stages)):
+            assert all(map(torch.equal, by_rank[k][i].states[0], toy.state(part))), f"stage {k}"
+    assert not torch.equal(toy.state(loops[0].net)[0], toy.state(loops[1].net)[0]), "the rule did nothing"
 
 
 # What sums gradients in another format than that of its weights is left to the tests of formats.
@@ -124,7 +155,7 @@ def test_wrappers_resume_to_the_last_bit(ranks: GetRanks, tmp_path: Path, name: 
 # -- where the staleness changes, or belongs to another stage --------------------------------------------------------
 
 
-def change_oracle(rule: stale_runs.Rule, oracle: Any, call: int) -> None:
+def change_oracle(rule: Rule, oracle: Any, call: int) -> None:
     if call == 0:
         oracle.optimizers = [ByHand(optimizer, rule, 0.0) for optimizer in oracle.optimizers]
     if call in (3, 6, 8):
