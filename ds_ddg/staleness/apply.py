@@ -65,8 +65,8 @@ class StaleSteps:
         self._given: list[_Group] | None = None
         """The groups of the optimizer, inside a step that finds others."""
         self._parts: list[_Part] = []
-        self._led: list[tuple[Tensor, Tensor, float]] = []
-        """Parameters to extrapolate, their values before the step, and c s."""
+        self._led: list[tuple[list[Tensor], list[Tensor], float]] = []
+        """Parameters to extrapolate, their values before the step, and c s, for each part."""
         if (before := vars(optimizer).get(_STEPS)) is not None:
             before.remove()  # an optimizer that an engine before had
         vars(optimizer)[_STEPS] = self
@@ -95,22 +95,23 @@ class StaleSteps:
         self._given, self._parts = optimizer.param_groups, parts
         optimizer.param_groups = [part.values for part in parts]
         self._led = [
-            (parameter, parameter.detach().clone(), part.lead)
+            (parameters, [parameter.clone() for parameter in parameters], part.lead)
             for part in parts
-            if part.lead > 0
-            for parameter in part.values["params"]
+            if part.lead > 0 and (parameters := part.values["params"])
         ]
 
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        for parameter, before, lead in self._led:
-            step = before.sub_(parameter)
-            parameter.sub_(step, alpha=lead)
+        for parameters, steps, lead in self._led:
+            torch._foreach_sub_(steps, parameters)
+            torch._foreach_sub_(parameters, steps, alpha=lead)
             # Written only now, as optimizers take an empty state for that of a parameter without a step.
-            state = optimizer.state[parameter]
-            if PREVIOUS_STEP in state:
-                parameter.add_(state[PREVIOUS_STEP], alpha=lead)
-            state[PREVIOUS_STEP] = step
+            states = [optimizer.state[parameter] for parameter in parameters]
+            if stepped := [i for i, state in enumerate(states) if PREVIOUS_STEP in state]:
+                before = [states[i][PREVIOUS_STEP] for i in stepped]
+                torch._foreach_add_([parameters[i] for i in stepped], before, alpha=lead)
+            for state, step in zip(states, steps, strict=True):
+                state[PREVIOUS_STEP] = step
         self._put_back(optimizer)
 
     def _put_back(self, optimizer: torch.optim.Optimizer) -> None:
