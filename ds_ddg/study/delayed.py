@@ -93,7 +93,7 @@ class _Delay:
     def __init__(self, optimizer: torch.optim.Optimizer, stages: list[list[Tensor]], plan: DDGPlan) -> None:
         self._plan = plan
         self._stage_of = {parameter: k for k, parameters in enumerate(stages) for parameter in parameters}
-        given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        given = _parameters(optimizer)
         if outside := [tuple(p.shape) for p in given if p not in self._stage_of]:
             raise ValueError(
                 f"{len(outside)} parameter(s) of the optimizer are on no stage, of the shapes {outside[:4]}; every "
@@ -160,8 +160,8 @@ class _Delay:
                 "are, and call backward once for each micro-batch, on the sum of its losses; activation checkpointing "
                 "needs use_reentrant=False"
             )
-        elif any(p.grad is not None and p not in self._late.delays for p in self._stage_of):
-            why = "a parameter was frozen when the optimizer was delayed, and is trained now: delay it after that"
+        elif any(p.grad is not None and p not in self._late.delays for p in _parameters(optimizer)):
+            why = "a parameter was frozen, or not there, when the optimizer was delayed: delay it after that"
         if why is not None:
             raise RuntimeError(f"this step would not be that of a delayed pipeline: {why}")
 
@@ -172,3 +172,7 @@ class _Delay:
         given = state.get(_STATE)
         self._late.load(given)
         self._steps, self._passes_before = (given["steps"], given["passes_before"]) if given else (0, 0)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -279,8 +279,20 @@ def test_closures_and_late_thaws_are_refused() -> None:
     optimizer.step()
     net[0].requires_grad_(True)
     backward(net)
-    with pytest.raises(RuntimeError, match="frozen when the optimizer was delayed"):
+    with pytest.raises(RuntimeError, match="was frozen, or not there, when the optimizer was delayed"):
         optimizer.step()
+
+
+def test_what_the_optimizer_does_not_train_does_not_matter() -> None:
+    """It may have a stage, and gradients."""
+    net = nn.Sequential(*(nn.Linear(2, 2) for _ in range(3)))
+    optimizer = ds_ddg.delayed(torch.optim.SGD([*net[0].parameters(), *net[2].parameters()], lr=0.1), list(net))
+    before = [p.detach().clone() for p in net[0].parameters()]
+    for moved in (False, False, True):
+        backward(net)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert any(not torch.equal(a, b) for a, b in zip(before, net[0].parameters(), strict=True)) == moved
 
 
 def test_what_cannot_be_delayed_is_refused() -> None:
