@@ -99,6 +99,16 @@ def _refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
         'its optimizer clips by itself; use "clip": "stage", ZeRO-1 or another optimizer',
     )
     yield (
+        bool(legacy) and _wrappers(config) == ["fp16"] and ddg.staleness != "off",
+        f'"staleness" with fp16 and {legacy}',
+        'its optimizer is handed gradients that no rule sees; use "staleness": "off", ZeRO-1 or another optimizer',
+    )
+    yield (
+        ddg.staleness_settings.clip > 0 and ddg.clip == "global",
+        f'"staleness": {{"clip": {ddg.staleness_settings.clip:g}}} with "clip": "global"',
+        'one is the norm of the stage, the other that of all; use "clip": "stage", or "staleness": {"clip": 0}',
+    )
+    yield (
         bool(config.torch_autocast_enabled) and str(config.torch_autocast_dtype) == "torch.float16",
         "torch_autocast in float16",
         'not supported yet; use "dtype": "bfloat16"',
