@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, relu, scaled_dot_product_attention
+from torch.nn.functional import conv2d, cross_entropy, relu, scaled_dot_product_attention
 
 from ds_ddg.study.problem import Problem
 
@@ -27,14 +27,15 @@ CONTEXT, SEQUENCES, UPDATES = 32, 8, 800
 
 
 class Convolution(nn.Module):
-    """A residual block: norm, ReLU, convolution."""
+    """A residual block: norm, ReLU, convolution, whose kernel is a matrix as DeepSpeed's Muon wants it."""
 
     def __init__(self, width: int, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
-        self.norm, self.convolution = norm(width), nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm = norm(width)
+        self.kernel = nn.Parameter(nn.Conv2d(width, width, 3, bias=False).weight.detach().flatten(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.convolution(relu(self.norm(x)))
+        return x + conv2d(relu(self.norm(x)), self.kernel.view(len(self.kernel), -1, 3, 3), padding=1)
 
 
 class Classifier(nn.Module):
