@@ -285,6 +285,13 @@ TIED = {"_layer_specs": tied(0, 3)}
         ("ddg", False, BRAIN, {}, "bf16"),
         ("ddg", False, {"zero_config": zero(1)}, {}, "ZeRO-1"),
         ("ddg", False, {}, TIED, "tied weights"),
+        (
+            "ddg",
+            False,
+            {"_param_dict": {"ddg": {"staleness": "auto"}}},
+            {},
+            '"staleness": the optimizer was built for',
+        ),
     ],
 )
 def test_refuses_a_switch_that_would_train_something_else(

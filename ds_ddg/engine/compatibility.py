@@ -155,8 +155,9 @@ def refuse_switch(name: str, enabled: bool, config: Any, module: Any) -> None:
         ValueError: why, and what to do instead.
     """
     wrapped, tied = _wrappers(config), _tied_across_stages(module)
-    if name == "ddg" and not enabled and (wrapped or tied):
-        reasons = " and ".join([*wrapped, *(["tied weights"] if tied else [])])
+    rules = DDGConfig.parse(config._param_dict.get("ddg")).staleness != "off"
+    if name == "ddg" and not enabled and (wrapped or tied or rules):
+        reasons = " and ".join([*wrapped, *["tied weights"] * tied, *['"staleness"'] * rules])
         raise ValueError(
             f"{reasons}: the optimizer was built for DeepSpeed's "
             'schedule; set "ddg": {"enabled": true}, and switch to "1f1b" where you want it'

@@ -62,7 +62,14 @@ def muon(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return MuonWithAuxAdam([{**group, "params": half} for group, half in zip(groups, halves, strict=True) if half])
 
 
-OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {**toy.OPTIMIZERS, "muon": muon}
+def rotation(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW in rotated bases."""
+    from ds_ddg.staleness.rotation import BasisRotation
+
+    return BasisRotation(parameters, lr=0.01, refresh=2)
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {**toy.OPTIMIZERS, "muon": muon, "rotation": rotation}
 
 RULES = {
     "off": Rule("sgd", "off"),
@@ -71,7 +78,12 @@ RULES = {
     "A, fused": Rule("fused_adamw", "auto", Discount(0.5), stretch=True, lead=1.0),
     "Muon's": Rule("sgd", {"learning_rate": 1}, Discount(1.0)),
 }
-MUON = Rule("muon", "auto", Discount(1.0))
+MORE_RULES = {
+    "muon": Rule("muon", "auto"),
+    "rotation": Rule("rotation", {"learning_rate": 0.5, "extrapolation": 0.5}),
+    "fading": Rule("adamw", {"learning_rate": 1.0, "anneal": 6, "momentum": "asyncpp"}),
+}
+"""Without a `ByHand`."""
 
 
 class ByHand:

@@ -50,7 +50,7 @@ def test_torchs_muon_is_known_where_there_is_one() -> None:
     assert kind_of(made(muon)) == "Muon"
 
 
-def test_sgd_asks_for_the_norm_that_goes_by_the_users_scale() -> None:
+def test_sgd_asks_for_the_norm_to_clip_to() -> None:
     optimizer, plan = made(torch.optim.SGD, momentum=0.9), DDGPlan(4)
     with pytest.raises(ValueError, match="scale of your loss") as caught:
         choose(AUTO, optimizer, plan)

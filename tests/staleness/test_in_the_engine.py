@@ -20,7 +20,7 @@ from helpers.modes import DEFAULT
 from helpers.resuming import assert_resumed, go_on
 from helpers.stale_runs import (
     CALLS,
-    MUON,
+    MORE_RULES,
     REFILL,
     RULES,
     ByHand,
@@ -73,15 +73,17 @@ def test_engine_equals_oracle_and_loop(ranks: GetRanks, stages: int, micro_batch
             assert seen.norm == by_rank[0][i].norm
 
 
-@pytest.mark.parametrize(("stages", "micro_batches"), [(2, 1), (2, 2)])
-@pytest.mark.proves('"staleness": "auto" with Muon, fp32', modes=DEFAULT)
-def test_muon_in_the_engine_equals_the_loop(ranks: GetRanks, stages: int, micro_batches: int) -> None:
-    pytest.importorskip("deepspeed.runtime.zero.muon.muon_optimizer")
-    off = replace(MUON, staleness="off")
-    by_rank = ranks(stages).run(train_engines, [MUON, off], micro_batches)
-    loops = [delayed_loop(stages, micro_batches, rule) for rule in (MUON, off)]
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("name", MORE_RULES)
+@pytest.mark.proves('"staleness" with Muon; with BasisRotation; a discount that fades; fp32', modes=DEFAULT)
+def test_engine_equals_the_loop(ranks: GetRanks, name: str, micro_batches: int) -> None:
+    if name == "muon":
+        pytest.importorskip("deepspeed.runtime.zero.muon.muon_optimizer")
+    rules = [MORE_RULES[name], replace(MORE_RULES[name], staleness="off")]
+    by_rank = ranks(2).run(train_engines, rules, micro_batches)
+    loops = [delayed_loop(2, micro_batches, rule) for rule in rules]
     for i, loop in enumerate(loops):
-        for k, part in enumerate(stale_runs.split(loop.net, stages)):
+        for k, part in enumerate(stale_runs.split(loop.net, 2)):
             assert all(map(torch.equal, by_rank[k][i].states[0], toy.state(part))), f"stage {k}"
     assert not torch.equal(toy.state(loops[0].net)[0], toy.state(loops[1].net)[0]), "the rule did nothing"
 
@@ -138,7 +140,8 @@ FORMS = ((1, "stash", "adamw"), (2, "stash", "adamw"), (1, "current", "adam"), (
 
 @pytest.mark.proves('"staleness", resumed from a checkpoint', modes=DEFAULT)
 def test_resumes_to_the_last_bit(ranks: GetRanks, tmp_path: Path) -> None:
-    for optimizer, staleness in (("adam", "auto"), ("sgd", {"rules": "auto", "clip": 0.05})):
+    fading = {"learning_rate": 1.0, "anneal": 7, "extrapolation": 1.0}
+    for optimizer, staleness in (("adam", "auto"), ("sgd", {"rules": "auto", "clip": 0.05}), ("sgd", fading)):
         forms = [form for form in FORMS if form[2].startswith(optimizer)]
         results = ranks(3).run(go_on, str(tmp_path), 3, forms, {"staleness": staleness}, timeout=120)
         assert_resumed(results, len(forms))

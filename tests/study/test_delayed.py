@@ -51,7 +51,7 @@ def test_equals_the_oracle(stages: int, micro_batches: int, name: str) -> None:
         assert not all(map(torch.equal, expected[0].states[0], plain[0].states[0])), "the rule did nothing"
 
 
-def test_state_is_that_of_the_optimizer_where_nothing_is_stale() -> None:
+def test_no_state_is_kept_where_nothing_is_stale() -> None:
     ours = loop(4, 1, RULES["A"])
     ours.train(toy.batches(CALLS))
     last = set(stale_runs.split(ours.net, 4)[-1].parameters())
@@ -80,7 +80,7 @@ def test_resumes_with_the_gradients_in_flight(tmp_path: Path, name: str, micro_b
     assert all(map(torch.equal, toy.state(other.net), toy.state(whole.net)))
 
 
-def test_state_of_other_delays_is_refused_and_a_plain_one_taken() -> None:
+def test_refuses_the_state_of_other_delays() -> None:
     ours, other = loop(4, 1), loop(2, 1)
     ours.train(toy.batches(5), 5)
     with pytest.raises(ValueError, match="saved with other delays"):
@@ -106,7 +106,7 @@ class Branches(nn.Module):
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_a_parameter_that_a_pass_does_not_use_has_the_same_delay(micro_batches: int) -> None:
+def test_an_unused_parameter_keeps_its_delay(micro_batches: int) -> None:
     """By the equation: the sum over the call of the gradients of pass n - d, where that pass had one."""
     ways = [0, 0, 1, 0, 1, 1, 1, 0, 0, 1, 0, 0]
     inputs = torch.randn(len(ways), 2, 3, generator=torch.Generator().manual_seed(5))
@@ -177,7 +177,7 @@ def test_hooks_are_made_anew_without_a_trace(monkeypatch: pytest.MonkeyPatch) ->
     assert all(map(torch.equal, toy.state(ours.net), toy.state(expected.net)))
 
 
-def test_deepspeeds_muon_does_not_step_what_has_no_gradient_yet() -> None:
+def test_muon_leaves_alone_what_has_no_gradient_yet() -> None:
     """It would: DeepSpeed puts zeros there, and decays the weights."""
     muon = pytest.importorskip("deepspeed.runtime.zero.muon.muon_optimizer").MuonWithAuxAdam
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
@@ -230,7 +230,7 @@ def test_other_numbers_of_passes_are_refused() -> None:
         optimizer.step()
 
 
-def test_reentrant_checkpointing_is_refused_and_the_other_kind_exact() -> None:
+def test_refuses_reentrant_checkpointing() -> None:
     net, optimizer = small()
     x = torch.ones(1, 2, requires_grad=True)
 

@@ -26,7 +26,7 @@ def names(model: nn.Module, stages: list[list[Any]]) -> list[list[str]]:
     return [[known[id(parameter)] for parameter in stage] for stage in stages]
 
 
-def test_by_names_the_longest_counts_and_a_tie_belongs_to_the_first() -> None:
+def test_names_the_longest_counts_and_ties_go_first() -> None:
     model = Tied()
     found = parameters_by_stage({"embed": 0, "layers.": 1, "layers.1.": 2, "head": 2}, model)
     assert names(model, found) == [
@@ -44,7 +44,7 @@ def test_by_modules_and_by_lists() -> None:
 
 
 @pytest.mark.parametrize("kind", [list, nn.ModuleList, lambda layers: nn.Sequential(*layers)])
-def test_a_list_of_layers_is_divided_so_that_the_largest_stage_is_small(kind: Any) -> None:
+def test_a_list_of_layers_is_divided_evenly(kind: Any) -> None:
     layers = [nn.Linear(8, 8), nn.ReLU(), *(nn.Linear(4, 4) for _ in range(3))]
     found = parameters_by_stage(2, kind(layers))
     assert [len(stage) for stage in found] == [2, 6]
