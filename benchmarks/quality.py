@@ -58,12 +58,12 @@ def page(results: Mapping[Cell, Mapping[str, Any]]) -> str:
     lines = [
         "# Quality under delay",
         "",
-        f"Written by `python benchmarks/quality.py` from {len(results)} runs, of at most {len(seeds)} seeds each. Every "
-        "run is a training in one process whose gradients come as late as on K stages of a DDG pipeline "
-        "(`ds_ddg.delayed`, which equals the engine to the last bit in fp32). Small problems, short runs: 370 updates "
-        "on digits, 800 on bytes; learning rates were chosen for synchronous training and are the same everywhere. One "
-        "test image is .17 points. `off` is the paper's algorithm, `auto` the [rules by stage](staleness.md). Cells: "
-        "mean (lowest to highest); `-`: not run.",
+        f"Written by `python benchmarks/quality.py` from {len(results)} runs, of at most {len(seeds)} seeds "
+        "each. Every run is a training in one process whose gradients come as late as on K stages of a DDG "
+        "pipeline (`ds_ddg.delayed`, which equals the engine to the last bit in fp32). Small problems, short "
+        "runs: 370 updates on digits, 800 on bytes; learning rates were chosen for synchronous training and "
+        "are the same everywhere. One test image is .17 points. `off` is the paper's algorithm, `auto` the "
+        "[rules by stage](staleness.md). Cells: mean (lowest to highest); `-`: not run.",
         "",
         "![quality over K](benchmarks/quality.png)",
         "",
@@ -112,9 +112,9 @@ def _verdicts(results: Mapping[Cell, Mapping[str, Any]]) -> list[str]:
     lines = [
         "## Beside synchronous training",
         "",
-        "The mean with delay minus the mean without at the same M and optimizer: points of accuracy for digits, and "
-        "for bytes % of the loss. The targets are -0.5 points and +2% where M >= K - 1, and -1 point and +2% at K = 2 and "
-        "M = 1, with `auto`.",
+        "The mean with delay minus the mean without at the same M and optimizer: points of accuracy for "
+        "digits, and for bytes % of the loss. The targets are -0.5 points and +2% where M >= K - 1, and -1 "
+        "point and +2% at K = 2 and M = 1, with `auto`.",
         "",
         "| problem | optimizer | K | M | off | auto | target | |",
         "|---|---|---|---|---|---|---|---|",

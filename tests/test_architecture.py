@@ -44,6 +44,8 @@ ACROSS = {
         "wire_data",
     },
     "models": {"training"},
+    "staleness": {"in_the_engine"},
+    "study": {"in_other_loops"},
     "weights": {"clip", "deepspeed_optimizers", "fp16", "precision"},
 }
 """Files of tests that span modules, by the folder that they are about; all others have the name of one module."""

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from ds_ddg.config import DDGConfig
-from ds_ddg.engine.compatibility import refuse_switch, refuse_unsupported
+from ds_ddg.engine.compatibility import refuse_unsupported
+from ds_ddg.engine.schedule_switch import refuse_switch
 
 DEFAULTS = {
     "enabled": True,

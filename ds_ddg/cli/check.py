@@ -168,7 +168,7 @@ def _trace(settings: DDGConfig) -> str:
 
 
 def _staleness(settings: DDGConfig, plan: DDGPlan, clipping: float, optimizer: Any) -> str:
-    """What the rules come to. ValueError as a run has it, if they need a number or cannot be followed."""
+    """Say what the rules come to. ValueError as a run has it, if they need a number or cannot be followed."""
     from ds_ddg.staleness.choose import choose
 
     if settings.staleness == "off":

@@ -9,7 +9,7 @@ from torch.nn import Module
 
 from ds_ddg.config import DDGConfig
 
-__all__ = ["refuse_experts", "refuse_switch", "refuse_unsupported"]
+__all__ = ["one_f_one_b_refusals", "refuse_experts", "refuse_unsupported", "wrappers"]
 
 _ANY_PIPELINE = "no pipeline can run it"
 
@@ -94,12 +94,12 @@ def _refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
     # There the optimizer itself divides gradients by their scale and clips them, in one kernel.
     legacy = "Lamb" if config.optimizer_name == "lamb" else "legacy_fusion" if config.optimizer_legacy_fusion else ""
     yield (
-        bool(legacy) and _wrappers(config) == ["fp16"] and ddg.clip == "global",
+        bool(legacy) and wrappers(config) == ["fp16"] and ddg.clip == "global",
         f'"clip": "global" with fp16 and {legacy}',
         'its optimizer clips by itself; use "clip": "stage", ZeRO-1 or another optimizer',
     )
     yield (
-        bool(legacy) and _wrappers(config) == ["fp16"] and ddg.staleness != "off",
+        bool(legacy) and wrappers(config) == ["fp16"] and ddg.staleness != "off",
         f'"staleness" with fp16 and {legacy}',
         'its optimizer is handed gradients that no rule sees; use "staleness": "off", ZeRO-1 or another optimizer',
     )
@@ -114,7 +114,7 @@ def _refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
         'not supported yet; use "dtype": "bfloat16"',
     )
     if ddg.sync_steps > 0:
-        yield from _one_f_one_b_refusals(config, module)
+        yield from one_f_one_b_refusals(config, module)
     yield from _checkpointing_refusals(config, module)
     yield from _sharing_refusals(module)
     if module.num_stages > module._num_layers:
@@ -142,37 +142,11 @@ def _refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
     )
 
 
-def refuse_switch(name: str, enabled: bool, config: Any, module: Any) -> None:
-    """Raise for a switch to schedule `name` that would train something else than either schedule; on every rank alike.
-
-    Args:
-        name: "ddg" or "1f1b".
-        enabled: whether the engine was built for DDG.
-        config: the parsed ``DeepSpeedConfig``.
-        module: the ``PipelineModule``.
-
-    Raises:
-        ValueError: why, and what to do instead.
-    """
-    wrapped, tied = _wrappers(config), _tied_across_stages(module)
-    rules = DDGConfig.parse(config._param_dict.get("ddg")).staleness != "off"
-    if name == "ddg" and not enabled and (wrapped or tied or rules):
-        reasons = " and ".join([*wrapped, *["tied weights"] * tied, *['"staleness"'] * rules])
-        raise ValueError(
-            f"{reasons}: the optimizer was built for DeepSpeed's "
-            'schedule; set "ddg": {"enabled": true}, and switch to "1f1b" where you want it'
-        )
-    if name == "1f1b" and enabled:
-        for wrong, what, remedy in _one_f_one_b_refusals(config, module):
-            if wrong:
-                raise ValueError(f"{what}: {remedy}")
-
-
-def _one_f_one_b_refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
+def one_f_one_b_refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
     """Yield what an engine that was built for DDG cannot run on DeepSpeed's schedule."""
     yield from _sending_refusals(module)
     yield (
-        module.num_stages > 1 and "fp16" in _wrappers(config),
+        module.num_stages > 1 and "fp16" in wrappers(config),
         "1F1B between calls of DDG in fp16, whose stages have scales of their own",
         'run DeepSpeed\'s schedule with "ddg": {"enabled": false}, from a checkpoint if need be',
     )
@@ -202,7 +176,7 @@ def _expert_refusals(config: Any, module: Any, sizes: Sequence[int]) -> Iterable
     )
 
 
-def _wrappers(config: Any) -> list[str]:
+def wrappers(config: Any) -> list[str]:
     """Return the reasons why DeepSpeed wraps the optimizer; none if it does not."""
     reasons = {
         "ZeRO-1": int(config.zero_config.stage) == 1,
@@ -210,16 +184,6 @@ def _wrappers(config: Any) -> list[str]:
         "fp16": config.float16_config.enabled,
     }
     return [name for name, on in reasons.items() if on]
-
-
-def _tied_across_stages(module: Any) -> bool:
-    from deepspeed.runtime.pipe.module import TiedLayerSpec
-
-    stages: dict[str, set[int]] = {}
-    for index, spec in enumerate(module._layer_specs):
-        if isinstance(spec, TiedLayerSpec):
-            stages.setdefault(spec.key, set()).add(module.stage_owner(index))
-    return any(len(holders) > 1 for holders in stages.values())
 
 
 def _sharing_refusals(module: Any) -> Iterable[tuple[bool, str, str]]:

@@ -27,11 +27,12 @@ from ds_ddg.comm.stage_links import Links
 from ds_ddg.config import DDGConfig
 from ds_ddg.engine.assembly import assemble, groups_of_stage
 from ds_ddg.engine.calls import Calls
-from ds_ddg.engine.compatibility import refuse_experts, refuse_switch, refuse_unsupported
+from ds_ddg.engine.compatibility import refuse_experts, refuse_unsupported
 from ds_ddg.engine.data_feed import Feed
 from ds_ddg.engine.micro_batch import MicroBatchRunner
 from ds_ddg.engine.output_checks import with_checks
 from ds_ddg.engine.overrides import METHODS, is_deepspeeds, refuse_overrides, warn_of_patches
+from ds_ddg.engine.schedule_switch import refuse_switch
 from ds_ddg.host import EngineHost, Host, without_greetings
 from ds_ddg.instructions import AdvanceClocks, TellLoss, UpdateWeights
 from ds_ddg.schedules.ddg import DDGPlan

@@ -123,7 +123,7 @@ class StaleSteps:
         self._given, self._parts, self._led = None, [], []
 
     def _split(self, optimizer: torch.optim.Optimizer, group: _Group) -> Iterator[_Part]:
-        """What takes the place of `group`: itself if all its gradients are fresh, else a group for each age."""
+        """Yield what takes the place of `group`: itself if all its gradients are fresh, else a group for each age."""
         by_age = self._by_age(group["params"])
         if not by_age:
             yield _Part(group, group, frozenset())

@@ -33,7 +33,7 @@ class Choice(NamedTuple):
 
 
 def kind_of(optimizer: Any) -> str | None:
-    """The optimizer that `optimizer` is in essence, of those that rules are known for: "SGD", "Adam", "Muon"."""
+    """Return the kind of `optimizer`, of those that rules are known for, "SGD", "Adam" and "Muon"; None: another."""
     for kind in type(optimizer).__mro__:
         if kind.__module__.startswith("deepspeed.") and kind.__name__ in _OF_DEEPSPEED:
             return _OF_DEEPSPEED[kind.__name__]
@@ -135,7 +135,7 @@ def _refuse(rules: Rules, optimizer: Any) -> None:
 
 
 def _momentum(optimizer: Any) -> float | None:
-    """The momentum, or beta1, of the first group; None where a group has neither."""
+    """Return the momentum, or beta1, of the first group; None where a group has neither."""
     found = []
     for group in getattr(optimizer, "param_groups", ()):
         value = group["betas"][0] if "betas" in group else group.get("momentum")

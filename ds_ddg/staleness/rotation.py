@@ -112,7 +112,7 @@ class BasisRotation(torch.optim.Optimizer):
         parameter.sub_(_rotate(left, update, right, back=True), alpha=group["lr"])
 
     def _bases(self, group: dict[str, Any], state: dict[str, Any], gradient: Tensor) -> list[Tensor | None]:
-        """The present eigenvectors on either side; None for a side that is too large."""
+        """Return the present eigenvectors on either side; None for a side that is too large."""
         bases: list[Tensor | None] = []
         for dim, factor in enumerate((gradient, gradient.mT)):
             side, decay = _SIDES[dim], group["betas"][1]

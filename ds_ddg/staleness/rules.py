@@ -36,7 +36,7 @@ class Staleness(NamedTuple):
 
     @classmethod
     def of(cls, plan: DDGPlan, stage: int, call: int = 0) -> Staleness:
-        """The staleness of `stage` in `plan`."""
+        """Return the staleness of `stage` in `plan`."""
         behind = plan.num_stages - 1 - stage
         return cls(plan.delay(stage) / plan.micro_batches, behind / plan.num_stages, call)
 
@@ -78,12 +78,12 @@ class Rules(BaseModel):
         return self.learning_rate > 0 or self.momentum != "keep" or self.extrapolation > 0
 
     def rate_factor(self, age: Staleness) -> float:
-        """What the learning rate is multiplied by."""
+        """Return the factor of the learning rate."""
         left = 1 - min(age.call / self.anneal, 1.0) if self.anneal else 1.0
         return float((1 + age.updates) ** (-self.learning_rate * left))
 
     def momentum_at(self, momentum: float, age: Staleness) -> float:
-        """What takes the place of `momentum`."""
+        """Return what takes the place of `momentum`."""
         if age.updates == 0:
             return momentum
         if self.momentum == "stretch":
@@ -93,11 +93,11 @@ class Rules(BaseModel):
         return momentum
 
     def lead(self, age: Staleness) -> float:
-        """The c s of the step (1+cs) u_t - cs u_{t-1}."""
+        """Return the c s of the step (1+cs) u_t - cs u_{t-1}."""
         return self.extrapolation * age.updates
 
     def max_norm(self, gradient_clipping: float, age: Staleness) -> float:
-        """The largest norm of a gradient, 0 for any, where all stages are clipped to `gradient_clipping`."""
+        """Return the largest norm of a gradient, 0 for any, where all stages are clipped to `gradient_clipping`."""
         allowed = [norm for norm in (gradient_clipping, self.clip if age.updates > 0 else 0.0) if norm > 0]
         return min(allowed, default=0.0)
 

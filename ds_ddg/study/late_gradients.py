@@ -50,7 +50,7 @@ class LateGradients:
             self._register()
 
     def state(self) -> dict[str, Any]:
-        """What is in flight, as plain data and tensors."""
+        """Return what is in flight, as plain data and tensors."""
         waiting = [(i, *entry) for i, p in enumerate(self.delays) for entry in self._waiting.get(p, ())]
         return {"delays": list(self.delays.values()), "passes": self.passes, "waiting": waiting}
 
@@ -86,7 +86,7 @@ class LateGradients:
 
     @torch.no_grad()
     def _begin(self, _: Tensor) -> None:
-        """The first gradient of a pass: what is due."""
+        """Add what is due to ``.grad``, when the first gradient of a pass comes."""
         self._refuse_others()
         for parameter, queue in self._waiting.items():
             if queue and queue[0][0] == self.passes - self.delays[parameter]:

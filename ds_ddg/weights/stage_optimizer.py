@@ -12,14 +12,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer, ZeROOptimizer
-from deepspeed.runtime.pipe.schedule import OptimizerStep, ReduceGrads, ReduceTiedGrads
+from deepspeed.runtime.pipe.schedule import OptimizerStep, ReduceGrads
 from torch import Tensor
 
 from ds_ddg.comm.loss_exchange import Update
 from ds_ddg.host import Host
 from ds_ddg.stage import RunState, Stage
 from ds_ddg.weights.optimizer_wrappers import (
-    add_no_gradient,
     anything_to_train,
     clipping_by,
     clocks_stopped,
@@ -129,21 +128,8 @@ class StageOptimizer:
         self.last = self.last.plus(Update(0.0, int(self._overflowed)))
 
     def reduce_tied_gradients(self) -> None:
-        """Sum tied gradients as DeepSpeed does, on its own schedule.
-
-        DeepSpeed's wrappers neither accumulate nor clear gradients of parameters that they do not have.
-        """
-        host = self._host
-        for parameter in self._tied_weights.tied:
-            if parameter.grad is None:  # a stage that does not use it; DeepSpeed would let the others wait for it
-                add_no_gradient(parameter, host.optimizer)
-        wrapped: list[Any] = self._tied_weights.borrowed if isinstance(host.optimizer, DeepSpeedOptimizer) else []
-        for borrowed in wrapped:
-            if host.using_bf16_optimizer and borrowed.grad is not None:
-                borrowed._hp_grad = borrowed.grad.to(host.optimizer.grad_acc_dtype)
-        host.carry_out(ReduceTiedGrads)
-        for borrowed in wrapped:
-            borrowed.grad = borrowed._hp_grad = None
+        """Sum tied gradients as DeepSpeed does, on its own schedule."""
+        self._tied_weights.reduce_by_deepspeed(self._host)
 
     def share_tied_weights(self) -> None:
         """Copy owners' weights to their holders, between two calls of DeepSpeed's schedule or in a drain."""

@@ -20,7 +20,7 @@ CALLS, REFILL = 9, 4
 
 
 def unchanged(s: float) -> float:
-    """The factor of a learning rate without a discount."""
+    """Return the factor of a learning rate without a discount."""
     return 1.0
 
 
@@ -187,7 +187,7 @@ def train_oracle_in(name: str, stages: int, micro_batches: int, rule: Rule, froz
 
 
 def layers() -> list[nn.Module]:
-    """The toy model without dropout: the stages of a pipeline have random numbers of their own, a loop has one."""
+    """Return the toy model without dropout: the stages have random numbers of their own."""
     net = toy.layers()
     for layer in net:
         for module in layer.modules():
@@ -216,7 +216,7 @@ class Result:
 def train_oracle(
     stages: int, micro_batches: int, rule: Rule, calls: int = CALLS, refill: int = REFILL
 ) -> list[Result]:
-    """The learning rate is halved every third call."""
+    """Train with a learning rate that is halved every third call."""
     from ds_ddg.reference import Reference
 
     net = split(layers(), stages)
@@ -241,7 +241,7 @@ def train_oracle(
 
 
 def halving(optimizer: Any) -> Any:
-    """A scheduler."""
+    """Return a scheduler that halves the learning rate every third call."""
     return torch.optim.lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.5)
 
 
@@ -360,7 +360,7 @@ def resume_in(rank: int, world_size: int, name: str, staleness: Any, directory: 
 
 
 def build_refused(rank: int, world_size: int, optimizer: str, staleness: Any, ddg: dict[str, Any]) -> str:
-    """The error that every rank is to raise."""
+    """Return the error that every rank is to raise."""
     try:
         build_engine(world_size, 1, optimizer, staleness, **ddg)
     except ValueError as error:

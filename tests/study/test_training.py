@@ -74,7 +74,7 @@ def test_a_loss_that_is_not_finite_ends_the_run() -> None:
     assert "train_loss" not in result
 
 
-def test_evaluation_is_of_the_trained_model_in_evaluation_mode() -> None:
+def test_evaluation_is_of_the_trained_model() -> None:
     seen: list[bool] = []
 
     def evaluate(model: nn.Module) -> dict[str, float]:
