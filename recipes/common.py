@@ -38,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     parser.add_argument("--schedule", choices=["ddg", "1f1b"], help="1f1b is DeepSpeed's own (default: as configured)")
     parser.add_argument("--stages", type=at_least(1), help="pipeline stages (default: one per process)")
+    parser.add_argument(
+        "--as-if-stages",
+        type=at_least(1),
+        metavar="K",
+        help="train in one process with the delay of K stages, to see what it does; needs no K processes",
+    )
     parser.add_argument("--seed", type=at_least(0), default=0, help="of weights, data order and augmentation")
     parser.add_argument("--output-dir", type=Path, help="for metrics, losses and curves.png (default: below runs/)")
     parser.add_argument("--checkpoint-dir", type=Path, help="save checkpoints here, on a disk that all machines share")
@@ -53,6 +59,10 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args = parser.parse_args()
     if args.checkpoint_dir is None and (args.resume or args.checkpoint_every is not None):
         parser.error("--resume and --checkpoint-every need --checkpoint-dir")
+    if args.as_if_stages is not None and args.checkpoint_dir is not None:
+        parser.error("--as-if-stages has gradients in flight that no checkpoint holds; leave out --checkpoint-dir")
+    if args.as_if_stages is not None and args.schedule == "1f1b":
+        parser.error("--as-if-stages is about delay, which --schedule 1f1b does not have; leave one of them out")
     return args
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
+from deepspeed.runtime.utils import partition_balanced
 
 import ds_ddg
 from recipes import checks, common
@@ -78,6 +81,7 @@ def set_up(
     calls_per_epoch: int,
     shown: Mapping[str, Any],
     hidden: Mapping[str, Any],
+    partition: str,
 ) -> tuple[ds_ddg.DDGEngine, Progress, Checkpoints]:
     """Make the engine, and go on from a checkpoint if there is one to go on from.
 
@@ -89,13 +93,19 @@ def set_up(
         calls_per_epoch: ``train_batch()`` calls in an epoch, and between two checkpoints.
         shown: settings that are among the metrics.
         hidden: other settings that decide about the training.
+        partition: DeepSpeed's ``partition_method``, for --as-if-stages.
 
     Raises:
         SystemExit: see `Checkpoints.restore`.
     """
     calls = args.epochs * calls_per_epoch
     planned = common.fill_scheduler(config, calls)
-    engine, _, _, _ = ds_ddg.initialize(model=net, model_parameters=parameters, config=config)
+    imagined = args.as_if_stages is not None
+    # A stage clips by its own norm; the engine would clip by that of the whole model.
+    given = {**config, "gradient_clipping": 0.0} if imagined else config
+    engine, _, _, _ = ds_ddg.initialize(model=net, model_parameters=parameters, config=given)
+    if imagined:
+        _delay(engine, args.as_if_stages, partition, config.get("gradient_clipping", GRADIENT_CLIPPING_DEFAULT))
     progress = Progress(engine, calls, calls_per_epoch, **shown)
     checkpoints = Checkpoints(
         args,
@@ -109,3 +119,31 @@ def set_up(
     )
     checkpoints.restore()
     return engine, progress, checkpoints
+
+
+def _delay(engine: ds_ddg.DDGEngine, stages: int, partition: str, gradient_clipping: float) -> None:
+    """Have an engine of one stage train as on so many stages, split as DeepSpeed would split them.
+
+    Raises:
+        SystemExit: there are several processes, or the optimizer or the layers do not allow it.
+    """
+    net, settings = engine.module, engine.ddg
+    rules = settings.staleness
+    try:
+        if (processes := torch.distributed.get_world_size()) > 1:
+            raise ValueError(f"needs one process, got {processes}; start it with --num_gpus 1")
+        weights = [0] * len(net.forward_funcs)
+        for index in net._find_layer_type(partition.removeprefix("type:")):
+            weights[index] = 1
+        bounds = partition_balanced(weights=weights, num_parts=stages)
+        layers = [[f for f in net.forward_funcs[i:j] if isinstance(f, torch.nn.Module)] for i, j in pairwise(bounds)]
+        ds_ddg.delayed(
+            engine.optimizer,
+            [[p for layer in part for p in layer.parameters()] for part in layers],
+            micro_batches=engine.gradient_accumulation_steps(),
+            slack=0 if settings.slack == "auto" else settings.slack,
+            rules=rules if isinstance(rules, str) else rules.model_dump(exclude_unset=True),
+            gradient_clipping=gradient_clipping,
+        )
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f"--as-if-stages {stages}: {error}") from None

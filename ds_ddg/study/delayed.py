@@ -40,6 +40,7 @@ def delayed(
     micro_batches: int = 1,
     slack: int = 0,
     rules: str | Mapping[str, Any] = "off",
+    gradient_clipping: float = 0.0,
 ) -> _Optimizer:
     """Have `optimizer` train as on the stages of a DDG pipeline: ``loss.backward()`` then gives late gradients.
 
@@ -56,6 +57,8 @@ def delayed(
         micro_batches: M, the number of backward passes for each step. The last step of an epoch may have fewer.
         slack: extra micro-batches of delay per hop.
         rules: as ``"ddg": {"staleness": ...}``: "off", "auto" or a block of rules.
+        gradient_clipping: the largest norm of a stage's gradients, which a step clips to as the engine does; 0 for
+            any. Where it is used, leave out clipping of your own, which goes by the norm of the whole model.
 
     Returns:
         `optimizer`. Its ``state_dict`` also has the gradients in flight; load it into one made in the same way.
@@ -73,10 +76,10 @@ def delayed(
         raise ValueError("this optimizer is delayed already; make a new one")
     settings = DDGConfig.parse({"staleness": rules if isinstance(rules, str) else dict(rules)}).staleness_settings
     plan = DDGPlan(len(parts := parameters_by_stage(stages, model)), micro_batches, slack)
-    choice = choose(settings, optimizer, plan)
+    choice = choose(settings, optimizer, plan, gradient_clipping)
     for line in choice.lines:
         logger.warning(line)
-    vars(optimizer)[_STATE] = _Delay(optimizer, parts, plan)
+    vars(optimizer)[_STATE] = _Delay(optimizer, parts, plan, gradient_clipping)
     vars(optimizer)[_STATE].attach(optimizer, choice.rules)
     return optimizer
 
@@ -88,10 +91,13 @@ class _Delay:
         optimizer: the optimizer.
         stages: the parameters of each stage.
         plan: the delay of each stage.
+        gradient_clipping: the largest norm of a stage's gradients; 0 for any.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, stages: list[list[Tensor]], plan: DDGPlan) -> None:
-        self._plan = plan
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, stages: list[list[Tensor]], plan: DDGPlan, gradient_clipping: float
+    ) -> None:
+        self._plan, self._gradient_clipping = plan, gradient_clipping
         self._stage_of = {parameter: k for k, parameters in enumerate(stages) for parameter in parameters}
         given = _parameters(optimizer)
         if outside := [tuple(p.shape) for p in given if p not in self._stage_of]:
@@ -136,7 +142,7 @@ class _Delay:
         self._refuse(optimizer, args, kwargs, passes)
         self._stepping = True
         for k, parameters in enumerate(self._stages):
-            max_norm = self._rules.max_norm(0.0, Staleness.of(self._plan, k))
+            max_norm = self._rules.max_norm(self._gradient_clipping, Staleness.of(self._plan, k))
             gradients = [p.grad for p in parameters if p.grad is not None]
             if max_norm > 0 and gradients:
                 clip(gradients, max_norm, square_norm(gradients).pow(0.5))

@@ -12,8 +12,6 @@ from torch import nn
 
 from ds_ddg.study.delayed import delayed
 from ds_ddg.study.problem import Problem
-from ds_ddg.study.stages import parameters_by_stage
-from ds_ddg.weights.stage_groups import clip, square_norm
 
 __all__ = ["train"]
 
@@ -45,9 +43,8 @@ def train(
     optimizer = problem.optimizer(model)
     for group in optimizer.param_groups:
         group["lr"] *= learning_rate
-    delayed(optimizer, stages, model=model, micro_batches=micro_batches, rules=rules)
+    delayed(optimizer, stages, model=model, micro_batches=micro_batches, rules=rules, gradient_clipping=problem.clip)
     scheduler = problem.scheduler(optimizer) if problem.scheduler else None
-    parts = parameters_by_stage(stages, model)
     batches = problem.batches(micro_batches)
     losses: list[float] = []
     model.train()
@@ -62,8 +59,6 @@ def train(
         if not math.isfinite(total):
             return {"diverged": call, "seconds": time.perf_counter() - start}
         losses.append(total)
-        if problem.clip:
-            _clip(parts, problem.clip)
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
@@ -72,12 +67,3 @@ def train(
     with torch.no_grad():
         measured = dict(problem.evaluate(model)) if problem.evaluate else {}
     return {"train_loss": sum(last) / len(last), **measured, "seconds": time.perf_counter() - start}
-
-
-@torch.no_grad()
-def _clip(stages: list[list[Any]], max_norm: float) -> None:
-    """Clip the gradients of each stage by their own norm, as a pipeline does."""
-    for parameters in stages:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if gradients:
-            clip(gradients, max_norm, square_norm(gradients).pow(0.5))

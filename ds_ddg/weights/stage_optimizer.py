@@ -161,7 +161,9 @@ class StageOptimizer:
         host = self._host
         shared = host.is_data_parallel or host.is_model_parallel or isinstance(host.optimizer, DeepSpeedOptimizer)
         needed = shared or not self._run.delayed
-        if needed or any(p.grad is None and p.requires_grad for p in self.versions.parameters):
+        # Under `ds_ddg.delayed` a missing gradient is one that is not due yet, and its parameter is to stay as it is.
+        filled = "ddg_delayed" not in vars(host.optimizer)
+        if needed or (filled and any(p.grad is None and p.requires_grad for p in self.versions.parameters)):
             allreduce(*args, **kwargs)
 
     def reduce_non_experts(self, reduce: _Method, *args: Any) -> None:

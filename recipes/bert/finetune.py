@@ -164,6 +164,7 @@ def main() -> None:
             "text_checksum": crc32(repr((train.texts, train.labels)).encode()),
             **model.not_in_weights(bert),
         },
+        partition=model.PARTITION,
     )
 
     def evaluate() -> dict[str, float]:

@@ -147,6 +147,7 @@ def main() -> None:
             "seed": args.seed,
         },
         hidden={"text_checksum": crc32(train_text.numpy().tobytes()), **model.not_in_weights(bert)},
+        partition=model.PARTITION,
     )
 
     def evaluate() -> dict[str, float]:

@@ -116,6 +116,7 @@ def main() -> None:
         len(train_batches),
         shown={"model": args.model, "dataset": args.dataset, "seed": args.seed},
         hidden={"image_size": args.image_size},
+        partition=model.PARTITION,
     )
     if args.eval_only:
         if not (args.load or progress.calls):
