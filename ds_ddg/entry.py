@@ -24,6 +24,7 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.utils import logger
 
 try:
+    from ds_ddg.comm.start import BACKEND, prepared_start
     from ds_ddg.engine.engine import Beneath, DDGEngine
     from ds_ddg.host import EngineHost, Host
 except ImportError as error:
@@ -36,6 +37,7 @@ _MORE_SEAMS = {
     PipelineModule: ("_synchronize_tied_weights", "ckpt_layer_path", "ckpt_layer_path_list"),
     deepspeed: ("PipelineEngine",),
     deepspeed.comm: ("barrier",),
+    BACKEND: ("build_shm_op",),
     torch.autograd.grad_mode: ("_unsafe_preserve_version_counter",),
 }
 """Parts of DeepSpeed and torch that the engine needs besides methods that it overrides or that a `Host` lists."""
@@ -94,7 +96,7 @@ def swap(engine_class: type = DDGEngine) -> Iterator[None]:
     deepspeed.__class__ = _watched(put)
     vars(deepspeed)["PipelineEngine"] = chosen
     try:
-        with _naming_others() if kind is ModuleType else nullcontext():  # else a swap around this one does
+        with prepared_start(), _naming_others() if kind is ModuleType else nullcontext():  # else a swap around this
             yield
     finally:
         deepspeed.__class__ = kind

@@ -18,14 +18,19 @@ import ds_ddg
 NOISE = re.compile(r"terminate called|Traceback|Error\b|exception|core dumped|Aborted|Segmentation|\bleaked\b", re.I)
 
 
-def launch(script: Path, how: str, ddg: str = "slack") -> tuple[int, str, float]:
-    """Run the script on two ranks as a user starts it; return exit status, output and seconds."""
+def free_port() -> int:
+    """Return a TCP port of this machine that nothing uses."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def launch(script: Path, how: str, ddg: str = "slack") -> tuple[int, str, float]:
+    """Run the script on two ranks as a user starts it; return exit status, output and seconds."""
     binaries = Path(sys.executable).parent
     root = Path(ds_ddg.__file__).parents[1]
-    command = [str(binaries / "deepspeed"), "--num_gpus", "2", "--master_port", str(port), str(script), how, ddg]
+    port = str(free_port())
+    command = [str(binaries / "deepspeed"), "--num_gpus", "2", "--master_port", port, str(script), how, ddg]
     environment = {
         **os.environ,
         "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
