@@ -54,9 +54,12 @@ def exchange_hosts(store: Any, rank: int, world_size: int) -> list[Host]:
         rank: this global rank.
         world_size: the number of ranks.
     """
-    keys = [f"ds_ddg/host/{other}" for other in range(world_size)]
+    keys, heard = ([f"ds_ddg/{what}/{other}" for other in range(world_size)] for what in ("host", "heard"))
     store.set(keys[rank], json.dumps(this_host()))
-    told = map(json.loads, store.multi_get(keys))
+    told = list(map(json.loads, store.multi_get(keys)))
+    store.set(heard[rank], "")
+    if rank == 0:
+        store.wait(heard)  # the store may be in this process, which an error ends
     return [Host(name, network, loopback, tuple(interfaces)) for name, network, loopback, interfaces in told]
 
 

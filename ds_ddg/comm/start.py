@@ -64,7 +64,7 @@ def _checked(init_process_group: Any) -> Any:
         store: Any = None,
         **more: Any,
     ) -> None:
-        if backend == "gloo" and store is None:
+        if store is None and (backend is None or "gloo" in backend):
             patience = timeout or default_pg_timeout
             # As torch does it itself, where it is given no store.
             found = rendezvous(init_method or "env://", rank, world_size, timeout=patience)

@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-import ds_ddg
 from ds_ddg.comm import hosts
 from ds_ddg.comm.hosts import Host, check_hosts, exchange_hosts, this_host
-from ds_ddg.comm.start import BACKEND
 
 NEAR = Host("near", "kernel 1", "", ("eth0",))
 HIDDEN = Host("hidden", "kernel 2", "its name resolves to 127.0.1.1", ("docker0", "eth1"))
@@ -65,17 +63,9 @@ def test_processes_of_one_host_are_on_one_network(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     store = dist.HashStore()
     store.set("ds_ddg/host/1", '["other", "elsewhere", "", []]')
+    store.set("ds_ddg/heard/1", "")
     told = exchange_hosts(store, 0, 2)
     assert told == [this_host(), Host("other", "elsewhere", "", ())]
     check_hosts([told[0], told[0]])
     with pytest.raises(RuntimeError, match=re.escape("(rank 0): GLOO_SOCKET_IFNAME=lo")):
         check_hosts(told)
-
-
-def test_nothing_is_compiled_where_ours_starts() -> None:
-    usual = BACKEND.build_shm_op, dist.init_process_group
-    with ds_ddg.swap():
-        with ds_ddg.swap():
-            assert BACKEND.build_shm_op() is None
-        assert BACKEND.build_shm_op() is None
-    assert (BACKEND.build_shm_op, dist.init_process_group) == usual
