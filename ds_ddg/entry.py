@@ -18,6 +18,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.ops.op_builder.builder import OpBuilder
 from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
@@ -38,6 +39,7 @@ _MORE_SEAMS = {
     deepspeed: ("PipelineEngine",),
     deepspeed.comm: ("barrier",),
     BACKEND: ("build_shm_op",),
+    OpBuilder: ("jit_load",),
     torch.autograd.grad_mode: ("_unsafe_preserve_version_counter",),
 }
 """Parts of DeepSpeed and torch that the engine needs besides methods that it overrides or that a `Host` lists."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,6 +50,21 @@ def test_a_swap_restores_what_it_replaces() -> None:
             assert BACKEND.build_shm_op() is None
         assert BACKEND.build_shm_op() is None
     assert (BACKEND.build_shm_op, dist.init_process_group) == usual
+
+
+@pytest.mark.parametrize(("seconds", "rank", "said"), [(0.5, 0, True), (0.5, 1, False), (0.0, 0, False)])
+def test_a_long_compilation_is_announced(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, rank: int, said: bool
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(start, "_SILENCE", 0.1)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setattr(start.logger, "warning", lines.append)
+    monkeypatch.setattr(start.OpBuilder, "jit_load", lambda builder, verbose=True: time.sleep(seconds) or builder.name)
+    with ds_ddg.swap():
+        assert start.OpBuilder.jit_load(SimpleNamespace(name="fused_adam"), verbose=False) == "fused_adam"
+    time.sleep(0.2)
+    assert lines == ["DeepSpeed is compiling fused_adam for this machine, which takes about a minute, once"] * said
 
 
 def hosts_heard(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
