@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -98,7 +98,10 @@ def swap(engine_class: type = DDGEngine) -> Iterator[None]:
     deepspeed.__class__ = _watched(put)
     vars(deepspeed)["PipelineEngine"] = chosen
     try:
-        with prepared_start(), _naming_others() if kind is ModuleType else nullcontext():  # else a swap around this
+        with ExitStack() as until_the_end:
+            if kind is ModuleType:  # else a swap around this one does
+                until_the_end.enter_context(prepared_start())
+                until_the_end.enter_context(_naming_others())
             yield
     finally:
         deepspeed.__class__ = kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any, TextIO
 
@@ -37,7 +38,8 @@ def progress_bar(total: int, shown: bool) -> tqdm[Any]:
         shown: whether there is anything to see; on one rank alone.
     """
     usual: dict[str, Any] = {"total": total, "unit": " samples", "unit_scale": True, "disable": not shown}
-    if sys.stderr.isatty():
+    # One whose size is unknown, as in some containers, tqdm takes for too small for any bar.
+    if sys.stderr.isatty() and all(os.get_terminal_size(sys.stderr.fileno())):
         return tqdm(**usual, mininterval=1.0)
     return tqdm(
         **usual,

@@ -61,7 +61,7 @@ def test_a_long_compilation_is_announced(
     monkeypatch.setenv("LOCAL_RANK", str(rank))
     monkeypatch.setattr(start.logger, "warning", lines.append)
     monkeypatch.setattr(start.OpBuilder, "jit_load", lambda builder, verbose=True: time.sleep(seconds) or builder.name)
-    with ds_ddg.swap():
+    with ds_ddg.swap(), ds_ddg.swap():  # as under ds_ddg.run
         assert start.OpBuilder.jit_load(SimpleNamespace(name="fused_adam"), verbose=False) == "fused_adam"
     time.sleep(0.2)
     assert lines == ["DeepSpeed is compiling fused_adam for this machine, which takes about a minute, once"] * said
