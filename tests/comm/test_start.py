@@ -78,7 +78,7 @@ def hosts_heard(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     monkeypatch.setattr(start.dist, "all_gather_object", all_gather_object)
 
 
-def test_hosts_are_compared_before_groups_of_another_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hosts_are_compared_if_another_back_end_is_first(monkeypatch: pytest.MonkeyPatch) -> None:
     hosts_heard(monkeypatch, "nccl")
     with pytest.raises(RuntimeError, match=r"other \(rank 1\): its name resolves to 127.0.1.1"):
         check_before_gloo()

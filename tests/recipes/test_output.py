@@ -50,7 +50,7 @@ def test_a_training_says_only_what_it_has_to(tmp_path: Path, schedule: str) -> N
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_trainings_of_a_language_model_say_only_what_they_have_to(tmp_path: Path) -> None:
+def test_bert_trainings_say_only_what_they_have_to(tmp_path: Path) -> None:
     documents = (f"cat number {number} sat on the mat and looked at dog {number}\n\n" for number in range(1000))
     (tmp_path / "text").write_text("".join(documents))
     size = f"--layers 2 --hidden 16 --vocabulary 100 --length 8 --text {tmp_path}/text".split()
