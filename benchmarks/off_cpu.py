@@ -93,7 +93,7 @@ class Bench:
 
                 per_call(engine, self.data, trial_calls(engine.plan) + 1, 1)
             engine.drain()
-            hop = engine._links.ping([next(self.data)[0]], times=20)
+            hop = engine._calls.slack.latency([next(self.data)[0]], times=20)
             engines = dict.fromkeys(cell.schedules, engine)
             if "dualpipev" in engines:
                 engines["dualpipev"] = self._engine(cell, {}, chunks=2)

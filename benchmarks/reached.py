@@ -7,6 +7,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from ds_ddg.extras import extra
+
 __all__ = ["SHARES", "Curve", "page", "reached", "rows", "save_picture", "smoothed", "target"]
 
 SHARES = (0.5, 0.75, 1.0)
@@ -181,8 +183,9 @@ def _table(columns: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
 
 def save_picture(runs: Sequence[Run], path: Path) -> None:
     """Draw a panel for every setting: a line for each run, and the targets."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with extra("plot", "the picture"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     settings = list(dict.fromkeys((run["recipe"], run["stages"], run["micro_batches"]) for run in runs))
     columns = 2 if len(settings) > 1 else 1

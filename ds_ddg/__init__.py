@@ -15,14 +15,16 @@ if TYPE_CHECKING:
     from ds_ddg.config import DDGConfig
     from ds_ddg.engine.engine import DDGEngine
     from ds_ddg.entry import ddg_engine, initialize, swap
+    from ds_ddg.study.delayed import delayed
 
-__all__ = ["DDGConfig", "DDGEngine", "ddg_engine", "initialize", "swap"]
-__version__ = "0.1.0"
+__all__ = ["DDGConfig", "DDGEngine", "ddg_engine", "delayed", "initialize", "swap"]
+__version__ = "0.2.0"
 
 _HOME = {
     "DDGConfig": "config",
     "DDGEngine": "engine",
     "ddg_engine": "entry",
+    "delayed": "study.delayed",
     "initialize": "entry",
     "swap": "entry",
 }

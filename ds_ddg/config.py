@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ds_ddg.staleness.rules import Settings
+
 __all__ = ["DDGConfig"]
 
 
@@ -52,6 +54,15 @@ class DDGConfig(BaseModel):
     """A folder where each rank records what it does and when, for ``ds-ddg trace``; at most 16 MB a rank, the end
     of a long run."""
 
+    staleness: Literal["off", "auto"] | Settings = "off"
+    """What is done about stale gradients: nothing (the paper's algorithm), what suits the optimizer, or what a block
+    of rules says (docs/staleness.md)."""
+
+    @property
+    def staleness_settings(self) -> Settings:
+        """The block that `staleness` stands for."""
+        return self.staleness if isinstance(self.staleness, Settings) else Settings(rules=self.staleness)
+
     @property
     def timed(self) -> bool:
         """Whether the times of what computes are needed, and not only those of the host that launches it."""
@@ -78,8 +89,23 @@ def _explain(problems: Sequence[Mapping[str, Any]]) -> str:
         return f'"ddg" must be a block of settings such as {{"enabled": true}}, got {problem["input"]!r}'
     key = str(problem["loc"][0])
     if problem["type"] == "extra_forbidden":
-        return (
-            f'"ddg": unknown key {key!r} (value {problem["input"]!r}); known keys: {", ".join(DDGConfig.model_fields)}'
+        return _unknown('"ddg"', key, problem["input"], DDGConfig)
+    if inside := [problem for problem in problems if len(problem["loc"]) > 2]:  # it is a block of its own
+        return "\n".join(
+            _unknown(f'"ddg": "{key}"', problem["loc"][-1], problem["input"], Settings)
+            if problem["type"] == "extra_forbidden"
+            else _invalid(f'{{"{key}": {{"{problem["loc"][-1]}": {problem["input"]!r}}}}}', [problem])
+            for problem in inside
         )
-    reasons = " or ".join(str(problem["msg"]) for problem in problems)
-    return f'"ddg": {{"{key}": {problem["input"]!r}}} is not valid: {reasons}'
+    return _invalid(f'{{"{key}": {problem["input"]!r}}}', problems)
+
+
+def _unknown(where: str, key: Any, value: Any, model: type[BaseModel]) -> str:
+    return f"{where}: unknown key {key!r} (value {value!r}); known keys: {', '.join(model.model_fields)}"
+
+
+def _invalid(what: str, problems: Sequence[Mapping[str, Any]]) -> str:
+    reasons = " or ".join(
+        "a block of rules" if problem["type"] == "model_type" else str(problem["msg"]) for problem in problems
+    )
+    return f'"ddg": {what} is not valid: {reasons}'

@@ -2,18 +2,24 @@
 
 ``DDGEngine`` (``engine/engine.py``) holds every override of DeepSpeed's methods; whatever else we use of its engine is
 listed here. ``entry.py`` compares both lists with the DeepSpeed that is installed.
+
+What we replace in DeepSpeed's modules while an engine is at work stands here too; ``entry.py`` replaces the class.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
+from deepspeed import accelerator, comm
+from deepspeed.runtime.pipe import p2p
 from torch import Tensor
 
-__all__ = ["EngineHost", "Host"]
+__all__ = ["EngineHost", "Host", "barrier_replaced", "replaced", "without_greetings"]
 
 
 class Host(Protocol):
@@ -67,6 +73,7 @@ class Host(Protocol):
     def bfloat16_enabled(self) -> bool: ...
     def fp16_enabled(self) -> bool: ...
     def zero_optimization(self) -> bool: ...
+    def gradient_accumulation_steps(self) -> int: ...
     def gradient_clipping(self) -> float: ...
     def get_data_types(self) -> tuple[torch.dtype, torch.dtype]: ...
     def load_universal_checkpoint(self) -> bool: ...
@@ -129,3 +136,43 @@ class EngineHost:
             return engine._beneath_aggregate_total_loss()
         finally:
             engine.is_pipe_parallel = pipe_parallel
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside this block the attribute `name` of `owner`, an object or a module, is `value`."""
+    own, before = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+@contextmanager
+def without_greetings() -> Iterator[None]:
+    """Inside this block neighbours do not greet each other over gloo from a device.
+
+    DeepSpeed's engine sends a zero from stage to stage when it is built. Gloo takes the address of a tensor on a
+    device for an address of the host, and the connection breaks.
+    """
+    with ExitStack() as until_the_end:
+        if accelerator.get_accelerator().device_name() != "cpu" and dist.get_backend() == "gloo":
+            for name in ("send", "recv"):
+                until_the_end.enter_context(replaced(p2p, name, lambda *_: None))
+        yield
+
+
+@contextmanager
+def barrier_replaced(meet: Callable[[], Any]) -> Iterator[None]:
+    """Inside this block DeepSpeed calls `meet` in place of its barrier of all ranks."""
+    barrier = comm.barrier
+
+    def meet_if_all(group: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return meet() if group is None else barrier(group, *args, **kwargs)
+
+    with replaced(comm, "barrier", meet_if_all):
+        yield

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from ds_ddg.config import DDGConfig
-from ds_ddg.engine.compatibility import refuse_switch, refuse_unsupported
+from ds_ddg.engine.compatibility import refuse_unsupported
+from ds_ddg.engine.schedule_switch import refuse_switch
 
 DEFAULTS = {
     "enabled": True,
@@ -27,6 +28,7 @@ DEFAULTS = {
     "loss": "delayed",
     "sync_steps": 0,
     "trace": None,
+    "staleness": "off",
 }
 EVERYTHING = {
     "enabled": False,
@@ -37,6 +39,7 @@ EVERYTHING = {
     "loss": "exact",
     "sync_steps": 10,
     "trace": "runs/trace",
+    "staleness": "auto",
 }
 
 
@@ -86,6 +89,8 @@ def test_is_frozen() -> None:
         ("sync_steps", "10", ["integer"]),
         ("trace", "", ["at least 1 character"]),
         ("trace", True, ["string"]),
+        ("staleness", "on", ["'off'", "'auto'", "a block of rules"]),
+        ("staleness", True, ["'off'", "'auto'", "a block of rules"]),
     ],
 )
 def test_wrong_value_names_key_value_and_what_is_allowed(key: str, value: Any, allowed: list[str]) -> None:
@@ -93,6 +98,29 @@ def test_wrong_value_names_key_value_and_what_is_allowed(key: str, value: Any, a
     for part in ('"ddg"', f'"{key}"', repr(value), *allowed):
         assert part in message
     assert "\n" not in message, "one mistake, one line"
+
+
+@pytest.mark.parametrize(
+    ("block", "parts"),
+    [
+        ({"clip": "1"}, ['"ddg": {"staleness": {"clip": \'1\'}}', "number"]),
+        ({"anneal": -1}, ['{"staleness": {"anneal": -1}}', "greater than or equal to 0"]),
+        ({"momentum": "long"}, ["{\"momentum\": 'long'}", "'keep', 'stretch' or 'asyncpp'"]),
+        ({"lr": 1}, ['"ddg": "staleness": unknown key \'lr\' (value 1); known keys: learning_rate, anneal']),
+    ],
+)
+def test_rules_are_as_strict_inside(block: dict[str, Any], parts: list[str]) -> None:
+    message = complaint({"staleness": block})
+    for part in parts:
+        assert part in message
+    assert "\n" not in message, "one mistake, one line"
+
+
+def test_reads_a_block_of_rules() -> None:
+    settings = DDGConfig.parse({"staleness": {"rules": "auto", "clip": 1}}).staleness_settings
+    assert (settings.rules, settings.named) == ("auto", {"clip": 1.0})
+    assert DDGConfig.parse({}).staleness_settings.rules == "off"
+    assert DDGConfig.parse({"staleness": "auto"}).staleness_settings.rules == "auto"
 
 
 @pytest.mark.parametrize("key", ["slak", "Slack", "stash", ""])
@@ -258,6 +286,13 @@ TIED = {"_layer_specs": tied(0, 3)}
         ("ddg", False, BRAIN, {}, "bf16"),
         ("ddg", False, {"zero_config": zero(1)}, {}, "ZeRO-1"),
         ("ddg", False, {}, TIED, "tied weights"),
+        (
+            "ddg",
+            False,
+            {"_param_dict": {"ddg": {"staleness": "auto"}}},
+            {},
+            '"staleness": the optimizer was built for',
+        ),
     ],
 )
 def test_refuses_a_switch_that_would_train_something_else(

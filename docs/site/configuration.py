@@ -47,8 +47,6 @@ def page() -> str:
     rows = []
     for name, field in fields.items():
         property_ = schema["properties"][name]
-        if "$ref" in property_:
-            property_ = schema["$defs"][property_["$ref"].rsplit("/", 1)[-1]]
         default = json.dumps(DDGConfig().model_dump()[name])
         assert field.description, f"{name} has no docstring"
         meaning = " ".join(field.description.split()).replace("``", "`")
@@ -58,13 +56,15 @@ def page() -> str:
 
 def _values(schema: dict[str, Any]) -> str:
     """Describe the values that a JSON schema allows."""
+    if "$ref" in schema:
+        return "a block"
     if "anyOf" in schema:
         return ", ".join(map(_values, schema["anyOf"]))
     if "enum" in schema:
         return ", ".join(f'`"{value}"`' for value in schema["enum"])
     if "const" in schema:
         return f"`{json.dumps(schema['const'])}`"
-    kind = {"boolean": "`true`, `false`", "null": "`null`", "string": "text", "object": "a block"}.get(schema["type"])
+    kind = {"boolean": "`true`, `false`", "null": "`null`", "string": "text"}.get(schema["type"])
     kind = kind or {"integer": "integer", "number": "number"}[schema["type"]]
     return f"{kind} >= {schema['minimum']}" if "minimum" in schema else kind
 

@@ -7,6 +7,8 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ds_ddg.extras import extra
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -31,10 +33,12 @@ def save_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, value: str 
 
     Raises:
         ValueError: another suffix.
+        MissingExtraError: matplotlib is not installed.
     """
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with extra("plot", "a picture"):
+        from matplotlib import rc_context
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     path = Path(path)
     if path.suffix.lower() not in (".svg", ".png"):

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from ds_ddg.extras import extra
 from ds_ddg.schedules.plan import BACKWARD, FORWARD, UPDATE, Op
 
 if TYPE_CHECKING:
@@ -88,7 +89,8 @@ def clock(timeline: Events, unit: float | None = None) -> str:
 def save(timelines: Events | Mapping[str, Events], path: str | Path) -> None:
     """Write a picture (``.svg``, ``.png``) or a trace for Chrome or Perfetto (``.json``), by the suffix of `path`.
 
-    A mapping of titles to timelines gives one panel each, on a common clock. ValueError for another suffix.
+    A mapping of titles to timelines gives one panel each, on a common clock. ValueError for another suffix,
+    MissingExtraError where a picture needs matplotlib and it is not installed.
     """
     path = Path(path)
     titled = timelines if isinstance(timelines, Mapping) else {"": timelines}
@@ -160,10 +162,11 @@ def _lines(rows: Mapping[int, str]) -> str:
 
 
 def _save_picture(panels: Mapping[str, Rows], path: Path) -> None:
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
+    with extra("plot", "a picture"):
+        from matplotlib import rc_context
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
 
     extents = [_extent(rows) for rows in panels.values()]
     span = max((end - begin for begin, end, _ in extents), default=0.0) or 1.0

@@ -19,10 +19,10 @@ from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
 from ds_ddg.checkpoint.folder import LATEST, damage, flush, latest, tag_to_load, write_latest
-from ds_ddg.comm.agreement import Agreement, replaced
+from ds_ddg.comm.agreement import Agreement
 from ds_ddg.comm.failures import KnownToAllError
 from ds_ddg.comm.p2p import StageError
-from ds_ddg.host import Host
+from ds_ddg.host import Host, replaced
 from ds_ddg.stage import RunState, Stage
 from ds_ddg.telemetry.reporter import Reporter
 from ds_ddg.weights.experts import expert_files

@@ -45,18 +45,21 @@ def _run(options: argparse.Namespace) -> str:
         drop_false_alarms()
         values = read(options.config)
         settings = DDGConfig.parse(values.get("ddg"))
-        micro_batches, clipping = checked(values, settings, options.stages, options.replicas)
+        micro_batches, clipping, optimizer = checked(values, settings, options.stages, options.replicas)
     slack = settings.slack if isinstance(settings.slack, int) else 0
     plan = DDGPlan(options.stages, micro_batches, slack)
     effects = _effects(settings, plan, clipping)
+    if settings.enabled:
+        effects["staleness"] = _staleness(settings, plan, clipping, optimizer)
     stages = [_stage(settings, plan, stage) for stage in range(plan.num_stages)] if settings.enabled else []
     notes = [*_notes(values), *_becomes(automatic(values))]
     if options.json:
         effective = {"settings": settings.model_dump(), "effects": effects, "per_stage": stages, "notes": notes}
         return json.dumps({"valid": True, "stages": options.stages, "micro_batches": micro_batches, **effective})
     given = values.get("ddg") or {}
+    shown = {name: json.dumps(given.get(name, getattr(settings, name))) for name in effects}
     rows = [
-        f"{json.dumps(name)}: {json.dumps(getattr(settings, name))}{'' if name in given else ' (default)'}\n    {text}"
+        f"{json.dumps(name)}: {shown[name]}{'' if name in given else ' (default)'}\n    {text}"
         for name, text in effects.items()
     ]
     return "\n".join(
@@ -164,6 +167,21 @@ def _effects_on_one_stage(settings: DDGConfig, clipping: float) -> dict[str, str
 
 def _trace(settings: DDGConfig) -> str:
     return "records what each rank does, for ds-ddg trace" if settings.trace else "nothing is recorded"
+
+
+def _staleness(settings: DDGConfig, plan: DDGPlan, clipping: float, optimizer: Any) -> str:
+    """Say what the rules come to. ValueError as a run has it, if they need a number or cannot be followed."""
+    from ds_ddg.staleness.choose import choose
+
+    if settings.staleness == "off":
+        return "nothing is done about stale gradients: the paper's algorithm" + (
+            '; "auto" does what suits the optimizer' if plan.delay(0) > 0 else ""
+        )
+    if optimizer is None:
+        return "goes by the optimizer that is passed to ds_ddg.initialize, which says it when it is built"
+    return "\n    ".join(
+        choose(settings.staleness_settings, optimizer, plan, clipping if settings.clip == "stage" else 0.0).lines
+    )
 
 
 def _slack(settings: DDGConfig) -> str:

@@ -97,8 +97,8 @@ def _without_kernels() -> Iterator[None]:
         yield
 
 
-def check_optimizer_and_scheduler(config: Any, delayed: bool = True) -> None:
-    """Build both as a run does.
+def check_optimizer_and_scheduler(config: Any, delayed: bool = True) -> Any:
+    """Build both as a run does; return the optimizer, or None if the config has none.
 
     Args:
         config: the parsed ``DeepSpeedConfig``.
@@ -134,9 +134,10 @@ def check_optimizer_and_scheduler(config: Any, delayed: bool = True) -> None:
                 f"DeepSpeed has not tested ZeRO-{stage} with {kind.__name__}; use another optimizer, or set "
                 '"zero_allow_untested_optimizer": true'
             )
+    built = None if config.optimizer_name is None else optimizer
     wrapped = _wrapped(builder, optimizer)
     if config.scheduler_name is None:
-        return
+        return built
     kind = _known("scheduler", config.scheduler_name, _schedulers())
     if config.scheduler_params is None:
         raise ValueError('"scheduler": DeepSpeed needs "params" with it; {} for the defaults')
@@ -155,6 +156,7 @@ def check_optimizer_and_scheduler(config: Any, delayed: bool = True) -> None:
             _step(scheduler)
     if delayed:
         refuse_metric(scheduler)
+    return built
 
 
 def _wrapped(builder: _Builder, optimizer: Any) -> bool:

@@ -59,8 +59,11 @@ def automatic(values: Mapping[str, Any], above: str = "") -> Iterator[str]:
             yield f"{above}{key}"
 
 
-def checked(values: dict[str, Any], settings: DDGConfig, num_stages: int, replicas: int) -> tuple[int, float]:
-    """Run DeepSpeed's checks, then the engine's, for `num_stages` plain layers; return M and the clipping norm.
+def checked(values: dict[str, Any], settings: DDGConfig, num_stages: int, replicas: int) -> tuple[int, float, Any]:
+    """Run DeepSpeed's checks, then the engine's, for `num_stages` plain layers.
+
+    Returns:
+        M, the clipping norm, and the optimizer for throw-away parameters, None if the config has none.
 
     Raises:
         ValueError: a run would end with the same message.
@@ -75,8 +78,8 @@ def checked(values: dict[str, Any], settings: DDGConfig, num_stages: int, replic
         topology=lambda: PipeDataParallelTopology(num_pp=num_stages, num_dp=replicas),
     )
     refuse_unsupported(config, pipeline, settings.enabled)
-    check_optimizer_and_scheduler(config, settings.enabled)
-    return int(config.gradient_accumulation_steps), float(config.gradient_clipping)
+    optimizer = check_optimizer_and_scheduler(config, settings.enabled)
+    return int(config.gradient_accumulation_steps), float(config.gradient_clipping), optimizer
 
 
 def _parsed(values: dict[str, Any], replicas: int) -> Any:

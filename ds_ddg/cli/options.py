@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ds_ddg.extras import require
+
 __all__ = ["add_output", "check_output", "list_of", "num_bytes", "progress"]
 
 _UNITS = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
@@ -24,7 +26,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def check_output(path: str | None, suffixes: Sequence[str] = _PICTURES) -> None:
-    """Raise ValueError if ``--out`` cannot be written, before anything is computed for it."""
+    """Raise ValueError or MissingExtraError if ``--out`` cannot be written, before anything is computed for it."""
     if path is None:
         return
     if Path(path).suffix.lower() not in suffixes:
@@ -33,6 +35,8 @@ def check_output(path: str | None, suffixes: Sequence[str] = _PICTURES) -> None:
         raise ValueError(f"--out {path!r} must end in {allowed}")
     if not Path(path).parent.is_dir():
         raise ValueError(f"--out {path!r}: there is no folder {str(Path(path).parent)!r}; make it first")
+    if Path(path).suffix.lower() != ".json":
+        require("plot", f"--out {path!r}")
 
 
 def list_of(number: Callable[[str], Any]) -> Callable[[str], list[Any]]:

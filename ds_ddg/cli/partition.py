@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import inspect
 import json
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stdout
-from errno import ENOENT
-from pathlib import Path
-from traceback import extract_tb
 from typing import Any
 
 from ds_ddg.analysis.balance import LayerCost, balance, load
 from ds_ddg.analysis.balance import save as save_profile
 
 from .options import check_output
+from .user_function import failed, load_function, place_in
 
 __all__ = ["HELP", "add_arguments"]
 
@@ -62,12 +58,12 @@ def _measured(source: str) -> list[LayerCost]:
         try:
             return profile(*answer)
         except RuntimeError as error:
-            raise ValueError(f"{error}{_place(error.__cause__ or error, path)}") from error
+            raise ValueError(f"{error}{place_in(error.__cause__ or error, path)}") from error
 
 
 def _answer(source: str, path: str, name: str) -> tuple[Any, ...]:
     """Return the result of the function `name` of the file `path`: layers, a sample and perhaps a loss function."""
-    function = _function(path, name)
+    function = load_function(path, name)
     try:
         inspect.signature(function).bind()
     except TypeError as error:
@@ -75,44 +71,8 @@ def _answer(source: str, path: str, name: str) -> tuple[Any, ...]:
     try:
         answer = function()
     except Exception as error:
-        raise _failed(path, error) from error
+        raise failed(path, error) from error
     if not isinstance(answer, tuple) or len(answer) not in (2, 3):
         got = f"{len(answer)} values" if isinstance(answer, tuple) else type(answer).__name__
         raise ValueError(f"{source} must return (layers, sample) or (layers, sample, loss_fn), got {got}")
     return answer
-
-
-def _function(path: str, name: str) -> Callable[[], Any]:
-    """Return the function `name` of the file `path`, which runs next to its own neighbours, as a script would."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(ENOENT, "No such file or directory", path)
-    # A name of our own: a file called queue.py must not take the place of the standard library's.
-    spec = importlib.util.spec_from_file_location("__ds_ddg_partition__", path)
-    assert spec is not None, path
-    assert spec.loader is not None, path
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(Path(path).resolve().parent))
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise _failed(path, error) from error
-    if not callable(getattr(module, name, None)):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ValueError(f"{path} has no function {name!r}; it has {', '.join(known) or 'none'}")
-    function: Callable[[], Any] = getattr(module, name)
-    return function
-
-
-def _failed(path: str, error: Exception) -> ValueError:
-    """Return an error that says where the user's file has failed, and with what."""
-    return ValueError(f"{path} failed with {type(error).__name__}: {error}{_place(error, path)}")
-
-
-def _place(error: BaseException, path: str) -> str:
-    """Return the line of the user's file, or of a file next to it, that `error` comes from, if there is one."""
-    if isinstance(error, SyntaxError):
-        return ""  # it says so itself
-    folder = Path(path).resolve().parent
-    frames = [frame for frame in extract_tb(error.__traceback__) if Path(frame.filename).resolve().parent == folder]
-    return f" ({frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""

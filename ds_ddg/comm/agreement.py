@@ -11,29 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from deepspeed import comm
-
 from ds_ddg.comm.failures import FailureGuard, KnownToAllError
 from ds_ddg.comm.message import fit
 from ds_ddg.comm.p2p import StageError
 from ds_ddg.comm.stage_links import Links
+from ds_ddg.host import barrier_replaced
 from ds_ddg.stage import RunState, Stage
 
-__all__ = ["Agreement", "replaced"]
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Inside this block the attribute `name` of `owner`, an object or a module, is `value`."""
-    own, before = name in vars(owner), getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if own:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)
+__all__ = ["Agreement"]
 
 
 class Agreement:
@@ -63,13 +48,8 @@ class Agreement:
             what: the call, as users know it.
             consequence: the state of all ranks after a failure, in words; if empty, a rank raises its own error.
         """
-        barrier = comm.barrier
-
-        def exchange(group: Any = None, *args: Any, **kwargs: Any) -> Any:
-            return self.meet(what, consequence) if group is None else barrier(group, *args, **kwargs)
-
         try:
-            with replaced(comm, "barrier", exchange):
+            with barrier_replaced(lambda: self.meet(what, consequence)):
                 yield
             self.meet(what, consequence)
         except KnownToAllError:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import gc
 import multiprocessing.util
-import os
 import sys
 import time
 import weakref
@@ -15,6 +12,7 @@ from typing import Any, TypeVar
 
 from deepspeed.utils import logger
 
+from ds_ddg.comm.lifetime import this_process
 from ds_ddg.comm.p2p import NOTICED_WITHIN, Peer, StageError, timed_out
 from ds_ddg.comm.stage_links import Links
 from ds_ddg.stage import RunState, Stage
@@ -40,30 +38,9 @@ def guard_stop_iteration(method: Callable[..., _T], *args: Any, **kwargs: Any) -
         raise RuntimeError("StopIteration raised inside a layer or loss_fn") from error
 
 
-class _Process:
-    """The objects that have to outlive the engines of this process."""
-
-    def __init__(self) -> None:
-        self._open: list[Links] = []
-        # A forked child (a DataLoader's worker) has the connections of its parent. Were it to free an engine that the
-        # parent has dropped, gloo would take back receives that are pending there, over the parent's own sockets.
-        os.register_at_fork(after_in_child=gc.freeze)
-
-    def keep(self, links: Links) -> None:
-        """Keep `links`, as their messages must live on if their engine is dropped before the end."""
-        # Links whose process groups have been destroyed can send and receive nothing any more.
-        self._open[:] = [*(other for other in self._open if other.usable), links]
-
-
-@functools.cache
-def _process() -> _Process:
-    """Return the `_Process` of this process, made by its first engine."""
-    return _Process()
-
-
 def register_shutdown(links: Links) -> None:
     """Keep `links` until the process ends, and the process until the other stages have no more use for it."""
-    _process().keep(links)
+    this_process().keep(links)
     # atexit alone would miss the processes of torch.multiprocessing.
     multiprocessing.util.Finalize(None, _shut_down, (weakref.ref(links),), exitpriority=10)
 

@@ -28,18 +28,15 @@ when the copies that use it are done, so no pool of our own is needed.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
-from deepspeed.runtime.pipe import p2p
 from torch import Tensor
 
-__all__ = ["Staging", "refuse_other_devices", "staging_for", "without_greetings"]
+__all__ = ["Staging", "refuse_other_devices", "staging_for"]
 
 _T = TypeVar("_T")
 _CPU = torch.device("cpu")
@@ -151,23 +148,3 @@ def staging_for(device: torch.device) -> Staging | None:
     if device.index is None:  # tensors name the device that is current
         device = torch.device(device.type, torch.get_device_module(device).current_device())
     return Staging(device)
-
-
-@contextmanager
-def without_greetings() -> Iterator[None]:
-    """Inside this block neighbours do not greet each other over gloo from a device.
-
-    DeepSpeed's engine sends a zero from stage to stage when it is built. Gloo takes the address of a tensor on a
-    device for one of the host's, and the connection breaks.
-    """
-    from deepspeed.accelerator import get_accelerator
-
-    if get_accelerator().device_name() == "cpu" or dist.get_backend() != "gloo":
-        yield
-        return
-    send, recv = p2p.send, p2p.recv
-    p2p.send = p2p.recv = lambda *_: None
-    try:
-        yield
-    finally:
-        p2p.send, p2p.recv = send, recv

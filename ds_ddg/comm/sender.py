@@ -25,13 +25,13 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial, reduce
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ds_ddg.comm.host_staging import Staging, refuse_other_devices
+from ds_ddg.comm.lifetime import this_process
 from ds_ddg.comm.message import INLINE_BYTES, Capacity, Header, Kind, bytes_of, fit, fits, larger, spec_of
 from ds_ddg.comm.p2p import ERROR_NOTICE_TAG, HEADER_TAG, ON_DEMAND_TAG, PREPOSTED_TAG, StageError, Wire
 
@@ -46,10 +46,6 @@ _SHRINK_AFTER = 16
 """Messages in a row that fill less than half of the capacity before it shrinks."""
 
 _FILLER = torch.zeros(1, dtype=torch.uint8)
-
-_under_way: WeakKeyDictionary[dist.ProcessGroup, list[Any]] = WeakKeyDictionary()
-"""Everything that senders have sent, as long as their group lives. Gloo withdraws a send when its handle is freed,
-and the peer would wait for ever: so handles must outlive an engine that is dropped before all has arrived."""
 
 
 @dataclass
@@ -77,7 +73,7 @@ class Sender:
     """The error that happened on the sender's thread, if any."""
 
     def __post_init__(self) -> None:
-        _under_way.setdefault(self.wire.peer.group, []).append(self._sent)
+        this_process().kept_by(self.wire.peer.group).sends.append(self._sent)
 
     @property
     def pending(self) -> int:
@@ -124,7 +120,7 @@ class Sender:
             self._settle_oldest()
 
     def _new_capacity(self, sizes: Capacity) -> Capacity | None:
-        """The capacity that the receiver should have from this training message on; None: the one it has."""
+        """Return the capacity that the receiver should have from this training message on; None: the one it has."""
         if not fits(sizes, self._capacity):
             return larger(sizes, self._capacity)
         if 2 * sum(sizes) >= sum(self._capacity):

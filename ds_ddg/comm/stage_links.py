@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ds_ddg.comm.channels import Channels
 from ds_ddg.comm.message import Kind, Message
+from ds_ddg.comm.waits import UNOBSERVED, WaitObserver
 
 __all__ = ["CallPosition", "Links", "as_tuple"]
 
@@ -29,15 +30,24 @@ def as_tuple(tensors: Any) -> tuple[Tensor, ...]:
 
 
 class Links(Channels):
-    """The links of one rank; arguments as for `Channels`. Constructing them is collective."""
+    """The links of one rank. Constructing them is collective.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        *args: as for `Channels`.
+        observer: measures how long this stage waits; default: nobody does.
+        **kwargs: as for `Channels`.
+    """
+
+    def __init__(self, *args: Any, observer: WaitObserver = UNOBSERVED, **kwargs: Any) -> None:
+        self._waits = observer.waits
         self._losses: deque[dict[str, Any]] = deque()
         """Losses that have arrived and have not been taken yet."""
         self._to_forward: list[dict[str, Any]] = []
         """Losses that the next gradient carries to the stage before."""
         self._announce: CallPosition | None = None
         self._first: Message | None = None
+        self.riders: dict[str, Any] = {}
+        """Small values that came with the first activation of this call; the next activation carries them on."""
         self.loss_scale: Callable[[], float] = lambda: 1.0
         """A function that returns the factor in this stage's gradients now (fp16); each stage has its own factor."""
         super().__init__(*args, **kwargs)
@@ -58,9 +68,10 @@ class Links(Channels):
         """
         kind = Kind.BEGIN if ready else Kind.END
         if self._activations_in is not None:
-            message = self._activations_in.take(
-                Kind.DATA if with_data else Kind.BEGIN, Kind.END, what=f"the start of {here[0]}"
-            )
+            with self._waits("activation"):  # the first of a call announces it
+                message = self._activations_in.take(
+                    Kind.DATA if with_data else Kind.BEGIN, Kind.END, what=f"the start of {here[0]}"
+                )
             if (there := tuple(message.info["here"] or ())) != here:
                 other = self._activations_in.wire.peer.name
                 raise RuntimeError(
@@ -70,19 +81,23 @@ class Links(Channels):
             self._first = message if message.kind is Kind.DATA else None
             kind = Kind.END if message.kind is Kind.END else Kind.BEGIN
         self._announce = here
+        self.riders = {} if self._first is None else self._first.info.get("riders", {})
         if self._activations_out is not None and (kind is Kind.END or not with_data):
             self._activations_out.post(kind, here=here)
         return kind
 
-    def send_activations(self, outputs: Any, more: dict[str, Any] | None = None) -> None:
-        """Post `outputs`, a tensor or a tuple of tensors, to the next stage, and with them the small values `more`."""
+    def send_activations(self, outputs: Any) -> None:
+        """Post `outputs`, a tensor or a tuple of tensors, to the next stage, and with them the `riders`, if any."""
         assert self._activations_out is not None
         here, self._announce = self._announce, None
         tensors = as_tuple(outputs)
         needed = "".join("01"[t.requires_grad] for t in tensors)
-        info = {"tuple": isinstance(outputs, tuple), "needed": needed, "here": here, **(more or {})}
-        self._activations_out.post(Kind.DATA, tensors, recurs=torch.is_grad_enabled(), **info)
-        self._listen()
+        info = {"tuple": isinstance(outputs, tuple), "needed": needed, "here": here}
+        if self.riders:
+            info["riders"], self.riders = self.riders, {}
+        with self._waits("send"):
+            self._activations_out.post(Kind.DATA, tensors, recurs=torch.is_grad_enabled(), **info)
+            self._listen()
 
     def recv_activations(self) -> Any:
         """Wait for the outputs of the stage before, a tensor or a tuple of tensors, as it sent them.
@@ -92,7 +107,8 @@ class Links(Channels):
         assert self._activations_in is not None
         message, self._first = self._first, None
         if message is None:
-            message = self._activations_in.take(Kind.DATA, what="an activation")
+            with self._waits("activation"):
+                message = self._activations_in.take(Kind.DATA, what="an activation")
         for tensor, needed in zip(message.tensors, message.info["needed"], strict=True):
             assert tensor is not None
             tensor.requires_grad_(needed == "1")
@@ -102,14 +118,17 @@ class Links(Channels):
         """Post the gradient of each input tensor, None if it has no gradient, to the stage before."""
         assert self._gradients_out is not None
         losses, self._to_forward = self._to_forward, []
-        riders: dict[str, Any] = {"losses": losses} if losses else {}
-        self._gradients_out.post(Kind.DATA, gradients, scale=self.loss_scale(), **riders)
-        self._listen()
+        info: dict[str, Any] = {"losses": losses} if losses else {}
+        scale = self.loss_scale()
+        with self._waits("send"):
+            self._gradients_out.post(Kind.DATA, gradients, scale=scale, **info)
+            self._listen()
 
     def recv_grads(self) -> tuple[Tensor | None, ...]:
         """Wait for the gradient of each output tensor, None if it has no gradient."""
         assert self._gradients_in is not None
-        message = self._gradients_in.take(Kind.DATA, what="a gradient")
+        with self._waits("gradient"):
+            message = self._gradients_in.take(Kind.DATA, what="a gradient")
         losses = message.info.get("losses", ())
         self._losses.extend(losses)
         if self._gradients_out is not None:
@@ -147,15 +166,39 @@ class Links(Channels):
             sender.post(Kind.DATA, shared=value)
         if self._losses_in is None:
             return value
-        while "shared" not in (info := self._losses_in.take(Kind.DATA, what="the last stage").info):
-            self._losses.append(info)
+        with self._waits("loss"):
+            while "shared" not in (info := self._losses_in.take(Kind.DATA, what="the last stage").info):
+                self._losses.append(info)
         return float(info["shared"])
 
     def next_loss(self) -> dict[str, Any]:
         """Take the oldest loss that has arrived; if there is none, wait for one that is told at once."""
         if self._losses_in is None or self._losses:
             return self._losses.popleft()
-        return self._losses_in.take(Kind.DATA, what="a loss").info
+        with self._waits("loss"):
+            return self._losses_in.take(Kind.DATA, what="a loss").info
+
+    def ping(self, tensors: Sequence[Tensor], times: int = 5) -> None:
+        """Send `tensors` to the next stage and back, while nobody computes; all stages must be drained, and call it.
+
+        First the stage before asks, then this one does, so one message travels at a time. The observer learns how long
+        each takes; the first of them takes longer, as no receive is preposted yet.
+
+        Args:
+            tensors: what travels; the last stage sends back what it gets.
+            times: how often, after the first time.
+        """
+        if self._activations_in is not None and self._gradients_out is not None:
+            for _ in range(times + 1):
+                asked = self._activations_in.take(Kind.DATA, what="a measurement of the link")
+                self._gradients_out.post(Kind.DATA, asked.tensors)
+        if self._activations_out is not None and self._gradients_in is not None:
+            for _ in range(times + 1):
+                with self._waits("hop"):
+                    self._activations_out.post(Kind.DATA, tensors)
+                    self._gradients_in.listen()
+                    self._gradients_in.take(Kind.DATA, what="a measurement of the link")
+        self.flush()
 
     @property
     def pending(self) -> int:

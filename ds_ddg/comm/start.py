@@ -18,8 +18,8 @@ from deepspeed.utils import logger
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from ds_ddg.comm.agreement import replaced
 from ds_ddg.comm.hosts import check_hosts, exchange_hosts, this_host
+from ds_ddg.host import replaced
 
 __all__ = ["BACKEND", "check_before_gloo", "prepared_start"]
 

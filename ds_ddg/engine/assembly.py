@@ -1,4 +1,4 @@
-"""How the collaborators of an engine are made and handed to each other; none of them knows the engine."""
+"""Makes the collaborators of an engine and hands them to each other; none of them knows the engine."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from ds_ddg.checkpoint.save_load import CheckpointPart
 from ds_ddg.comm.agreement import Agreement
 from ds_ddg.comm.channels import group_of_all, own_group
 from ds_ddg.comm.failures import FailureGuard
+from ds_ddg.comm.stage_links import Links
 from ds_ddg.comm.start import check_before_gloo
 from ds_ddg.engine.auto_slack import SlackTuner
 from ds_ddg.engine.calls import Calls
@@ -17,9 +18,10 @@ from ds_ddg.engine.micro_batch import MicroBatchRunner
 from ds_ddg.host import Host
 from ds_ddg.stage import RunState, Stage
 from ds_ddg.telemetry.console import Console
+from ds_ddg.telemetry.observer import Observer
+from ds_ddg.telemetry.recorder import start_recorder
 from ds_ddg.telemetry.reporter import Reporter
-from ds_ddg.telemetry.stage_metrics import WatchedLinks
-from ds_ddg.telemetry.trace_writer import TraceWriter, start_recorder
+from ds_ddg.telemetry.trace_writer import TraceWriter
 from ds_ddg.weights.optimizer_wrappers import refuse_metric
 from ds_ddg.weights.stage_optimizer import StageOptimizer
 from ds_ddg.weights.tied import TiedWeights
@@ -28,7 +30,7 @@ __all__ = ["Parts", "assemble", "groups_of_stage"]
 
 
 class Parts(NamedTuple):
-    """The collaborators to whom an engine hands over."""
+    """The collaborators to which an engine hands over its work."""
 
     calls: Calls
     checkpoint: CheckpointPart
@@ -38,7 +40,7 @@ class Parts(NamedTuple):
 
 
 def groups_of_stage(host: Host) -> list[Any]:
-    """Groups that together join all ranks of this stage, for tensors on the CPU. Collective over all ranks."""
+    """Return groups that together join all ranks of this stage, for tensors on the CPU. Collective over all ranks."""
     check_before_gloo()
     if host.device.type != "cpu":
         axes = map(host.grid.topology().get_axis_comm_lists, ("data", "model"))
@@ -53,8 +55,9 @@ def assemble(
     stage: Stage,
     run: RunState,
     host: Host,
-    links: WatchedLinks,
+    links: Links,
     feed: Feed,
+    observer: Observer,
     tied_weights: TiedWeights,
     updates: StageOptimizer,
     console: Console,
@@ -65,10 +68,11 @@ def assemble(
 
     Args:
         stage: this stage.
-        run: where it is in its run.
+        run: the place of the stage in its run.
         host: DeepSpeed's engine, fully constructed.
         links: to the other stages.
         feed: the data of a call.
+        observer: times the waits of the links and the feed.
         tied_weights: the weights that this stage shares with others.
         updates: this stage's optimizer.
         console: the printed lines.
@@ -82,14 +86,14 @@ def assemble(
     if settings.enabled:
         refuse_metric(host.lr_scheduler)
     everyone = group_of_all(stage.rank) if settings.timed else None
-    reporter = Reporter(stage, run, host, links, updates, console)
-    tracer = TraceWriter(stage, run, host, start_recorder(stage, host, links, feed, everyone))
+    reporter = Reporter(stage, run, host, links, observer, updates, console)
+    tracer = TraceWriter(run, host, start_recorder(stage, host, observer, everyone))
     if host.fp16_enabled():
         links.loss_scale = lambda: float(host.optimizer.loss_scale)
     tied_weights.connect(links, stage.stage_id, run.plan)
     runner = MicroBatchRunner(stage, host, links, feed, tied_weights, updates)
     drain = Drain(stage, run, host, links, updates, reporter, console, failures)
-    slack = SlackTuner(stage, run, links, host.device, everyone, drain)
+    slack = SlackTuner(stage, run, links, observer, host.device, everyone, drain)
     runner.observe = slack.observe if slack.trying else None
     agreement = Agreement(stage, run, links, failures)
     checkpoint = CheckpointPart(stage, run, host, agreement, tied_weights, updates, reporter, drain)

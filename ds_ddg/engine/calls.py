@@ -16,22 +16,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed.runtime.pipe import schedule as instructions
 from torch import Tensor
 
 from ds_ddg.checkpoint.save_load import CheckpointPart
 from ds_ddg.comm.failures import OutOfDataError, guard_stop_iteration
 from ds_ddg.comm.message import Kind
+from ds_ddg.comm.stage_links import Links
 from ds_ddg.engine.auto_slack import SlackTuner
 from ds_ddg.engine.data_feed import Feed
 from ds_ddg.engine.drain import Drain
 from ds_ddg.engine.micro_batch import MicroBatchRunner
+from ds_ddg.engine.schedule_checks import Call, refuse_other_schedule, refuse_outside_call
 from ds_ddg.host import Host
 from ds_ddg.instructions import DDGSchedule
 from ds_ddg.stage import RunState, Stage
 from ds_ddg.telemetry.console import Console
 from ds_ddg.telemetry.reporter import Reporter
-from ds_ddg.telemetry.stage_metrics import WatchedLinks
 from ds_ddg.weights.stage_optimizer import StageOptimizer
 from ds_ddg.weights.tied import TiedWeights
 
@@ -42,23 +42,13 @@ _Method = Callable[..., Any]
 
 
 @dataclass
-class _Call:
-    """How far the present call of the script has come."""
-
-    what: str
-    """The method."""
-    begun: bool = False
-    executed: bool = False
-
-
-@dataclass
 class Calls:
     """Begins and ends the calls of a script on one stage."""
 
     stage: Stage
     run: RunState
     host: Host
-    links: WatchedLinks
+    links: Links
     feed: Feed
     tied_weights: TiedWeights
     updates: StageOptimizer
@@ -69,10 +59,10 @@ class Calls:
     slack: SlackTuner
     checkpoint: CheckpointPart
     engine_name: str
-    """What errors call the engine."""
+    """The name that errors give to the engine."""
     delayed_from: int | None
-    """From this step on the schedule is DDG; None: the script decides."""
-    _call: _Call | None = None
+    """The step from which on the schedule is DDG; None: the script decides."""
+    _call: Call | None = None
 
     # -- what a script calls ----------------------------------------------------------------------------------------
 
@@ -121,7 +111,7 @@ class Calls:
                 host.data_iterator = iterator  # if it ended early, DeepSpeed has not put it back
 
     def switch(self, name: str) -> None:
-        """From the next call on run schedule `name`, draining first."""
+        """Drain, and run schedule `name` from the next call on."""
         self.delayed_from = None  # whoever assigns it decides from here on
         if name == self.run.schedule:
             return
@@ -132,7 +122,7 @@ class Calls:
         self.runner.empty_buffers()
 
     def resize(self, set_train_batch_size: _Method, train_batch_size: int) -> None:
-        """Have DeepSpeed take another number of micro-batches per call, which is another plan, after a drain."""
+        """Drain, then have DeepSpeed take another number of micro-batches per call, which is another plan."""
         self.drain()
         set_train_batch_size(train_batch_size)
         self.run.resize(self.host.micro_batches)
@@ -144,17 +134,8 @@ class Calls:
         if isinstance(pipe_schedule, DDGSchedule):  # a drain, which belongs to no call
             execute(pipe_schedule)
             return
-        call = self._call
-        what = "train_batch" if torch.is_grad_enabled() else "eval_batch"
-        if call is None or call.what != what or call.executed:
-            raise RuntimeError(
-                f"{self.engine_name} executes a {type(pipe_schedule).__name__}, with gradients "
-                f"{'on' if torch.is_grad_enabled() else 'off'}, "
-                + ("outside a call" if call is None else f"in {call.what}" + " once more" * call.executed)
-                + "; a training schedule is executed once in each train_batch, an inference schedule in each "
-                "eval_batch (an engine that derives from DDG's own has to call their super())"
-            )
-        if what == "train_batch":
+        call = refuse_outside_call(self.engine_name, pipe_schedule, self._call)
+        if call.what == "train_batch":
             self._train(execute, pipe_schedule)
         else:
             if not call.begun:  # an eval_batch of a project that does not call DeepSpeed's
@@ -164,14 +145,14 @@ class Calls:
         call.executed = True
 
     def begin_evaluation(self, data_iter: Any, micro_batches: int, labelled: bool) -> None:
-        """Begin before DeepSpeed's own barrier, where no stage could hear that another failed."""
+        """Begin an evaluation before DeepSpeed's own barrier, in which no stage could hear that another failed."""
         assert self._call is not None
         self._begin("eval_batch", data_iter, micro_batches, labelled)
         self.links.meet()
         self._call.begun = True
 
     def next_batch(self) -> Any:
-        """The next micro-batch of the call, ``(inputs, labels)``."""
+        """Return the next micro-batch of the call, ``(inputs, labels)``."""
         try:
             return self.feed.take()
         except IndexError:
@@ -180,7 +161,7 @@ class Calls:
             ) from None
 
     def total_loss(self, aggregate: _Method) -> Tensor:
-        """The loss that DeepSpeed's ``train_batch`` or ``eval_batch`` returns; `aggregate` is DeepSpeed's own."""
+        """Return the loss for DeepSpeed's ``train_batch`` or ``eval_batch``; `aggregate` is DeepSpeed's method."""
         training = self._call is not None and self._call.what == "train_batch"
         if training and self.run.delayed:
             loss: Tensor = self.host.agg_train_loss
@@ -194,19 +175,19 @@ class Calls:
     # -- inside -----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _calling(self, what: str) -> Iterator[_Call]:
-        """Inside, a schedule may be executed: one."""
-        before, self._call = self._call, _Call(what)
+    def _calling(self, what: str) -> Iterator[Call]:
+        """Inside this block one schedule may be executed."""
+        before, self._call = self._call, Call(what)
         try:
             yield self._call
         finally:
             self._call = before
 
     def _train(self, execute: _Method, asked: Any) -> None:
-        """Execute what was `asked` for, or the delayed schedule in its place."""
+        """Execute the schedule that was `asked` for, or the delayed one in its place."""
         run, host = self.run, self.host
         if run.delayed:
-            self._refuse_schedule(asked)
+            refuse_other_schedule(self.engine_name, asked, host.micro_batches)
         self._begin("train_batch", host.data_iterator, host.micro_batches)
         host.total_loss = host.total_additional_losses = None
         if run.delayed:
@@ -231,24 +212,11 @@ class Calls:
             self.updates.share_tied_weights()
 
     def _adopt_plan(self) -> None:
-        """With the pipeline empty, another slack has been chosen."""
+        """Go over to the plan of another slack, with the pipeline empty."""
         self.links.expect(self.run.plan)
         self.tied_weights.expect(self.run.plan)
         self.reporter.new_meter()
         self.runner.observe = None
-
-    def _refuse_schedule(self, asked: Any) -> None:
-        if type(asked) is not instructions.TrainSchedule:
-            raise RuntimeError(
-                f"{self.engine_name} executes a {type(asked).__name__}; the delayed schedule takes the place of "
-                'DeepSpeed\'s TrainSchedule alone ("ddg": {"enabled": false} runs others)'
-            )
-        if asked.micro_batches != self.host.micro_batches:
-            raise RuntimeError(
-                f"{self.engine_name} trains on {asked.micro_batches} micro-batches, and "
-                f"gradient_accumulation_steps is {self.host.micro_batches}; call set_train_batch_size on every rank "
-                "before"
-            )
 
     def _begin(self, what: str, data_iter: Iterator[Any] | None, micro_batches: int, labelled: bool = True) -> None:
         """Fetch the data of a call, then start it on every stage, or stop on every stage."""

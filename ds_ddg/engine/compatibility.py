@@ -1,4 +1,4 @@
-"""What DDG cannot run with, of a DeepSpeed config and a model: each by name, with what to do instead."""
+"""Refuses, by name, what DDG cannot train of a DeepSpeed config and a model, and says what to do instead."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.nn import Module
 
 from ds_ddg.config import DDGConfig
 
-__all__ = ["refuse_experts", "refuse_switch", "refuse_unsupported"]
+__all__ = ["one_f_one_b_refusals", "refuse_experts", "refuse_unsupported", "wrappers"]
 
 _ANY_PIPELINE = "no pipeline can run it"
 
@@ -94,9 +94,19 @@ def _refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
     # There the optimizer itself divides gradients by their scale and clips them, in one kernel.
     legacy = "Lamb" if config.optimizer_name == "lamb" else "legacy_fusion" if config.optimizer_legacy_fusion else ""
     yield (
-        bool(legacy) and _wrappers(config) == ["fp16"] and ddg.clip == "global",
+        bool(legacy) and wrappers(config) == ["fp16"] and ddg.clip == "global",
         f'"clip": "global" with fp16 and {legacy}',
         'its optimizer clips by itself; use "clip": "stage", ZeRO-1 or another optimizer',
+    )
+    yield (
+        bool(legacy) and wrappers(config) == ["fp16"] and ddg.staleness != "off",
+        f'"staleness" with fp16 and {legacy}',
+        'its optimizer is handed gradients that no rule sees; use "staleness": "off", ZeRO-1 or another optimizer',
+    )
+    yield (
+        ddg.staleness_settings.clip > 0 and ddg.clip == "global",
+        f'"staleness": {{"clip": {ddg.staleness_settings.clip:g}}} with "clip": "global"',
+        'one is the norm of the stage, the other that of all; use "clip": "stage", or "staleness": {"clip": 0}',
     )
     yield (
         bool(config.torch_autocast_enabled) and str(config.torch_autocast_dtype) == "torch.float16",
@@ -104,7 +114,7 @@ def _refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
         'not supported yet; use "dtype": "bfloat16"',
     )
     if ddg.sync_steps > 0:
-        yield from _one_f_one_b_refusals(config, module)
+        yield from one_f_one_b_refusals(config, module)
     yield from _checkpointing_refusals(config, module)
     yield from _sharing_refusals(module)
     if module.num_stages > module._num_layers:
@@ -132,43 +142,18 @@ def _refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
     )
 
 
-def refuse_switch(name: str, enabled: bool, config: Any, module: Any) -> None:
-    """Raise for a switch to schedule `name` that would train something else than either schedule; on every rank alike.
-
-    Args:
-        name: "ddg" or "1f1b".
-        enabled: whether the engine was built for DDG.
-        config: the parsed ``DeepSpeedConfig``.
-        module: the ``PipelineModule``.
-
-    Raises:
-        ValueError: why, and what to do instead.
-    """
-    wrapped, tied = _wrappers(config), _tied_across_stages(module)
-    if name == "ddg" and not enabled and (wrapped or tied):
-        reasons = " and ".join([*wrapped, *(["tied weights"] if tied else [])])
-        raise ValueError(
-            f"{reasons}: the optimizer was built for DeepSpeed's "
-            'schedule; set "ddg": {"enabled": true}, and switch to "1f1b" where you want it'
-        )
-    if name == "1f1b" and enabled:
-        for wrong, what, remedy in _one_f_one_b_refusals(config, module):
-            if wrong:
-                raise ValueError(f"{what}: {remedy}")
-
-
-def _one_f_one_b_refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
-    """What an engine that was built for DDG cannot run on DeepSpeed's schedule."""
+def one_f_one_b_refusals(config: Any, module: Any) -> Iterable[tuple[bool, str, str]]:
+    """Yield what an engine that was built for DDG cannot run on DeepSpeed's schedule."""
     yield from _sending_refusals(module)
     yield (
-        module.num_stages > 1 and "fp16" in _wrappers(config),
+        module.num_stages > 1 and "fp16" in wrappers(config),
         "1F1B between calls of DDG in fp16, whose stages have scales of their own",
         'run DeepSpeed\'s schedule with "ddg": {"enabled": false}, from a checkpoint if need be',
     )
 
 
 def _sending_refusals(module: Any) -> Iterable[tuple[bool, str, str]]:
-    """Where DeepSpeed's own messages break their connection."""
+    """Yield the case in which DeepSpeed's own messages break their connection."""
     import torch.distributed as dist
     from deepspeed.accelerator import get_accelerator
 
@@ -191,8 +176,8 @@ def _expert_refusals(config: Any, module: Any, sizes: Sequence[int]) -> Iterable
     )
 
 
-def _wrappers(config: Any) -> list[str]:
-    """Why DeepSpeed wraps the optimizer, if it does."""
+def wrappers(config: Any) -> list[str]:
+    """Return the reasons why DeepSpeed wraps the optimizer; none if it does not."""
     reasons = {
         "ZeRO-1": int(config.zero_config.stage) == 1,
         "bf16": config.bfloat16_config.enabled,
@@ -201,18 +186,8 @@ def _wrappers(config: Any) -> list[str]:
     return [name for name, on in reasons.items() if on]
 
 
-def _tied_across_stages(module: Any) -> bool:
-    from deepspeed.runtime.pipe.module import TiedLayerSpec
-
-    stages: dict[str, set[int]] = {}
-    for index, spec in enumerate(module._layer_specs):
-        if isinstance(spec, TiedLayerSpec):
-            stages.setdefault(spec.key, set()).add(module.stage_owner(index))
-    return any(len(holders) > 1 for holders in stages.values())
-
-
 def _sharing_refusals(module: Any) -> Iterable[tuple[bool, str, str]]:
-    """Modules given as such, not as specs, that share what is trained: each stage would train a copy of its own."""
+    """Yield layers that share weights without a spec that says so: each stage would train a copy of its own."""
     holders: dict[int, list[int]] = {}
     for index, layer in enumerate(module._layer_specs):
         if isinstance(layer, Module):

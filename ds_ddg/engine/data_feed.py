@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from ds_ddg.comm.host_staging import Staging
 from ds_ddg.comm.p2p import StageError
+from ds_ddg.comm.waits import UNOBSERVED, WaitObserver
 from ds_ddg.engine.output_checks import described
 from ds_ddg.profiling.isolation import tensors
 from ds_ddg.weights.stage_groups import StagePeers
@@ -28,16 +29,25 @@ _READY, _ENDED, _FAILED = 0, 1, 2
 
 
 class Feed:
-    """Micro-batches of the current call on the first and the last stage; elsewhere it does nothing.
+    """Holds the micro-batches of the current call on the first and the last stage; elsewhere it does nothing.
 
     Args:
         first: this is the first stage; it reads the inputs, ``batch[0]``.
         last: this is the last stage; it reads the labels, ``batch[1]``.
         peers: all ranks of this stage, which stop together.
         staging: puts data on the device of this stage; None: it stays on the CPU.
+        observer: measures how long fetching takes; default: nobody does.
     """
 
-    def __init__(self, first: bool, last: bool, peers: StagePeers, staging: Staging | None = None) -> None:
+    def __init__(
+        self,
+        first: bool,
+        last: bool,
+        peers: StagePeers,
+        staging: Staging | None = None,
+        observer: WaitObserver = UNOBSERVED,
+    ) -> None:
+        self._waits = observer.waits
         self._first, self._last = first, last
         self._peers, self._staging = peers, staging
         self._shape: list[Any] | None = None
@@ -52,12 +62,16 @@ class Feed:
         """Whether the device may still be copying from memory that belongs to the script."""
 
     def fetch(self, data_iter: Iterator[Any] | None, count: int, batch_fn: Callable[[Any], Any] | None) -> bool:
-        """Pull `count` micro-batches; False if the data ends before, here or on another rank of this stage.
+        """Pull `count` micro-batches; return False if the data ends before, here or on another rank of this stage.
 
         Raises:
             ValueError, TypeError: the data is not what a pipeline can use.
             StageError: that happened on another rank of this stage.
         """
+        with self._waits("data"):
+            return self._fetch(data_iter, count, batch_fn)
+
+    def _fetch(self, data_iter: Iterator[Any] | None, count: int, batch_fn: Callable[[Any], Any] | None) -> bool:
         self.clear()
         if not (self._first or self._last):
             return True
@@ -89,12 +103,12 @@ class Feed:
         return self._agree(pull) and self._agree(prepare)
 
     def take(self) -> Any:
-        """The next micro-batch of the call, ``(inputs, labels)``, where the stage computes."""
+        """Return the next micro-batch of the call, ``(inputs, labels)``, on the device of the stage."""
         batch = self._batches.popleft()
         return batch if self._staging is None else tuple(map(self._placed, batch))
 
     def settle(self) -> None:
-        """The schedule of the call has been executed: from here on a loader may write into the batches again.
+        """End a call whose schedule has been executed: from here on a loader may write into the batches again.
 
         Raises:
             RuntimeError: some of them have not been taken.
@@ -111,7 +125,7 @@ class Feed:
         self._lent = False
 
     def _placed(self, part: Any) -> Any:
-        """Inputs or labels on the device: DeepSpeed's own copy makes the main thread wait for all work there."""
+        """Return inputs or labels on the device; DeepSpeed's own copy makes the main thread wait for all its work."""
         assert self._staging is not None
         tensors = part if isinstance(part, (tuple, list)) else (part,)
         # Of other memory torch has made a copy of its own by the time that it returns.
@@ -123,15 +137,15 @@ class Feed:
         return part
 
     def clear(self) -> None:
-        """Drop what a call that did not happen has left."""
+        """Drop the micro-batches of a call that did not happen."""
         self._batches.clear()
 
     def reset_shape(self) -> None:
-        """The next inputs may have another shape."""
+        """Allow the next inputs another shape."""
         self._shape = None
 
     def _agree(self, *steps: Callable[[], None]) -> bool:
-        """Take the steps on all ranks of this stage; False if the data ended on one of them."""
+        """Take the steps on all ranks of this stage; return False if the data ended on one of them."""
         state, error = _READY, None
         try:
             for step in steps:
@@ -150,7 +164,7 @@ class Feed:
         return state == _READY
 
     def _checked(self, batch: Any) -> Any:
-        """What this stage needs of a micro-batch, as ``(inputs, labels)``."""
+        """Return what this stage needs of a micro-batch, as ``(inputs, labels)``."""
         inputs = self._entry(batch, 0) if self._first else None
         labels = self._entry(batch, 1) if self._last else None
         if self._first:
@@ -170,7 +184,7 @@ class Feed:
         return inputs, labels
 
     def _entry(self, batch: Any, index: int) -> Any:
-        """Entry `index` of a micro-batch, which to DeepSpeed may be anything that has entries."""
+        """Return entry `index` of a micro-batch, which to DeepSpeed may be anything that has entries."""
         try:
             if not torch.is_tensor(batch) or self.as_deepspeed:  # a batch of inputs alone has entries, too
                 return batch[index]

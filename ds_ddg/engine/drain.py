@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from ds_ddg.comm.failures import FailureGuard
+from ds_ddg.comm.stage_links import Links
 from ds_ddg.host import Host
 from ds_ddg.instructions import DDGSchedule
 from ds_ddg.stage import RunState, Stage
 from ds_ddg.telemetry.console import Console
 from ds_ddg.telemetry.reporter import Reporter
-from ds_ddg.telemetry.stage_metrics import WatchedLinks
 from ds_ddg.weights.stage_optimizer import StageOptimizer
 
 __all__ = ["Drain"]
@@ -25,14 +25,14 @@ class Drain:
     stage: Stage
     run: RunState
     host: Host
-    links: WatchedLinks
+    links: Links
     updates: StageOptimizer
     reporter: Reporter
     console: Console
     failures: FailureGuard
 
     def __call__(self) -> None:
-        """Nothing is left in flight or retained; twice does nothing. Every stage of the pipeline has to do it."""
+        """Drain: afterwards nothing is in flight or retained. Every stage must do it; twice does nothing."""
         self.failures.run(self._drain)
 
     def _drain(self) -> None:

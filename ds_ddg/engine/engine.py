@@ -22,23 +22,25 @@ from typing_extensions import override
 
 from ds_ddg.checkpoint.save_load import CheckpointPart
 from ds_ddg.comm.failures import FailureGuard, register_shutdown
-from ds_ddg.comm.host_staging import staging_for, without_greetings
+from ds_ddg.comm.host_staging import staging_for
+from ds_ddg.comm.stage_links import Links
 from ds_ddg.config import DDGConfig
 from ds_ddg.engine.assembly import assemble, groups_of_stage
 from ds_ddg.engine.calls import Calls
-from ds_ddg.engine.compatibility import refuse_experts, refuse_switch, refuse_unsupported
+from ds_ddg.engine.compatibility import refuse_experts, refuse_unsupported
 from ds_ddg.engine.data_feed import Feed
 from ds_ddg.engine.micro_batch import MicroBatchRunner
 from ds_ddg.engine.output_checks import with_checks
 from ds_ddg.engine.overrides import METHODS, is_deepspeeds, refuse_overrides, warn_of_patches
-from ds_ddg.host import EngineHost, Host
+from ds_ddg.engine.schedule_switch import refuse_switch
+from ds_ddg.host import EngineHost, Host, without_greetings
 from ds_ddg.instructions import AdvanceClocks, TellLoss, UpdateWeights
 from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.stage import RunState, Stage
 from ds_ddg.telemetry.clock import clock_for
 from ds_ddg.telemetry.console import Console
+from ds_ddg.telemetry.observer import Observer
 from ds_ddg.telemetry.reporter import Reporter
-from ds_ddg.telemetry.stage_metrics import WatchedLinks
 from ds_ddg.telemetry.trace_writer import TraceWriter
 from ds_ddg.weights.experts import create_expert_groups, expert_sizes
 from ds_ddg.weights.stage_groups import StagePeers
@@ -67,7 +69,7 @@ class DDGEngine(PipelineEngine):
     _console: Console
     _failures: FailureGuard
     _host: Host
-    _links: WatchedLinks
+    _links: Links
     _reporter: Reporter
     _run: RunState
     _runner: MicroBatchRunner
@@ -104,22 +106,23 @@ class DDGEngine(PipelineEngine):
         self._run.resize(self.micro_batches)
         self._updates.new_versions()
         pipelines = self.grid.topology().get_axis_comm_lists("pipe")
-        clock = clock_for(self.device) if self.ddg.timed else None
+        observer = Observer(clock_for(self.device) if self.ddg.timed else None)
         peers, staging = StagePeers(groups_of_stage(self._host)), staging_for(self.device)
         self._updates.connect(peers)
-        self._links = WatchedLinks(pipelines, self.global_rank, self._run.plan, staging, clock=clock)
+        self._links = Links(pipelines, self.global_rank, self._run.plan, staging, observer=observer)
         register_shutdown(self._links)
         self._failures = FailureGuard(self._stage, self._run, self._links, weakref.ref(self))
-        feed = Feed(self._stage.is_first, self._stage.is_last, peers, staging)
-        self._failures.run(self._finish_init, feed)  # from here on the other stages hear if it fails
+        feed = Feed(self._stage.is_first, self._stage.is_last, peers, staging, observer)
+        self._failures.run(self._finish_init, feed, observer)  # from here on the other stages hear if it fails
 
-    def _finish_init(self, feed: Feed) -> None:
+    def _finish_init(self, feed: Feed, observer: Observer) -> None:
         self._calls, self._checkpoint, self._reporter, self._runner, self._tracer = assemble(
             self._stage,
             self._run,
             self._host,
             self._links,
             feed,
+            observer,
             self._tied_weights,
             self._updates,
             self._console,
@@ -161,7 +164,7 @@ class DDGEngine(PipelineEngine):
 
     @override
     def train_batch(self, data_iter: Iterator[Any] | None = None, **more: Any) -> torch.Tensor:
-        """One call: M ticks and at most one update. DeepSpeed's signature and, but for its age, its result.
+        """Run one call: M ticks and at most one update. DeepSpeed's signature and, but for its age, its result.
 
         Args:
             data_iter: yields micro-batches ``(inputs, labels)``; exactly M are pulled on the first and last stage.
@@ -253,11 +256,11 @@ class DDGEngine(PipelineEngine):
 
     @property
     def versions(self) -> WeightVersions:
-        """Which weights a micro-batch saw."""
+        """The versions of the weights that micro-batches in flight saw."""
         return self._updates.versions
 
     def ddg_stats(self) -> dict[str, Any]:
-        """What this stage measures: the values that a monitor gets as ``Train/DDG/stage{k}/...``, as of now.
+        """Return what this stage measures: the values that a monitor gets as ``Train/DDG/stage{k}/...``, as of now.
 
         Returns:
             `stage`; `staleness`, the updates made since the oldest micro-batch in flight went forward, which is how
@@ -269,7 +272,7 @@ class DDGEngine(PipelineEngine):
 
     @override
     def get_global_grad_norm(self) -> Any:
-        """Norm of all stages' gradients in call ``loss_step - 1``, equal on every rank; None if not known yet.
+        """Return the norm of all stages' gradients in call ``loss_step - 1``, equal on every rank; None if unknown.
 
         In fp16, if a stage overflowed in that call, in the newest one before it without an overflow.
         """
@@ -287,7 +290,7 @@ class DDGEngine(PipelineEngine):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """DeepSpeed's, after a drain: what is in flight belongs to no checkpoint.
+        """Drain, then save as DeepSpeed does: what is in flight belongs to no checkpoint.
 
         Raises:
             Exception: what went wrong on this rank; training can go on, on all of them.
@@ -308,42 +311,35 @@ class DDGEngine(PipelineEngine):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """DeepSpeed's, after a drain: gradients in flight belong to the weights that are given up.
+        """Drain, then load as DeepSpeed does: gradients in flight belong to the weights that are given up.
 
         Raises:
             OSError, ValueError: files of this rank are missing or damaged; nothing has been changed anywhere.
             StageError: so are another's; or a load has failed halfway, and all that can be done is another.
         """
         which = load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only
-        return self._failures.run(
-            self._checkpoint.load,
-            super().load_checkpoint,
-            load_dir,
-            tag,
-            *which,
-            *args,
-            **kwargs,
-        )
+        given = load_dir, tag, *which, *args
+        return self._failures.run(self._checkpoint.load, super().load_checkpoint, *given, **kwargs)
 
     @override
     def set_train_batch_size(self, train_batch_size: int) -> None:
-        """DeepSpeed's, after a drain: another number of micro-batches per call is another plan."""
+        """Drain, then do as DeepSpeed does: another number of micro-batches per call is another plan."""
         self._calls.resize(super().set_train_batch_size, train_batch_size)
 
     @override
     def reset_activation_shape(self) -> None:
-        """DeepSpeed's: from here on another shape. Messages say theirs, so what is in flight does not mind."""
+        """Allow activations another shape from here on. Each message says its own, so those in flight do not mind."""
         super().reset_activation_shape()
         self._runner.reset_shape()
 
     @override
     def steps_per_print(self) -> int | None:
-        """DeepSpeed's; practically never while it must not print."""
+        """Return DeepSpeed's number of calls between two lines; a huge one while DeepSpeed must not print."""
         return self._console.period(super().steps_per_print())
 
     @override
     def destroy(self) -> None:
-        """DeepSpeed's; the other stages learn that this one has left, and what was recorded goes to the disk."""
+        """Destroy the engine as DeepSpeed does, tell the other stages, and write what was recorded to the disk."""
         links = self.__dict__.get("_links")  # DeepSpeed also calls this for an engine whose construction failed
         if links is not None:
             links.leave()
@@ -369,7 +365,7 @@ class DDGEngine(PipelineEngine):
         return self._calls.total_loss(super()._aggregate_total_loss)
 
     def _beneath_aggregate_total_loss(self) -> torch.Tensor:
-        """The mean loss as the engine beneath computes it."""
+        """Return the mean loss as the engine beneath computes it."""
         return super()._aggregate_total_loss()
 
     @override
@@ -398,7 +394,7 @@ class DDGEngine(PipelineEngine):
 
     @override
     def clip_fp32_gradients(self) -> None:
-        """By the norm of this stage, or the newest one known of all; DeepSpeed's own clip under 1F1B."""
+        """Clip by the norm of this stage, or by the newest known norm of all; under 1F1B as DeepSpeed does."""
         if self._run.delayed:
             self._updates.clip()
         else:
@@ -406,7 +402,7 @@ class DDGEngine(PipelineEngine):
 
     @override
     def allreduce_gradients(self, *args: Any, **kwargs: Any) -> None:
-        """DeepSpeed's, where it has something to do."""
+        """Average gradients as DeepSpeed does, where there is something to do."""
         self._updates.allreduce(super().allreduce_gradients, *args, **kwargs)
 
     @override
@@ -466,7 +462,7 @@ class DDGEngine(PipelineEngine):
 
 
 class Beneath(PipelineEngine):
-    """Right above DeepSpeed's engine, below a project's own: here begins what is DeepSpeed's.
+    """The class right above DeepSpeed's engine and below a project's own: DeepSpeed's part of a call begins here.
 
     What DeepSpeed says of a loss is muted, as it takes it for that of another call; what a project says is not.
     """
@@ -476,7 +472,7 @@ class Beneath(PipelineEngine):
         self._console.only_deepspeed = False
 
     def train_batch(self, data_iter: Any = None) -> Any:
-        """DeepSpeed's."""
+        """Run DeepSpeed's own ``train_batch``, muted."""
         self._console.only_deepspeed = True
         try:
             return super().train_batch(data_iter)
@@ -493,7 +489,7 @@ class Beneath(PipelineEngine):
         bcast_loss: bool = True,
         num_micro_batches: int | None = None,
     ) -> Any:
-        """DeepSpeed's; the data is that which a project gives it."""
+        """Run DeepSpeed's own ``eval_batch`` on the data that a project gives it."""
         count = self.micro_batches if num_micro_batches is None else num_micro_batches
         self._calls.begin_evaluation(data_iter, count, compute_loss)
         return super().eval_batch(data_iter, return_logits, compute_loss, reduce_output, bcast_loss, num_micro_batches)

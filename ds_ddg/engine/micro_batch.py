@@ -57,7 +57,7 @@ class _Join(torch.autograd.Function):
 
 
 def _without_graph(outputs: Any) -> Any:
-    """Tensors that still say whether they require a gradient."""
+    """Return `outputs` cut off their graph; each tensor still says whether it requires a gradient."""
     if isinstance(outputs, tuple):
         return tuple(map(_without_graph, outputs))
     return outputs.detach().requires_grad_(outputs.requires_grad) if torch.is_tensor(outputs) else outputs
@@ -81,12 +81,12 @@ class MicroBatchRunner:
         self._stage, self._host, self._links, self._feed = stage, host, links, feed
         self._tied_weights, self._updates = tied_weights, updates
         self.fixed_shape = FixedShape(stage.stage_id)
-        """Holds what this stage sends to one shape."""
+        """The shape to which all activations of this stage are held."""
         self._past_buffers = PastBuffers()
         self._recomputes = stage.config.activations == "recompute" and not stage.is_last
         """Whether the graph is built only when the gradient is here; pointless where it comes in the same tick."""
         self.observe: Callable[[tuple[Tensor, ...]], None] | None = None
-        """Called with what leaves this stage in training, while somebody wants to know."""
+        """A function called with the activations that leave this stage in training, while somebody wants them."""
         host.pipe_buffers.update(grads=[], rng=[], past=[])
 
     @property
@@ -95,15 +95,15 @@ class MicroBatchRunner:
         return bool(self._host.module.activation_checkpoint_interval > 0)
 
     def load(self, buffer_id: int) -> None:
-        """LoadMicroBatch: inputs on the first stage, labels on the last."""
+        """Carry out LoadMicroBatch: put inputs on the first stage, labels on the last."""
         self._host.carry_out(LoadMicroBatch, buffer_id)
 
     def recv_activation(self, buffer_id: int) -> None:
-        """RecvActivation: wait for the inputs of a micro-batch."""
+        """Carry out RecvActivation: wait for the inputs of a micro-batch."""
         self._host.pipe_buffers["inputs"][buffer_id] = self._links.recv_activations()
 
     def forward(self, buffer_id: int) -> None:
-        """ForwardPass: outputs at the newest weights, whose version is remembered; in evaluation DeepSpeed's own."""
+        """Carry out ForwardPass at the newest weights, and remember their version; in evaluation as DeepSpeed does."""
         host = self._host
         if not torch.is_grad_enabled():
             host.carry_out(ForwardPass, buffer_id)
@@ -120,7 +120,7 @@ class MicroBatchRunner:
         host.pipe_buffers["outputs"][buffer_id] = _without_graph(host.pipe_buffers["outputs"][buffer_id])
 
     def send_activation(self, buffer_id: int) -> None:
-        """SendActivation: post the outputs, a tensor or a tuple of tensors."""
+        """Carry out SendActivation: post the outputs, a tensor or a tuple of tensors."""
         host = self._host
         outputs = host.pipe_buffers["outputs"][buffer_id]
         refuse_activation(outputs, self._stage.stage_id)
@@ -134,11 +134,11 @@ class MicroBatchRunner:
             host.pipe_buffers["outputs"][buffer_id] = None
 
     def recv_gradient(self, buffer_id: int) -> None:
-        """RecvGrad: wait for the gradients of the outputs."""
+        """Carry out RecvGrad: wait for the gradients of the outputs."""
         self._host.pipe_buffers["grads"][buffer_id] = self._links.recv_grads()
 
     def backward(self, buffer_id: int) -> None:
-        """BackwardPass: gradients of parameters and inputs, at the weights that the settings say."""
+        """Carry out BackwardPass: gradients of parameters and inputs, at the weights that the settings say."""
         host, buffers, updates = self._host, self._host.pipe_buffers, self._updates
         past = buffers["past"][buffer_id] or {}
         with updates.versions.using(buffer_id):
@@ -165,26 +165,26 @@ class MicroBatchRunner:
             buffers["inputs"][buffer_id] = None
 
     def send_gradient(self, buffer_id: int) -> None:
-        """SendGrad: post the gradients of the inputs, and free these."""
+        """Carry out SendGrad: post the gradients of the inputs, and free the inputs."""
         buffers = self._host.pipe_buffers
         inputs = as_tuple(buffers["inputs"][buffer_id])
         buffers["inputs"][buffer_id] = None
         self._links.send_grads([tensor.grad for tensor in inputs])
 
     def reset_shape(self) -> None:
-        """From here on activations may have another shape. Messages say theirs, so what is in flight does not mind."""
+        """Allow activations another shape from here on. Each message says its own, so those in flight do not mind."""
         self.fixed_shape.reset()
         self._feed.reset_shape()
 
     def empty_buffers(self) -> None:
-        """With the pipeline empty: start with new pipe buffers."""
+        """Start with new pipe buffers; the pipeline must be empty."""
         host = self._host
         host.pipe_buffers = {column: [None] * host.num_pipe_buffers for column in host.pipe_buffers}
         host.reset_activation_shape()
 
     @contextmanager
     def own_buffers(self) -> Iterator[None]:
-        """For evaluation: inside this block micro-batches in flight keep their buffers."""
+        """Inside this block an evaluation has buffers of its own, and micro-batches in flight keep theirs."""
         host = self._host
         in_flight = host.pipe_buffers, host.num_pipe_buffers
         host.pipe_buffers, host.num_pipe_buffers = {column: [] for column in host.pipe_buffers}, 0
@@ -209,7 +209,7 @@ class MicroBatchRunner:
 
     @contextmanager
     def _summing_losses(self) -> Iterator[None]:
-        """Around a forward: its loss is added to those of the call, which a project's own forward may leave out."""
+        """Inside this block a forward adds its loss to the total of the call, even if a project's own does not."""
         host = self._host
         before = id(host.total_loss), getattr(host.total_loss, "_version", 0)
         yield
@@ -227,7 +227,7 @@ class MicroBatchRunner:
         module.micro_offset = newest
 
     def _join_outputs(self, buffer_id: int) -> bool:
-        """Hand the host one tensor to start from; False if no gradient reaches this stage's outputs."""
+        """Hand the host one tensor to start from; return False if no gradient reaches this stage's outputs."""
         host, buffers = self._host, self._host.pipe_buffers
         outputs = as_tuple(buffers["outputs"][buffer_id])
         received = buffers["grads"][buffer_id]

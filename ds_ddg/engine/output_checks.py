@@ -1,4 +1,4 @@
-"""What layers and loss functions may return: what can travel, and what a backward can start from."""
+"""Checks what layers and loss functions return: it must be able to travel, and a backward to start from it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class FixedShape:
         self._spec: list[Any] | None = None
 
     def reset(self) -> None:
-        """The next may have another shape."""
+        """Allow the next activations another shape."""
         self._spec = None
 
     def check(self, tensors: tuple[Tensor, ...]) -> None:
-        """Raise ValueError for another shape."""
+        """Raise ValueError if `tensors` have another shape than those before."""
         spec = [(t.dtype, tuple(t.shape)) for t in tensors]
         if self._spec not in (None, spec):
             raise ValueError(
@@ -40,7 +40,7 @@ class FixedShape:
 def with_checks(
     instruction_map: Mapping[type, Callable[..., None]], fixed_shape: FixedShape
 ) -> dict[type, Callable[..., None]]:
-    """DeepSpeed's own instructions, which then say what it would go wrong on, silently or without a name for it."""
+    """Return DeepSpeed's own instructions with checks of what it would train wrongly, or fail on without a reason."""
     send, backward = instruction_map[SendActivation], instruction_map[BackwardPass]
 
     def send_checked(engine: Any, buffer_id: int) -> None:
@@ -60,7 +60,7 @@ def with_checks(
 
 
 def refuse_activation(outputs: Any, stage_id: int) -> None:
-    """Raise TypeError for what cannot go to the next stage."""
+    """Raise TypeError for outputs that cannot go to the next stage."""
     tensors = outputs if isinstance(outputs, tuple) else (outputs,)
     if not all(torch.is_tensor(t) and _is_dense(t) for t in tensors):
         raise TypeError(
@@ -70,7 +70,7 @@ def refuse_activation(outputs: Any, stage_id: int) -> None:
 
 
 def refuse_loss(loss: Any, of_layer: bool, error: Exception | None = None) -> None:
-    """Raise TypeError, because of `error`, for what is no loss.
+    """Raise TypeError, because of `error`, for a value that is no loss.
 
     Args:
         loss: what a backward pass is to start from.
@@ -90,7 +90,7 @@ def refuse_loss(loss: Any, of_layer: bool, error: Exception | None = None) -> No
 
 
 def with_own_memory(outputs: Any, module: torch.nn.Module) -> Any:
-    """Copies of outputs that are a weight or a buffer: those change while a message is still on its way."""
+    """Return `outputs` with copies of weights and buffers, which change while a message is still on its way."""
     # Results of an operation have memory of their own, unless they are views.
     if not any(t.is_leaf or t._base is not None for t in as_tuple(outputs)):
         return outputs
@@ -104,7 +104,7 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 
 def described(value: Any) -> str:
-    """What `value` is, for an error message: of a tuple or list, its first entry that is no dense tensor."""
+    """Describe `value` for an error message: of a tuple or list, its first entry that is no dense tensor."""
     if isinstance(value, (tuple, list)):
         kind = "tuple" if isinstance(value, tuple) else "list"
         odd = [index for index, entry in enumerate(value) if not (torch.is_tensor(entry) and _is_dense(entry))]

@@ -1,4 +1,4 @@
-"""What the delayed schedule is put on: DeepSpeed's ``PipelineEngine``, or a project's own class that derives from it.
+"""The schedule is put on DeepSpeed's ``PipelineEngine``, or on a project's own class that derives from it.
 
 The classes of an engine, in the order in which Python looks for a method:
 
@@ -63,11 +63,11 @@ METHODS = {
     instructions.SendGrad: "_exec_send_grads",
     instructions.RecvGrad: "_exec_recv_grads",
 }
-"""Of the instructions that the delayed engine carries out in its own way."""
+"""The methods of the instructions that the delayed engine carries out in its own way."""
 
 
 def refuse_overrides(engine: type, ours: type) -> None:
-    """Raise for what a project's class overrides and the delayed engine would not call, or not on every rank.
+    """Raise for methods that a project's class overrides and the delayed engine would not call on every rank.
 
     Args:
         engine: the class of an engine.
@@ -87,7 +87,7 @@ def refuse_overrides(engine: type, ours: type) -> None:
 
 
 def warn_of_patches() -> None:
-    """Say which methods of DeepSpeed's own class somebody has replaced to no effect."""
+    """Log which methods of DeepSpeed's own class somebody has replaced to no effect."""
     for name, reason in WITHOUT_EFFECT.items():
         if not is_deepspeeds(getattr(PipelineEngine, name)):
             logger.warning(f"PipelineEngine.{name} has been replaced, and DDG does not call it: {reason}")
@@ -103,7 +103,7 @@ def _overrides(project: Sequence[type], ours: set[str]) -> Iterator[str]:
 
 
 def _mapped_beneath(project: Sequence[type]) -> Iterator[str]:
-    """Functions that a map names for an instruction, in place of DeepSpeed's method."""
+    """Yield functions beneath that a map names for an instruction in place of DeepSpeed's method, to no effect."""
     owner = _with_map(project)
     for instruction, name in METHODS.items():
         run = owner._INSTRUCTION_MAP[instruction]
@@ -116,7 +116,7 @@ def _mapped_beneath(project: Sequence[type]) -> Iterator[str]:
 
 
 def _mapped_above(engine: type, above: Sequence[type], project: Sequence[type]) -> Iterator[str]:
-    """Likewise of a class that derives from the delayed engine, whose methods take effect, by their names."""
+    """Yield functions that the map of a class above the delayed engine names to no effect; its methods have one."""
     known = _with_map(project)._INSTRUCTION_MAP
     for cls in above:
         for instruction, run in vars(cls).get("_INSTRUCTION_MAP", {}).items():
@@ -129,10 +129,10 @@ def _mapped_above(engine: type, above: Sequence[type], project: Sequence[type]) 
 
 
 def _with_map(project: Sequence[type]) -> Any:
-    """The class whose map the engine beneath has."""
+    """Return the class whose instruction map the engine beneath has."""
     return next((cls for cls in project if "_INSTRUCTION_MAP" in vars(cls)), PipelineEngine)
 
 
 def is_deepspeeds(function: Any) -> bool:
-    """Whether it was defined there or in torch, whatever name it has by now."""
+    """Whether `function` was defined in DeepSpeed or torch, whatever name it has by now."""
     return str(getattr(function, "__globals__", {}).get("__name__", "")).startswith(("deepspeed.", "torch."))

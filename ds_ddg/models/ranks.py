@@ -7,11 +7,14 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from ds_ddg.extras import MissingExtraError
 from ds_ddg.models.weight_files import WeightsError
 
 __all__ = ["all_or_none", "gather", "own_rank"]
 
 T = TypeVar("T")
+
+_FOR_USERS = (ValueError, OSError, MissingExtraError)
 
 
 def own_rank() -> int:
@@ -45,5 +48,5 @@ def all_or_none(work: Callable[[], T]) -> T:
 
 
 def _told(error: Exception) -> str:
-    """Put an error into words; the messages of ValueError and OSError are used as they are."""
-    return f"{error}" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
+    """Put an error into words; the messages of what is told to users are used as they are."""
+    return f"{error}" if isinstance(error, _FOR_USERS) else f"{type(error).__name__}: {error}"

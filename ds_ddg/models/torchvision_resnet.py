@@ -19,6 +19,7 @@ import torch
 from deepspeed.pipe import LayerSpec
 from torch import Tensor, nn
 
+from ds_ddg.extras import extra
 from ds_ddg.models.library_layer import Piece
 
 __all__ = ["ImageHead", "ImageStem", "ResidualBlock", "torchvision_resnet"]
@@ -33,7 +34,8 @@ class ResNet:
     """
 
     def __init__(self, name: str, options: dict[str, Any]) -> None:
-        from torchvision import models
+        with extra("vision", "a ResNet of torchvision"):
+            from torchvision import models
 
         if name not in [known for known in models.list_models(models) if "resne" in known]:
             known = ", ".join(known for known in models.list_models(models) if "resne" in known)
@@ -139,6 +141,7 @@ def torchvision_resnet(name: str, **options: Any) -> list[LayerSpec]:
 
     Raises:
         ValueError: torchvision has no such ResNet; the message lists the names.
+        MissingExtraError: torchvision is not installed.
     """
     origin = ResNet(name, options)
     blocks = [LayerSpec(ResidualBlock, origin, index) for index in range(len(origin.blocks))]

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ds_ddg.extras import extra
+
 __all__ = ["INDEX", "SINGLE", "WeightsError", "index_of", "opened"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -60,7 +62,8 @@ class _StateDict:
 @contextmanager
 def opened(path: Path) -> Iterator[Reader]:
     """Open a file of weights, ``.safetensors`` or what ``torch.save`` wrote; `WeightsError` if it is damaged."""
-    from safetensors import SafetensorError, safe_open
+    with extra("hf", "reading weights"):
+        from safetensors import SafetensorError, safe_open
 
     try:
         if path.suffix == ".safetensors":

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ds_ddg.extras import extra
 from ds_ddg.models.ranks import all_or_none, gather, own_rank
 from ds_ddg.models.weight_files import INDEX, SINGLE, WeightsError
 
@@ -83,7 +84,8 @@ def _begin(directory: Path, folder: Path) -> None:
 
 
 def _write(folder: Path, shards: Mapping[str, Mapping[str, Tensor]], describe: Callable[[Path], None]) -> None:
-    from safetensors.torch import save_file
+    with extra("hf", "writing weights"):
+        from safetensors.torch import save_file
 
     for name, shard in shards.items():
         save_file({key: _own(tensor) for key, tensor in shard.items()}, folder / name, metadata={"format": "pt"})

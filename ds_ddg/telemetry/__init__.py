@@ -1,1 +1,1 @@
-"""What a run says of itself: losses and measurements to monitors and the console, and a trace to disk."""
+"""A run reports on itself: losses and measurements go to monitors and the console, a trace to the disk."""

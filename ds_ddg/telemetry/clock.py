@@ -1,4 +1,4 @@
-"""Clocks of stages: the time of the host for a stage on the CPU, of the device for a stage on a device.
+"""The clock of a stage is that of the host if it computes on the CPU, that of its device otherwise.
 
 On a GPU the host only launches work and runs ahead of it, so its waits say nothing of those of the device. There a
 moment is an event on the compute stream. Its time is known once the device has passed it, so whatever is to be done
@@ -23,11 +23,11 @@ import torch
 __all__ = ["Clock", "DeviceClock", "HostClock", "clock_for"]
 
 _NEAR = 1.0
-"""Seconds that are counted from one event at most, as torch counts in float32."""
+"""The most seconds that are counted from one event, as torch counts in float32."""
 _TRIES = 5
-"""Attempts to bring two clocks together; the quickest of them is the closest."""
+"""The number of attempts to bring two clocks together; the quickest is the closest."""
 _MANY = 256
-"""Functions waiting for their moments from which on `DeviceClock.then` calls `read` itself."""
+"""The number of waiting functions from which on `DeviceClock.then` calls `read` itself."""
 
 
 class Clock(Protocol):

@@ -1,6 +1,6 @@
-"""What is printed of a call, and when DeepSpeed is kept from doing so.
+"""One rank prints a line on a call in place of DeepSpeed, which is muted meanwhile.
 
-DeepSpeed's own line, monitor and timers would present a loss as that of the call that returns it.
+DeepSpeed's own line, monitor and timers would present a loss as the loss of the call that returns it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
-from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
+from deepspeed.runtime.pipe.engine import PIPE_RECV_GRAD_TIMER, PIPE_RECV_INPUT_TIMER, TRAIN_BATCH_TIMER
 from deepspeed.utils.logging import print_dist
 
 from ds_ddg.comm.loss_exchange import Loss
@@ -21,10 +21,12 @@ from ds_ddg.stage import Stage
 __all__ = ["Console"]
 
 _NO_MONITOR = SimpleNamespace(enabled=False)
+_TIMERS = {"activation": PIPE_RECV_INPUT_TIMER, "gradient": PIPE_RECV_GRAD_TIMER, "loss": "recv_loss"}
+"""The names of waits in the printed line: those of DeepSpeed's timers, as far as it has them."""
 
 
 class Console:
-    """The printed lines of one rank.
+    """Prints the lines of one rank, and mutes DeepSpeed.
 
     Args:
         stage: this stage.
@@ -36,20 +38,20 @@ class Console:
         self.only_deepspeed = True
         """Whether DeepSpeed's own method runs, so that what it says of a loss is muted; not if a project's does."""
         self._muted: Any = None
-        """The monitor, while it is out of DeepSpeed's reach."""
+        """The monitor, while it is kept out of DeepSpeed's reach; else None."""
         self._seconds_printed: Mapping[str, float] = MappingProxyType({})
-        """Seconds waited until the last line, by what for."""
+        """The seconds waited until the last line, by what for."""
 
     def period(self, own: int | None) -> int | None:
-        """DeepSpeed's `own` number of calls between two lines; practically never while the host is muted."""
+        """Return DeepSpeed's `own` number of calls between two lines; a huge one while the host is muted."""
         return sys.maxsize if self._muted is not None and own is not None else own
 
     def mute_host(self) -> None:
-        """From here on DeepSpeed neither prints nor records."""
+        """Keep DeepSpeed from printing and recording."""
         self._muted, self._host.monitor = self._host.monitor, _NO_MONITOR
 
     def unmute_host(self) -> None:
-        """From here on DeepSpeed prints and records again."""
+        """Let DeepSpeed print and record again."""
         if self._muted is not None:
             self._muted, self._host.monitor = None, self._muted
 
@@ -63,7 +65,7 @@ class Console:
             self.unmute_host()
 
     def forget_time(self) -> None:
-        """A call that did not happen took no time."""
+        """Drop the time of a call that did not happen."""
         timer = self._host.timers(TRAIN_BATCH_TIMER)
         if timer.started_:  # a project's own train_batch may do without it
             timer.stop()
@@ -94,7 +96,10 @@ class Console:
             self._print_waits(waited)
 
     def _print_waits(self, waited: Mapping[str, float]) -> None:
-        """In place of DeepSpeed's pipe timers: sends wait for nobody here, receives do."""
-        waits = [f" | {n}: {1000 * (s - self._seconds_printed.get(n, 0.0)):.2f}" for n, s in waited.items()]
+        """Print the waits since the last line in place of DeepSpeed's pipe timers: here only receives wait."""
+        waits = [
+            f" | {_TIMERS[what]}: {1000 * (seconds - self._seconds_printed.get(what, 0.0)):.2f}"
+            for what, seconds in waited.items()
+        ]
         print_dist("time (ms)" + "".join(waits), ranks=[0])
         self._seconds_printed = dict(waited)

@@ -10,7 +10,7 @@ from typing import Any
 __all__ = ["Log"]
 
 _PATIENCE = 1.0
-"""Seconds for which lines may stay in memory."""
+"""The seconds for which lines may stay in memory."""
 
 
 class Log:
@@ -35,7 +35,7 @@ class Log:
         self._file = self._path.open("w", encoding="utf-8")
         self._flushed = time.perf_counter()
         self.head: dict[str, dict[str, Any]] = {}
-        """Records repeated at the top of every file, as each file must make sense alone."""
+        """The records that are repeated at the top of every file, as each file must make sense alone."""
 
     def begin(self, key: str, value: dict[str, Any]) -> None:
         """Set `key` of the head to `value`, and write it as a record."""

@@ -1,4 +1,4 @@
-"""What is said about a call, by name: its number, its loss, what its stages measured.
+"""Reports each call under its own number: its loss, and what its stages measured.
 
 DeepSpeed takes the loss that a call returns for the loss of that call, and records it as such. Under the delayed
 schedule it is that of an earlier call, so here each loss is recorded once, with the samples of its own call. All else
@@ -17,11 +17,13 @@ import torch
 from deepspeed.utils import logger
 from torch import Tensor
 
-from ds_ddg.comm.loss_exchange import Loss, Losses
+from ds_ddg.comm.loss_exchange import Loss, Losses, Row, Update
+from ds_ddg.comm.stage_links import Links
 from ds_ddg.host import Host
 from ds_ddg.stage import RunState, Stage
 from ds_ddg.telemetry.console import Console
-from ds_ddg.telemetry.stage_metrics import MEASURED, StageMeter, WatchedLinks
+from ds_ddg.telemetry.observer import Observer
+from ds_ddg.telemetry.stage_metrics import MEASURED, StageMeter
 from ds_ddg.telemetry.wandb import InOrder
 from ds_ddg.weights.stage_optimizer import StageOptimizer
 
@@ -29,15 +31,16 @@ __all__ = ["Reporter"]
 
 
 class Reporter:
-    """Losses, measurements, and what is recorded of them.
+    """Learns losses and measurements, and has them recorded and printed.
 
     Args:
         stage: this stage.
-        run: where it is in its run.
+        run: the place of the stage in its run.
         host: DeepSpeed's engine.
-        links: to the other stages; losses and measurements travel with their messages.
-        updates: what the updates of calls came to travels with the losses.
-        console: prints.
+        links: the links to the other stages; losses and measurements travel with their messages.
+        observer: knows how long this stage waits.
+        updates: this stage's optimizer; the results of its updates travel with the losses.
+        console: prints the lines.
     """
 
     def __init__(
@@ -45,15 +48,20 @@ class Reporter:
         stage: Stage,
         run: RunState,
         host: Host,
-        links: WatchedLinks,
+        links: Links,
+        observer: Observer,
         updates: StageOptimizer,
         console: Console,
     ) -> None:
         self._stage, self._run, self._host, self._links = stage, run, host, links
-        self._updates, self._console = updates, console
+        self._observer, self._updates, self._console = observer, updates, console
         self.losses = Losses(links)
+        self._rows: tuple[Row, ...] = ()
+        """The rows of the stages above, then that of this stage, as far as a period ended in the call before."""
+        self._update = Update()
+        """The result of the updates of the call before, on the stages above and this one."""
         self._samples: dict[int, int] = {}
-        """Samples at the end of a call, by its number, until its loss has been recorded."""
+        """The samples at the end of a call, by its number, until its loss has been recorded."""
         self.new_meter()
         monitor = host.monitor
         if getattr(monitor, "wandb_monitor", None) is not None:
@@ -64,9 +72,9 @@ class Reporter:
             host.engine_timers.backward_inner_timers = []
 
     def new_meter(self) -> None:
-        """With the pipeline empty: measure anew."""
+        """Measure anew; the pipeline must be empty."""
         stage, calls = self._stage, self._stage.num_stages * (1 + self._run.slack) + 1
-        self.meter = StageMeter(stage.stage_id, self._links, calls)
+        self.meter = StageMeter(stage.stage_id, self._observer, calls)
 
     @property
     def loss_step(self) -> int:
@@ -74,14 +82,14 @@ class Reporter:
         return self.losses.newest.call + self._host.global_steps - self._run.call
 
     def stats(self) -> dict[str, Any]:
-        """What this stage measures, as of now; see ``DDGEngine.ddg_stats``."""
+        """Return what this stage measures, as of now; see ``DDGEngine.ddg_stats``."""
         row = self.meter.now(self._updates.versions, self._run.micro_batches)
         return dict(zip(("stage", *MEASURED), row, strict=True))
 
     # -- losses -----------------------------------------------------------------------------------------------------
 
     def note_loss(self, call: int, loss: Tensor) -> None:
-        """DeepSpeed's own schedule has told every stage the loss of `call`, and reports it."""
+        """Take over the loss of `call`, which DeepSpeed's own schedule has told every stage, and reports itself."""
         self.losses.note(Loss(call, float(loss), self._additional()))
 
     def end_call(self, call: int) -> None:
@@ -94,14 +102,14 @@ class Reporter:
             self._console.mute_host()
 
     def tell_loss(self) -> None:
-        """On the last stage, once all micro-batches of the call have gone forward: let every stage know its loss."""
+        """Tell every stage the loss of the call; the last stage does so once all micro-batches have gone forward."""
         # Read back from the device once a call, here and for additional losses; other stages never do.
         with torch.no_grad():
             mean = float(self._host.mean_loss())
         call = self._run.call
         if not math.isfinite(mean) and math.isfinite(self.losses.newest.mean):
             logger.error(f"stage {self._stage.stage_id}: the loss of call {call} is {mean}; training goes on")
-        loss = Loss(call, mean, self._additional(), self._links.rows, self._links.update)
+        loss = Loss(call, mean, self._additional(), self._rows, self._update)
         self.losses.tell(loss, self._known_in(call))
 
     def learn_losses(self, call: int) -> None:
@@ -112,20 +120,20 @@ class Reporter:
         self._publish_loss()
 
     def restart(self, known: dict[str, Any] | None) -> None:
-        """After a checkpoint, and with the loss that it knows, if any; calls count on from where it was saved."""
+        """Start again from a checkpoint, with the loss that it knows, if any; calls count on from the saved number."""
         self._samples.clear()
         self.losses.restart(self._run.call, known)
         if known is not None:
             self._publish_loss()
 
     def broadcast(self, broadcast: Callable[..., Any], data: Any, src_rank: int | None, dtype: torch.dtype) -> Any:
-        """DeepSpeed's `broadcast` of a number of the last stage waits where no stage could hear that another failed.
+        """Send a number of the last stage to all, as DeepSpeed's `broadcast` does, but hear it if another stage fails.
 
         Args:
             broadcast: DeepSpeed's, for what comes from another stage.
             data: the number, on the last stage.
             src_rank: the global rank that has it; None: that of the last stage.
-            dtype: of the tensor returned.
+            dtype: the type of the tensor returned.
         """
         if src_rank not in (None, self._host._loss_stage_global_rank()):
             return broadcast(data, src_rank, dtype)
@@ -134,7 +142,7 @@ class Reporter:
 
     @contextmanager
     def evaluating(self, has_mean: bool) -> Iterator[None]:
-        """Around DeepSpeed's part of an evaluation; `has_mean`: its result is a mean loss, which is recorded.
+        """Inside this block DeepSpeed evaluates; `has_mean`: its result is a mean loss, which is recorded.
 
         DeepSpeed adds what it computes, of any shape, to the totals of the last training call.
         """
@@ -148,7 +156,7 @@ class Reporter:
             host.total_loss, host.total_additional_losses = totals
 
     def _known_in(self, call: int) -> int:
-        """The call whose loss `call` returns; negative: that of the first one it can."""
+        """Return the number of the call whose loss `call` returns; if negative, it returns the first one it can."""
         return call - (0 if self._stage.config.loss == "exact" else self._run.plan.staleness(0))
 
     def _publish_loss(self) -> None:
@@ -166,24 +174,31 @@ class Reporter:
     # -- reports ----------------------------------------------------------------------------------------------------
 
     def begin_call(self) -> None:
-        """A delayed call has begun."""
-        self.meter.begin_call(self._updates.versions.version)
-        self._links.update = self._links.update.plus(self._updates.last)
+        """Add what this stage measured to what came with the first message of a delayed call, which has begun.
+
+        It travels on with the first activation, and from the last stage to all with the loss. These messages exist
+        anyway, and nobody waits for a measurement.
+        """
+        came = self._links.riders
+        self._rows = (*came.get("rows", ()), *self.meter.begin_call(self._updates.versions.version))
+        self._update = Update(*came.get("update", ())).plus(self._updates.last)
+        update = tuple(self._update) if any(self._update) else ()
+        self._links.riders = {name: what for name, what in (("rows", self._rows), ("update", update)) if what}
 
     def report_call(self) -> None:
-        """A delayed call is over: print and measure every ``steps_per_print``; for a monitor alone after each."""
+        """Print and measure after a delayed call, every ``steps_per_print``; for a monitor alone after each call."""
         self._updates.end_call()
         self.meter.end_call()
         period = self._host.steps_per_print()
         if self._host.global_steps % (period or 1):
             return
         if period is not None:
-            self._console.print_call(self.losses.newest, self.loss_step, self._links.seconds)
+            self._console.print_call(self.losses.newest, self.loss_step, self._observer.seconds)
         if self._host.monitor.enabled:
             self.meter.end_period(self._updates.versions, self._run.micro_batches)
 
     def complete_steps(self, samples: float = math.inf) -> None:
-        """No value of a step up to `samples` is still to come; by default: nothing is in flight."""
+        """Declare that no value of a step up to `samples` is still to come; by default: nothing is in flight."""
         ordered = getattr(self._host.monitor, "wandb_monitor", None)
         if isinstance(ordered, InOrder):
             ordered.complete(samples)

@@ -1,4 +1,4 @@
-"""Values for W&B in the order of their steps, as W&B drops those that come late, with a warning at most.
+"""Sends values to W&B in the order of their steps: it drops values that come late, with a warning at most.
 
 DeepSpeed sends the learning rate of a call at once, and under the delayed schedule the loss of that call is known
 some calls later. So for W&B alone, values newer than the newest complete step wait until their step is complete.
@@ -15,7 +15,7 @@ from typing import Any
 __all__ = ["InOrder"]
 
 Event = tuple[str, Any, int]
-"""Name, value and step of one value, as DeepSpeed's monitors take it."""
+"""The name, value and step of one value, as DeepSpeed's monitors take it."""
 
 
 class InOrder:
@@ -37,7 +37,7 @@ class InOrder:
         return getattr(self._monitor, name)
 
     def write_events(self, events: Iterable[Event]) -> None:
-        """Take `events` as DeepSpeed's monitor does; they arrive sorted by step, those of one step as they came."""
+        """Take `events` as DeepSpeed's monitor does; they arrive sorted by step, and within a step as they came."""
         self._waiting.extend(events)
         self._send()
 

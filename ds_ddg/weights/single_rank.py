@@ -11,15 +11,14 @@ tests (``torch.testing._internal.distributed.fake_pg``) has been imported.
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
+
+from ds_ddg.comm.lifetime import this_process
 
 __all__ = ["local_if_single_rank"]
 
 _BACKEND = "ds_ddg_single_rank"
-_local_groups: WeakKeyDictionary[dist.ProcessGroup, Any] = WeakKeyDictionary()
-"""The group made in place of each group of one rank."""
 
 
 class _CompletedWork(dist.Work):
@@ -50,9 +49,10 @@ def local_if_single_rank(group: Any) -> Any:
     """Return `group`, or a group whose collectives do nothing if this rank is its only member; None stays None."""
     if group is None or dist.get_world_size(group) > 1:
         return group
-    if group not in _local_groups:
+    kept = this_process().kept_by(group)
+    if kept.local is None:
         if _BACKEND not in dist.Backend.backend_list:
             dist.Backend.register_backend(_BACKEND, _SingleRankGroup, devices=["cpu"])
         ranks = dist.get_process_group_ranks(group)
-        _local_groups[group] = dist.new_group(ranks, backend=_BACKEND, use_local_synchronization=True)
-    return _local_groups[group]
+        kept.local = dist.new_group(ranks, backend=_BACKEND, use_local_synchronization=True)
+    return kept.local

@@ -9,6 +9,7 @@ The engine's own ``mpu`` must stay the real grid: checkpoint file names come fro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ds_ddg.weights.single_rank import local_if_single_rank
 
-__all__ = ["StageLocalGrid", "StagePeers", "clip", "clip_stage_gradients"]
+__all__ = ["StageLocalGrid", "StagePeers", "clip", "clip_stage_gradients", "square_norm"]
 
 
 class StagePeers:
@@ -123,11 +124,11 @@ def clip_stage_gradients(
     if slices.get_model_parallel_world_size() == 1:
         if not gradients:
             return None
-        square = _square_norm(gradients)
+        square = square_norm(gradients)
     else:
         first = slices.get_model_parallel_rank() == 0
         own = [p.grad for p in having if p.grad is not None and (first or is_model_parallel_parameter(p))]
-        square = _square_norm(own) if own else torch.zeros((), device=device)
+        square = square_norm(own) if own else torch.zeros((), device=device)
         dist.all_reduce(square, group=slices.get_model_parallel_group())
     norm = square.pow(0.5)
     if experts:
@@ -138,6 +139,8 @@ def clip_stage_gradients(
 
 def clip(gradients: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
     """Scale `gradients` in place down to `max_norm`, with `norm`, a 0-dim tensor, taken as their norm."""
+    if math.isinf(max_norm):
+        return
     # On the CPU comparing costs less than multiplying by one; near the border the rounding below has to decide.
     if norm.is_cpu and norm.item() < 0.99 * max_norm - 1e-6:
         return
@@ -146,5 +149,6 @@ def clip(gradients: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
         gradient.mul_(coefficient)
 
 
-def _square_norm(gradients: Sequence[Tensor]) -> Tensor:
+def square_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Return the square of the norm of all `gradients` together, in the arithmetic of DeepSpeed's fp32 clip."""
     return torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).pow(2.0).sum()

@@ -12,14 +12,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer, ZeROOptimizer
-from deepspeed.runtime.pipe.schedule import OptimizerStep, ReduceGrads, ReduceTiedGrads
+from deepspeed.runtime.pipe.schedule import OptimizerStep, ReduceGrads
 from torch import Tensor
 
 from ds_ddg.comm.loss_exchange import Update
 from ds_ddg.host import Host
 from ds_ddg.stage import RunState, Stage
 from ds_ddg.weights.optimizer_wrappers import (
-    add_no_gradient,
     anything_to_train,
     clipping_by,
     clocks_stopped,
@@ -31,6 +30,7 @@ from ds_ddg.weights.optimizer_wrappers import (
 )
 from ds_ddg.weights.single_rank import local_if_single_rank
 from ds_ddg.weights.stage_groups import StageLocalGrid, StagePeers, clip_stage_gradients
+from ds_ddg.weights.stage_rules import StageRules
 from ds_ddg.weights.tied import TiedWeights
 from ds_ddg.weights.versions import WeightVersions
 
@@ -53,6 +53,7 @@ class StageOptimizer:
     def __init__(self, stage: Stage, run: RunState, host: Host, tied_weights: TiedWeights) -> None:
         self._stage, self._run, self._host, self._tied_weights = stage, run, host, tied_weights
         self._peers = StagePeers([])
+        self._rules = StageRules(stage, run, host)
         self.versions: WeightVersions
         """The versions of the weights that micro-batches saw; set by the first `configure`."""
         self.pipeline_norm: float | None = None
@@ -86,6 +87,7 @@ class StageOptimizer:
         """Prepare an `optimizer` that DeepSpeed has not wrapped yet, whoever made it."""
         host = self._host
         refuse_closure(optimizer)
+        self._rules.attach(optimizer)
         self._tied_weights.remove_from(optimizer)
         self.trains = anything_to_train(optimizer)
         if host.fp16_enabled() or host.bfloat16_enabled() or host.zero_optimization():
@@ -126,21 +128,8 @@ class StageOptimizer:
         self.last = self.last.plus(Update(0.0, int(self._overflowed)))
 
     def reduce_tied_gradients(self) -> None:
-        """Sum tied gradients as DeepSpeed does, on its own schedule.
-
-        DeepSpeed's wrappers neither accumulate nor clear gradients of parameters that they do not have.
-        """
-        host = self._host
-        for parameter in self._tied_weights.tied:
-            if parameter.grad is None:  # a stage that does not use it; DeepSpeed would let the others wait for it
-                add_no_gradient(parameter, host.optimizer)
-        wrapped: list[Any] = self._tied_weights.borrowed if isinstance(host.optimizer, DeepSpeedOptimizer) else []
-        for borrowed in wrapped:
-            if host.using_bf16_optimizer and borrowed.grad is not None:
-                borrowed._hp_grad = borrowed.grad.to(host.optimizer.grad_acc_dtype)
-        host.carry_out(ReduceTiedGrads)
-        for borrowed in wrapped:
-            borrowed.grad = borrowed._hp_grad = None
+        """Sum tied gradients as DeepSpeed does, on its own schedule."""
+        self._tied_weights.reduce_by_deepspeed(self._host)
 
     def share_tied_weights(self) -> None:
         """Copy owners' weights to their holders, between two calls of DeepSpeed's schedule or in a drain."""
@@ -186,7 +175,7 @@ class StageOptimizer:
         known = self.pipeline_norm if self._stage.config.clip == "global" else None
         host._global_grad_norm = clip_stage_gradients(
             self.versions.parameters,
-            host.gradient_clipping(),
+            self._rules.max_norm or math.inf,  # the last stage may only measure
             StageLocalGrid(host.mpu),
             known,
             host.device,
@@ -196,6 +185,8 @@ class StageOptimizer:
     def take_model_step(self, take_step: _Method, *args: Any, **kwargs: Any) -> None:
         """Run DeepSpeed's `take_step` on either schedule, although its wrappers fail on a stage without a gradient."""
         host = self._host
+        if self._rules.clips_alone and not isinstance(host.optimizer, DeepSpeedOptimizer):
+            self.clip()
         if self.trains or not isinstance(host.optimizer, DeepSpeedOptimizer):
             take_step(*args, **kwargs)
             return
@@ -220,11 +211,16 @@ class StageOptimizer:
                 host.lr_scheduler.step()
 
     def _clipped_as_asked(self) -> AbstractContextManager[None]:
-        """Have DeepSpeed's optimizer clip by the newest known norm of all stages; by its own while there is none."""
+        """Have DeepSpeed's optimizer clip by the newest known norm of all stages; by its own while there is none.
+
+        Its own may have another limit where gradients are stale.
+        """
         optimizer = self._host.optimizer
-        known = self.pipeline_norm if self._stage.config.clip == "global" and self._run.delayed else None
-        if known is None or self._host.gradient_clipping() <= 0 or not isinstance(optimizer, DeepSpeedOptimizer):
+        if not isinstance(optimizer, DeepSpeedOptimizer) or not self._run.delayed:
             return nullcontext()
+        known = self.pipeline_norm if self._stage.config.clip == "global" else None
+        if known is None or self._host.gradient_clipping() <= 0:
+            return self._rules.clipping(optimizer)
         return clipping_by(known, optimizer)
 
     # -- results of updates -----------------------------------------------------------------------------------------

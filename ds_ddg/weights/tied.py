@@ -23,13 +23,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
+from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
 from torch import Tensor
 
 from ds_ddg.comm.message import Kind
 from ds_ddg.comm.receiver import Receiver
 from ds_ddg.comm.sender import Sender
 from ds_ddg.comm.stage_links import Links
+from ds_ddg.host import Host
 from ds_ddg.schedules.ddg import DDGPlan
+from ds_ddg.weights.optimizer_wrappers import add_no_gradient
 
 __all__ = ["TiedWeights", "left_out_of_checkpoints"]
 
@@ -156,6 +160,22 @@ class TiedWeights:
         finally:
             for parameter in borrowed:
                 parameter.requires_grad_(True)
+
+    def reduce_by_deepspeed(self, host: Host) -> None:
+        """Sum tied gradients as DeepSpeed does, on its own schedule.
+
+        DeepSpeed's wrappers neither accumulate nor clear gradients of parameters that they do not have.
+        """
+        for parameter in self.tied:
+            if parameter.grad is None:  # a stage that does not use it; DeepSpeed would let the others wait for it
+                add_no_gradient(parameter, host.optimizer)
+        wrapped: list[Any] = self.borrowed if isinstance(host.optimizer, DeepSpeedOptimizer) else []
+        for borrowed in wrapped:
+            if host.using_bf16_optimizer and borrowed.grad is not None:
+                borrowed._hp_grad = borrowed.grad.to(host.optimizer.grad_acc_dtype)
+        host.carry_out(ReduceTiedGrads)
+        for borrowed in wrapped:
+            borrowed.grad = borrowed._hp_grad = None
 
     def remove_from(self, optimizer: torch.optim.Optimizer) -> None:
         """Take borrowed parameters out of an optimizer that has not stepped yet.

@@ -24,16 +24,19 @@ from zlib import crc32
 
 import torch
 from deepspeed.pipe import PipelineModule
-from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
-from transformers import PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from any folder, installed or not
 
+from recipes import checks, common, steps  # first, as it says which library is missing
+
+# isort: split
+from sklearn.metrics import accuracy_score, f1_score
+from transformers import PreTrainedTokenizerBase
+
 from ds_ddg.models import classification_loss, load_pretrained, sequence_classification
 from ds_ddg.models.transformers.layers import Head
-from recipes import checks, common, steps
 from recipes.bert import glue, model
 from recipes.bert.batches import Batch, MakeBatch, TrainBatches, held_out_batches
 from recipes.progress import fit

@@ -35,12 +35,15 @@ from zlib import crc32
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import BertConfig, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from any folder, installed or not
 
+from recipes import checks, common, steps  # first, as it says which library is missing
+
+# isort: split
+from transformers import BertConfig, PreTrainedTokenizerBase
+
 from ds_ddg.models import load_pretrained, masked_lm, masked_lm_loss
-from recipes import checks, common, steps
 from recipes.bert import corpus, model, text
 from recipes.bert.batches import MakeBatch, TrainBatches, held_out_batches
 from recipes.progress import fit

@@ -40,6 +40,56 @@ def test_explains_every_setting(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     ]
 
 
+ADAMW = {"optimizer": {"type": "AdamW", "params": {"lr": 0.001, "torch_adam": True}}}
+SGD = {"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}, "gradient_clipping": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "stages", "parts"),
+    [
+        ({}, 4, ["the paper's algorithm", '"auto" does what suits']),
+        ({}, 1, ["the paper's algorithm"]),
+        ({"ddg": {"staleness": "auto"}}, 4, ["optimizer that is passed to ds_ddg.initialize"]),
+        (
+            {"ddg": {"staleness": "auto"}, **ADAMW},
+            4,
+            ["1.5 update(s) old: learning rate times 0.632; momentum 0.9 -> 0.96", "with 3 micro-batches", "Muon"],
+        ),
+        ({"ddg": {"staleness": {"clip": 2}}, **SGD}, 2, ["clipped to 2 by the norm of the stage"]),
+        ({"ddg": {"staleness": "auto"}, **SGD, "gradient_clipping": 1.0}, 2, ["learning rate times 0.363"]),
+    ],
+)
+def test_explains_the_rules_for_stale_gradients(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, config: dict[str, Any], stages: int, parts: list[str]
+) -> None:
+    answer = json.loads(check(capsys, tmp_path, {**RIGHT, **config}, f"--stages {stages} --json"))
+    for part in parts:
+        assert part in answer["effects"]["staleness"]
+    assert '"staleness": ' in check(capsys, tmp_path, {**RIGHT, **config}, f"--stages {stages}")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"ddg": {"staleness": "auto"}, **SGD}, 'goes by the scale of your loss: set "gradient_clipping"'),
+        ({"ddg": {"staleness": "auto", "clip": "global"}, **SGD, "gradient_clipping": 1.0}, "scale of your loss"),
+        ({"ddg": {"staleness": {"clip": 1}, "clip": "global"}}, '"staleness": {"clip": 1} with "clip": "global"'),
+        (
+            {"ddg": {"staleness": {"momentum": "stretch"}}, "optimizer": {"type": "Adagrad", "params": {"lr": 0.1}}},
+            "neither a momentum nor betas",
+        ),
+        (
+            {"ddg": {"staleness": "auto"}, "optimizer": {"type": "Lamb"}, "fp16": {"enabled": True}},
+            '"staleness" with fp16 and Lamb',
+        ),
+    ],
+)
+def test_refuses_rules_that_cannot_be_followed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    assert message in check(capsys, tmp_path, {**RIGHT, **config}, status=2)
+
+
 def test_says_what_was_given_and_what_is_a_default(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     answer = check(capsys, tmp_path, {**RIGHT, "ddg": {"slack": 0}}, "--stages 2 --replicas 3")
     assert "is right for K = 2 stages, M = 2 micro-batches a call, 3 replica(s)" in answer

@@ -15,7 +15,7 @@ from ds_ddg.engine.auto_slack import MOST, smallest_slack, trial_calls
 from ds_ddg.reference import Reference
 from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.schedules.simulator import Cost, replay
-from ds_ddg.telemetry.stage_metrics import Timestamp
+from ds_ddg.telemetry.observer import Timestamp
 from helpers import tied_runs, toy
 from helpers.distributed import GetRanks
 from helpers.modes import DEFAULT
@@ -49,14 +49,16 @@ CALLS_AFTER = 6
 
 def measured(engine: Any, latency: float) -> None:
     """Let the engine find ticks of `TICK` and this latency, which is real, whatever else the machine is doing."""
-    links, ping = engine._links, engine._links.ping
+    tuner, real = engine._calls.slack, engine._calls.slack.latency
 
-    def ping_at_least(tensors: Any) -> float:
-        assert ping(tensors) >= latency * (engine.stage_id < engine.num_stages - 1)
+    def at_least(tensors: Any) -> float:
+        assert real(tensors) >= latency * (engine.stage_id < engine.num_stages - 1)
         return latency
 
-    links.timestamp = lambda keep: keep(Timestamp(TICK * engine.micro_batches * engine._run.call, waited=0.0))
-    links.ping = ping_at_least
+    tuner._observer.timestamp = lambda keep: keep(
+        Timestamp(TICK * engine.micro_batches * engine._run.call, waited=0.0)
+    )
+    tuner.latency = at_least
 
 
 def choose(rank: int, world_size: int, latency: float, micro_batches: int) -> dict[str, Any]:

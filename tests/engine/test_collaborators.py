@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
+import deepspeed
 import pytest
 import torch
+import torch.distributed as dist
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.pipe.schedule import ForwardPass, RecvActivation
 from torch import nn
 
 from ds_ddg.comm.failures import FailureGuard, KnownToAllError, OutOfDataError
+from ds_ddg.comm.lifetime import Process
 from ds_ddg.comm.loss_exchange import Loss, Update
+from ds_ddg.comm.message import Kind, Message
 from ds_ddg.comm.p2p import StageError
+from ds_ddg.comm.stage_links import Links
 from ds_ddg.config import DDGConfig
 from ds_ddg.engine.auto_slack import SlackTuner, trial_calls
+from ds_ddg.engine.data_feed import Feed
 from ds_ddg.engine.micro_batch import MicroBatchRunner
+from ds_ddg.host import barrier_replaced
+from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.stage import RunState, Stage
 from ds_ddg.telemetry.console import Console
-from ds_ddg.telemetry.stage_metrics import Timestamp
+from ds_ddg.telemetry.observer import Observer, Timestamp
+from ds_ddg.telemetry.recorder import Recorder
+from ds_ddg.telemetry.trace_writer import TraceWriter
+from ds_ddg.weights.optimizer_wrappers import clocks_stopped, idle_optimizer, norm_unscaled
+from ds_ddg.weights.stage_groups import StagePeers
 from ds_ddg.weights.stage_optimizer import StageOptimizer
 
 
@@ -147,6 +166,119 @@ def test_the_norm_is_unknown_while_a_stage_overflows() -> None:
     assert (updates.pipeline_norm, engine._step_applied) == (None, True)
 
 
+# -- what is replaced in DeepSpeed's objects and modules for the time of a block --------------------------------------
+
+
+def test_an_idle_optimizer_lets_the_scheduler_go_on() -> None:
+    parameter = nn.Parameter(torch.ones(1))
+    parameter.grad = torch.ones(1)
+    real = torch.optim.SGD([parameter], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(real, 1, 0.5)
+    engine: Any = SimpleNamespace(optimizer=real)
+
+    def inside() -> None:
+        with idle_optimizer(engine):
+            engine.optimizer.step()
+            engine.optimizer.zero_grad()
+            scheduler.step()
+            assert engine.optimizer.param_groups is real.param_groups
+            raise KeyError
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns of a scheduler that steps first
+        with pytest.raises(KeyError):
+            inside()
+    assert engine.optimizer is real
+    assert (parameter.item(), parameter.grad.item()) == (1.0, 1.0)
+    assert real.param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "fp16", "kind", "norm"),
+    [
+        (2, True, SimpleNamespace, 6.0 * 4.0 / 8.0),  # DeepSpeed has divided by the scale of the next step
+        (2, True, FP16_UnfusedOptimizer, 6.0 / 8.0),  # or not at all
+        (2, True, ZeROOptimizer, 6.0),
+        (2, False, SimpleNamespace, 6.0),
+        (1, True, SimpleNamespace, 6.0),
+    ],
+)
+def test_a_norm_is_left_without_the_scale_of_its_step(num_stages: int, fp16: bool, kind: type, norm: float) -> None:
+    optimizer: Any = Mock(spec=kind) if kind is not SimpleNamespace else SimpleNamespace()
+    optimizer.loss_scale = 8.0
+    engine: Any = SimpleNamespace(optimizer=optimizer, fp16_enabled=lambda: fp16, _global_grad_norm=None)
+    with norm_unscaled(engine, num_stages):
+        engine._global_grad_norm = 6.0
+        optimizer.loss_scale = 4.0
+    assert engine._global_grad_norm == norm
+    with norm_unscaled(engine, num_stages):
+        engine._global_grad_norm = None  # an overflow has no norm
+    assert engine._global_grad_norm is None
+
+
+def test_while_clocks_are_stopped_a_step_counts_for_nothing() -> None:
+    scheduler = object()
+    engine: Any = SimpleNamespace(global_steps=3, global_samples=12, lr_scheduler=scheduler, skipped_steps=0)
+
+    def inside() -> None:
+        with clocks_stopped(engine):
+            assert engine.lr_scheduler is None
+            engine.global_steps, engine.global_samples, engine.skipped_steps = 4, 16, 1
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        inside()
+    assert vars(engine) == {"global_steps": 3, "global_samples": 12, "lr_scheduler": scheduler, "skipped_steps": 1}
+
+
+def test_a_barrier_of_all_ranks_is_replaced_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[Any] = []
+    own = called.append
+    monkeypatch.setattr(deepspeed.comm, "barrier", own)
+
+    def inside() -> None:
+        with barrier_replaced(lambda: called.append("meet")):
+            deepspeed.comm.barrier()
+            deepspeed.comm.barrier("some of them")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        inside()
+    assert called == ["meet", "some of them"]
+    assert deepspeed.comm.barrier is own
+
+
+# -- what outlives an engine ------------------------------------------------------------------------------------------
+
+
+def test_a_process_keeps_links_while_they_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.register_at_fork", lambda **_: None)
+    process, kept = Process(), []
+    for _ in range(2):
+        links: Any = type("Links", (), {"usable": True})()
+        process.keep(links)
+        kept.append(weakref.ref(links))
+        del links
+    first, second = kept[0](), kept[1]()
+    assert first is not None
+    assert second is not None
+    first.usable = False
+    del first
+    process.keep(second)
+    assert [reference() is None for reference in kept] == [True, False]
+
+
+def test_what_a_group_keeps_is_freed_with_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.register_at_fork", lambda **_: None)
+    process, group = Process(), dist.ProcessGroup(0, 1)
+    process.kept_by(group).sends.append(handle := {"handle"})
+    assert process.kept_by(group).sends == [handle]
+    assert process.kept_by(dist.ProcessGroup(0, 1)).sends == []
+    kept = weakref.ref(process.kept_by(group))
+    del group
+    assert kept() is None
+
+
 # -- failures ---------------------------------------------------------------------------------------------------------
 
 
@@ -194,12 +326,14 @@ def test_a_trial_takes_its_calls_and_then_drains(monkeypatch: pytest.MonkeyPatch
     run, drained, seen = RunState(2, 1), [], []
     run.switch("ddg")
     clock = iter(range(1000))
-    links: Any = SimpleNamespace(
+    links: Any = SimpleNamespace(ping=lambda tensors, times: seen.append([tuple(t.shape) for t in tensors]))
+    observer: Any = SimpleNamespace(
         timestamp=lambda keep: keep(Timestamp(float(next(clock)), 0.0)),
         clock=SimpleNamespace(read=lambda wait: None),
-        ping=lambda tensors: seen.append([tuple(t.shape) for t in tensors]) or 0.5,
+        subscribe=lambda hop, _: [hop("hop", 0.0, back) for back in (9.0, 1.0, 1.0)],
     )
-    tuner = SlackTuner(stage(slack="auto"), run, links, torch.device("cpu"), None, lambda: drained.append(run.call))
+    drain = lambda: drained.append(run.call)  # noqa: E731
+    tuner = SlackTuner(stage(slack="auto"), run, links, observer, torch.device("cpu"), None, drain)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
     monkeypatch.setattr("torch.distributed.all_gather_object", lambda out, value, group: out.__setitem__(0, value))
     tuner.observe([torch.zeros(4, 3)])
@@ -210,6 +344,163 @@ def test_a_trial_takes_its_calls_and_then_drains(monkeypatch: pytest.MonkeyPatch
     assert len(drained) == 1
     assert run.slack == 1, "half a tick of latency is hidden by one more micro-batch in flight"
     assert not tuner.trying
+
+
+# -- waits ------------------------------------------------------------------------------------------------------------
+
+
+class FakeClock:
+    """A second passes between two looks at it."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def now(self) -> float:
+        self.time += 1.0
+        return self.time
+
+    def then(self, act: Any, what: str, *moments: float) -> None:
+        act(what, *moments)
+
+    def read(self, wait: bool = False) -> None:
+        pass
+
+
+def test_a_wait_is_timed_once_for_all_who_subscribed() -> None:
+    observer, seen, others = Observer(FakeClock()), [], []
+    observer.subscribe(lambda *wait: seen.append(wait), "gradient", "send")
+    observer.subscribe(lambda *wait: others.append(wait), "gradient")
+    with observer.waits("gradient"):
+        pass
+    with observer.waits("data"):  # nobody wants to know
+        pass
+    with pytest.raises(KeyError), observer.waits("send"):
+        raise KeyError
+    assert seen == [("gradient", 1.0, 2.0), ("send", 3.0, 4.0)]
+    assert others == seen[:1]
+    stamps: list[Timestamp] = []
+    observer.timestamp(stamps.append)
+    assert stamps == [Timestamp(5.0, 1.0)], "sending is no waiting for another stage"
+    assert observer.seconds == {"activation": 0.0, "gradient": 1.0, "loss": 0.0}
+
+
+class Waits:
+    """An observer that knows what is waited for while a channel is read or written."""
+
+    def __init__(self) -> None:
+        self.now: list[str] = []
+        self.seen: list[tuple[str, str]] = []
+
+    @contextmanager
+    def waits(self, what: str) -> Iterator[None]:
+        self.now.append(what)
+        yield
+        self.now.pop()
+
+    def channel(self, *messages: Message) -> Any:
+        coming = iter(messages)
+
+        def take(*_: Any, what: str) -> Message:
+            self.seen.append(("+".join(self.now), what))
+            return next(coming)
+
+        def post(*_: Any, **__: Any) -> None:
+            self.seen.append(("+".join(self.now), "post"))
+
+        return SimpleNamespace(take=take, post=post, listen=lambda: None)
+
+
+def test_links_say_what_they_wait_for() -> None:
+    waits, here = Waits(), ("train_batch", 0, 1)
+    links = Links([[0]], 0, DDGPlan(1), observer=waits)
+    info = {"tuple": False, "needed": "1", "here": here, "riders": {"rows": ((0, 1),)}}
+    first = Message(Kind.DATA, info, (torch.ones(1),))
+    second = Message(Kind.DATA, {**info, "here": None}, (torch.ones(1),))
+    links._activations_in = waits.channel(first, second)
+    links._activations_out = links._gradients_out = waits.channel()
+    links._gradients_in = waits.channel(Message(Kind.DATA, {"scale": 1.0}, (torch.ones(1),)))
+    links._losses_in = waits.channel(Message(Kind.DATA, {"mean": 2.0}), Message(Kind.DATA, {"shared": 1.0}))
+    assert links.begin(here, ready=True, with_data=True) is Kind.BEGIN
+    assert links.riders == {"rows": ((0, 1),)}
+    for _ in range(2):
+        links.send_activations(links.recv_activations())
+        assert links.riders == {}, "what came with the first went on with the first"
+    links.recv_grads()
+    links.send_grads([None])
+    links.share(0.0)
+    assert links.next_loss() == {"mean": 2.0}  # has come already, so it is no wait
+    assert waits.seen == [
+        ("activation", "the start of train_batch"),
+        ("send", "post"),
+        ("activation", "an activation"),
+        ("send", "post"),
+        ("gradient", "a gradient"),
+        ("send", "post"),
+        ("loss", "the last stage"),
+        ("loss", "the last stage"),
+    ]
+
+
+def test_fetching_is_a_wait_for_data() -> None:
+    waits = Waits()
+
+    def data() -> Iterator[Any]:
+        waits.seen.append(("+".join(waits.now), "next"))
+        yield torch.ones(1, 1), torch.ones(1)
+
+    feed = Feed(True, True, StagePeers([]), observer=waits)
+    assert feed.fetch(data(), 1, None)
+    assert waits.seen == [("data", "next")]
+    assert waits.now == []
+
+
+class Lines(list[str]):
+    """As much of a `Log` as a recorder uses."""
+
+    begin = flush = flush_if_due = close = lambda *_: None
+    add = list.append
+
+
+def traced(run: RunState, lines: Lines, observer: Observer) -> tuple[TraceWriter, Any]:
+    """A trace of a stage whose instructions take a second each."""
+    recorder = Recorder(lines, 0, observer.clock)  # type: ignore[arg-type]
+    observer.subscribe(recorder.waited, "activation", "data")
+
+    def receive() -> None:
+        with observer.waits("activation") if run.delayed else nullcontext():
+            pass
+
+    instruction_map = {RecvActivation: receive, ForwardPass: lambda: None}
+    engine: Any = SimpleNamespace(_INSTRUCTION_MAP=instruction_map)
+    return TraceWriter(run, engine, recorder), engine
+
+
+@pytest.mark.parametrize("schedule", ["ddg", "1f1b"])
+def test_a_receive_is_recorded_once_on_either_schedule(schedule: str) -> None:
+    run, lines, observer = RunState(2, 1, schedule=schedule), Lines(), Observer(FakeClock())
+    tracer, engine = traced(run, lines, observer)
+    own = engine._INSTRUCTION_MAP
+
+    def execute(steps: Any) -> None:
+        for step in steps:
+            engine._INSTRUCTION_MAP[step]()
+
+    tracer.execute(execute, [RecvActivation, ForwardPass])
+    assert lines == ['["0F0", 3.000000, 4.000000, {"activation": 1.000000}]']
+    assert engine._INSTRUCTION_MAP is own
+
+
+def test_an_evaluation_is_part_of_the_script() -> None:
+    run, lines, observer = RunState(2, 1, schedule="ddg"), Lines(), Observer(FakeClock())
+    tracer, engine = traced(run, lines, observer)
+    recorder: Any = tracer._recorder
+    recorder._left = 0.0
+    with torch.no_grad():
+        tracer.execute(lambda _: engine._INSTRUCTION_MAP[RecvActivation](), None)  # from 1 to 2
+    with observer.waits("data"):  # from 3 to 4
+        pass
+    tracer.execute(lambda _: engine._INSTRUCTION_MAP[ForwardPass](), None)
+    assert lines == ['["0F0", 5.000000, 6.000000, {"script": 3.000000, "data": 1.000000}]']
 
 
 # -- the console ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import ds_ddg
+from helpers.distributed import Outcome
 
+TIMEOUT = 60.0
 SOON = 10.0  # generous: what is caught is a hang, and other processes may be busy on this machine
 WIDTH, SIZE, MICRO_BATCHES = 6, 4, 2
 BAD_CALL = 3
@@ -190,3 +192,24 @@ def train_bad_loss(rank: int, world_size: int) -> End:
 
 def mistake(x: Tensor) -> Tensor:
     raise TypeError("my own mistake")
+
+
+def misbehaving(
+    num_stages: int, stage: int, deed: str, other: str = "", ddg: dict[str, Any] | None = None, **options: Any
+) -> Any:
+    """Return an engine whose `stage` does its `deed` in its last layer, and all others do `other` in theirs."""
+    layers = [Misbehaves() for _ in range(2 * num_stages)]
+    for k in range(num_stages):
+        layers[2 * k + 1] = Misbehaves(deed if k == stage else other, **options)
+    return build(num_stages, layers, **({} if ddg is None else {"ddg": ddg}))
+
+
+def assert_lost(outcomes: list[Outcome], lost: int, exit_code: int = -signal.SIGKILL) -> None:
+    """One rank is gone; all others raise soon (a hung one would be reported as such) and name it."""
+    report = "\n".join(map(str, outcomes))
+    for outcome in outcomes:
+        if outcome.rank == lost:
+            assert (outcome.state, outcome.exit_code) == ("died", exit_code), report
+        else:
+            assert (outcome.state, outcome.exc_type) == ("raised", "StageError"), report
+            assert f"stage {lost} (rank {lost}) is lost" in outcome.message, report

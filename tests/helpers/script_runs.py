@@ -27,10 +27,14 @@ def free_port() -> int:
 
 def launch(script: Path, how: str, ddg: str = "slack") -> tuple[int, str, float]:
     """Run the script on two ranks as a user starts it; return exit status, output and seconds."""
+    return launched([str(script), how, ddg], script.parent)
+
+
+def launched(command: list[str], folder: Path) -> tuple[int, str, float]:
+    """Run a script with its arguments on two ranks, started in `folder`; return exit status, output and seconds."""
     binaries = Path(sys.executable).parent
     root = Path(ds_ddg.__file__).parents[1]
-    port = str(free_port())
-    command = [str(binaries / "deepspeed"), "--num_gpus", "2", "--master_port", port, str(script), how, ddg]
+    launcher = [str(binaries / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
     environment = {
         **os.environ,
         "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
@@ -40,8 +44,8 @@ def launch(script: Path, how: str, ddg: str = "slack") -> tuple[int, str, float]
     }
     start = time.monotonic()
     process = subprocess.Popen(
-        command,
-        cwd=script.parent,
+        [*launcher, *command],
+        cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

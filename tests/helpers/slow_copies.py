@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 import weakref
@@ -138,3 +139,9 @@ def staged(seconds: float = 0.001) -> Iterator[Device]:
     """Inside this block new engines keep what they compute on a stand-in for a device."""
     with device(seconds) as made, mock.patch("ds_ddg.engine.engine.staging_for", side_effect=lambda _: StandIn(made)):
         yield made
+
+
+def senders() -> int:
+    """How many threads that send are alive."""
+    gc.collect()
+    return sum(thread.name.startswith(SENDER) for thread in threading.enumerate())

@@ -160,3 +160,8 @@ class Lines(logging.Handler):
 def state(module: nn.Module) -> list[Tensor]:
     """Return parameters and buffers in layer order."""
     return [t.detach().clone() for t in (*module.parameters(), *module.buffers())]
+
+
+def decay(optimizer: torch.optim.Optimizer) -> Any:
+    """Return a scheduler that multiplies the learning rate by 0.9 a step."""
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)

@@ -21,8 +21,9 @@ from ds_ddg.engine.auto_slack import trial_calls
 from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.telemetry.clock import DeviceClock, HostClock, clock_for
 from ds_ddg.telemetry.jsonl import Log
-from ds_ddg.telemetry.stage_metrics import StageMeter, Timestamp, WatchedLinks
-from ds_ddg.telemetry.trace_writer import Recorder, _close
+from ds_ddg.telemetry.observer import Observer, Timestamp
+from ds_ddg.telemetry.recorder import Recorder, _close
+from ds_ddg.telemetry.stage_metrics import StageMeter
 from helpers import toy
 from helpers.distributed import GetRanks
 
@@ -97,34 +98,32 @@ def test_the_host_knows_the_time_at_once() -> None:
 
 def test_a_lead_of_the_host_is_no_wait(device: Device) -> None:
     """The host waits 2 s for a message; the device has work for 5, then for none."""
-    links = WatchedLinks([[0]], 0, DDGPlan(1), clock=DeviceClock(CPU, device))
+    observer = Observer(DeviceClock(CPU, device))
     for work in (5.0, 0.0):
         device.launch(work)
-        start = links.clock.now()
-        device.now += 2.0
-        links.clock.then(links._waited, "recv_loss", start, links.clock.now())
+        with observer.waits("loss"):
+            device.now += 2.0
         device.launch(1.0)
         marks: list[Timestamp] = []
-        links.timestamp(marks.append)
+        observer.timestamp(marks.append)
         assert not marks, "the device has not done it"
-        links.clock.read()
+        observer.clock.read()
         assert not marks
-        links.clock.read(wait=True)
+        observer.clock.read(wait=True)
         assert marks[0].time == device.now == device.free_at
         waited = 0.0 if work else 2.0
-        assert links.seconds["recv_loss"] == marks[0].waited == pytest.approx(waited)
+        assert observer.seconds["loss"] == marks[0].waited == pytest.approx(waited)
 
 
 def meter_of(device: Device) -> tuple[StageMeter, Callable[[float, float], None], Callable[[], float]]:
     """A meter, a call that waits and works for so long, and the busy share by the meter."""
-    links = WatchedLinks([[0]], 0, DDGPlan(1), clock=DeviceClock(CPU, device))
+    observer = Observer(DeviceClock(CPU, device))
     versions: Any = SimpleNamespace(version=0, alive=1, in_flight=0)
-    meter = StageMeter(0, links, 1)
+    meter = StageMeter(0, observer, 1)
 
     def call(wait: float, work: float) -> None:
-        start = links.clock.now()
-        device.copy_arrives(max(device.now, device.free_at) + wait)
-        links.clock.then(links._waited, "recv_loss", start, links.clock.now())
+        with observer.waits("loss"):
+            device.copy_arrives(max(device.now, device.free_at) + wait)
         meter.begin_call(0)
         device.launch(work)
         meter.end_call()
@@ -268,7 +267,7 @@ def test_gaps_of_the_device_are_named_by_what_it_waited_for(tmp_path: Path, devi
         device.now += 4.0  # the host waits for it
         device.copy_arrives(device.now + 0.5)
 
-    fetch = recorder.beginning(recorder.waiting("data", lambda: None))
+    fetch = recorder.waiting("data", lambda: None)
     for _ in range(2):
         fetch()
         recorder.operation("F", lambda: device.launch(3.0))()

@@ -19,7 +19,7 @@ from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.schedules.plan import Op
 from ds_ddg.schedules.synchronous import OneFOneBPlan
 from ds_ddg.telemetry.jsonl import Log
-from ds_ddg.telemetry.trace_writer import Recorder
+from ds_ddg.telemetry.recorder import Recorder
 from helpers import toy
 from helpers.distributed import GetRanks
 
@@ -75,6 +75,20 @@ def test_records_every_operation_and_changes_nothing(ranks: GetRanks, tmp_path: 
             assert share.busy + sum(share.gaps.values()) == pytest.approx(1, abs=0.05)
 
 
+def replaced(rank: int, world_size: int, folder: str) -> list[str]:
+    """What stands in place of a method of an object."""
+    engine = toy.engine(world_size, 1, "sgd", {"trace": folder})
+    engine.train_batch(toy.batches(1))
+    engine.drain()
+    return [
+        name for thing in (engine._links, engine._calls.feed) for name in vars(thing) if hasattr(type(thing), name)
+    ]
+
+
+def test_a_trace_replaces_no_method_of_an_object(ranks: GetRanks, tmp_path: Path) -> None:
+    assert ranks(2).run(replaced, str(tmp_path)) == [[], []]
+
+
 def refused(rank: int, world_size: int, folder: str) -> str:
     try:
         toy.engine(world_size, 1, "sgd", {"trace": folder})
@@ -123,7 +137,7 @@ def test_gaps_are_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     log = Log(tmp_path / "stage1")
     recorder = Recorder(log, 1)
-    fetch = recorder.beginning(recorder.waiting("data", passes(0.5)))
+    fetch = recorder.waiting("data", passes(0.5))
     for _ in range(2):
         fetch()
         recorder.waiting("activation", passes(1))()

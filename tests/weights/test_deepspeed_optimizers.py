@@ -6,6 +6,7 @@ So no late backward fails that finds the wrong weights; only the oracle tells. C
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import shutil
 import sys
 import sysconfig
@@ -22,8 +23,9 @@ from torch import Tensor, nn
 
 from helpers import toy
 from helpers.distributed import GetRanks
-from helpers.modes import MODE_BLOCKS
-from helpers.versus import Setup, versus
+from helpers.modes import DEFAULT, MODE_BLOCKS
+from helpers.stale_runs import RULES, ByHand
+from helpers.versus import Setup, gaps, run_engine, run_oracle, versus
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("one_thread")]
 
@@ -166,6 +168,19 @@ def test_equals_the_oracle_with_zero(ranks: GetRanks, files: Files, given: str, 
     setup = setup_of(files, given, True, ddg=ddg)
     config = {**setup.config, "zero_optimization": {"stage": 1}}
     versus(ranks, replace(setup, config=config, optimizer=partial(InOnePiece, setup.optimizer)))
+
+
+@pytest.mark.parametrize("given", ["FusedAdam", "DeepSpeedCPUAdam"])
+@pytest.mark.proves('"staleness": "auto" with DeepSpeed\'s FusedAdam and DeepSpeedCPUAdam', modes=DEFAULT)
+def test_steps_by_the_rules_for_stale_gradients(ranks: GetRanks, files: Files, given: str) -> None:
+    """Their kernels are given the learning rate and the betas of each step."""
+    setup = setup_of(files, given, True, stages=3, micro_batches=1)
+    delays = itertools.count(2, -1)
+    by_hand = lambda parameters: ByHand(setup.optimizer(parameters), RULES["A"], float(next(delays)))  # noqa: E731
+    expected = run_oracle(replace(setup, optimizer=by_hand))
+    by_rank = ranks(3).run(run_engine, replace(setup, ddg={"staleness": "auto"}))
+    for stage, (ours, its) in enumerate(zip(by_rank, expected, strict=True)):
+        assert not gaps(ours, its), f"stage {stage}"
 
 
 @pytest.mark.parametrize("make", [fused_adam, cpu_adam])

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 
+from ds_ddg.extras import extra
 from ds_ddg.models.transformers.layers import Embeddings, Head, TransformerLayer, Unembed, WordEmbedding
 from ds_ddg.models.transformers.model_parts import Blueprint
 
@@ -54,9 +55,9 @@ def from_transformers(
         ValueError: the model is not one stack of layers in which each gets what the one before returned, the
             directory has no config.json, or the config names no model class.
         TypeError: `source` is neither a config nor a directory.
+        MissingExtraError: transformers is not installed.
     """
-    import transformers
-
+    transformers = _library()
     config = source
     if isinstance(source, str | os.PathLike):
         if not os.path.isfile(os.path.join(source, "config.json")):
@@ -98,10 +99,9 @@ def causal_lm(source: Source, **options: Any) -> list[LayerSpec]:
     Raises:
         ValueError: as `from_transformers`.
         TypeError: as `from_transformers`.
+        MissingExtraError: as `from_transformers`.
     """
-    from transformers import AutoModelForCausalLM
-
-    return from_transformers(source, AutoModelForCausalLM, **options)
+    return from_transformers(source, _library().AutoModelForCausalLM, **options)
 
 
 _BERT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -122,10 +122,9 @@ def masked_lm(source: Source, inputs: Sequence[str] = _BERT_INPUTS, **options: A
     Raises:
         ValueError: as `from_transformers`.
         TypeError: as `from_transformers`.
+        MissingExtraError: as `from_transformers`.
     """
-    from transformers import AutoModelForMaskedLM
-
-    return from_transformers(source, AutoModelForMaskedLM, inputs=inputs, **options)
+    return from_transformers(source, _library().AutoModelForMaskedLM, inputs=inputs, **options)
 
 
 def sequence_classification(source: Source, inputs: Sequence[str] = _BERT_INPUTS, **options: Any) -> list[LayerSpec]:
@@ -143,7 +142,13 @@ def sequence_classification(source: Source, inputs: Sequence[str] = _BERT_INPUTS
     Raises:
         ValueError: as `from_transformers`.
         TypeError: as `from_transformers`.
+        MissingExtraError: as `from_transformers`.
     """
-    from transformers import AutoModelForSequenceClassification
+    return from_transformers(source, _library().AutoModelForSequenceClassification, inputs=inputs, **options)
 
-    return from_transformers(source, AutoModelForSequenceClassification, inputs=inputs, **options)
+
+def _library() -> Any:
+    """Return transformers, which the rest of this folder imports without asking: nothing of it runs before this."""
+    with extra("hf", "a model of transformers"):
+        import transformers
+    return transformers

@@ -1,0 +1,77 @@
+"""What a stage does about the staleness of its gradients: the rules of ``ds_ddg.staleness`` in its own steps.
+
+A stage knows how old its gradients are without asking another, so no rule makes it wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from deepspeed.utils import logger
+
+from ds_ddg.host import Host
+from ds_ddg.schedules.ddg import DDGPlan
+from ds_ddg.stage import RunState, Stage
+from ds_ddg.staleness.apply import StaleSteps
+from ds_ddg.staleness.choose import choose
+from ds_ddg.staleness.rules import FRESH, Rules, Staleness
+
+__all__ = ["StageRules"]
+
+
+class StageRules:
+    """The rules of one stage.
+
+    Args:
+        stage: this stage.
+        run: the place of the stage in its run.
+        host: DeepSpeed's engine.
+    """
+
+    def __init__(self, stage: Stage, run: RunState, host: Host) -> None:
+        self._stage, self._run, self._host = stage, run, host
+        self._rules = Rules()
+
+    @property
+    def age(self) -> Staleness:
+        """How old the gradients of this stage are: not at all on DeepSpeed's schedule, and on the last stage."""
+        run = self._run
+        return Staleness.of(run.plan, self._stage.stage_id, run.call) if run.delayed else FRESH
+
+    def attach(self, optimizer: Any) -> None:
+        """Have `optimizer`, which DeepSpeed has not wrapped yet, step by the rules; the first rank says which.
+
+        Raises:
+            ValueError, TypeError: `optimizer` cannot follow them, or a number is needed; on every rank alike.
+        """
+        stage, host = self._stage, self._host
+        clipping = host.gradient_clipping() if stage.config.clip == "stage" else 0.0
+        plan = DDGPlan(stage.num_stages, host.gradient_accumulation_steps(), self._run.slack)
+        self._rules, lines = choose(stage.config.staleness_settings, optimizer, plan, clipping)
+        if stage.rank == 0:
+            for line in lines:
+                logger.warning(line)
+        if self._rules.steps and stage.num_stages > 1:
+            StaleSteps(optimizer, self._rules, lambda parameters: {self.age: parameters})
+
+    @property
+    def max_norm(self) -> float:
+        """The largest norm of the gradient of this stage in the present call; 0 for any."""
+        return self._rules.max_norm(self._host.gradient_clipping(), self.age)
+
+    @property
+    def clips_alone(self) -> bool:
+        """Whether the rules clip, and DeepSpeed would not."""
+        return self._rules.clip > 0 and self._host.gradient_clipping() <= 0 and self._run.delayed
+
+    @contextmanager
+    def clipping(self, wrapper: Any) -> Iterator[None]:
+        """Inside this block an optimizer that DeepSpeed wraps clips by the norm of the rules, if it is smaller."""
+        usual = wrapper.clip_grad
+        wrapper.clip_grad = self._rules.max_norm(usual, self.age)
+        try:
+            yield
+        finally:
+            wrapper.clip_grad = usual
