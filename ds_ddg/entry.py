@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.ops.op_builder.builder import OpBuilder
 from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.utils import logger
 
 try:
+    from ds_ddg.comm.start import BACKEND, prepared_start
     from ds_ddg.engine.engine import Beneath, DDGEngine
     from ds_ddg.host import EngineHost, Host
 except ImportError as error:
@@ -36,6 +38,8 @@ _MORE_SEAMS = {
     PipelineModule: ("_synchronize_tied_weights", "ckpt_layer_path", "ckpt_layer_path_list"),
     deepspeed: ("PipelineEngine",),
     deepspeed.comm: ("barrier",),
+    BACKEND: ("build_shm_op",),
+    OpBuilder: ("jit_load",),
     torch.autograd.grad_mode: ("_unsafe_preserve_version_counter",),
 }
 """Parts of DeepSpeed and torch that the engine needs besides methods that it overrides or that a `Host` lists."""
@@ -94,7 +98,10 @@ def swap(engine_class: type = DDGEngine) -> Iterator[None]:
     deepspeed.__class__ = _watched(put)
     vars(deepspeed)["PipelineEngine"] = chosen
     try:
-        with _naming_others() if kind is ModuleType else nullcontext():  # else a swap around this one does
+        with ExitStack() as until_the_end:
+            if kind is ModuleType:  # else a swap around this one does
+                until_the_end.enter_context(prepared_start())
+                until_the_end.enter_context(_naming_others())
             yield
     finally:
         deepspeed.__class__ = kind

@@ -22,8 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ds_ddg
+from ds_ddg.comm.start import prepared_start
 from ds_ddg.config import DDGConfig
 from ds_ddg.models.ranks import gather
+from ds_ddg.telemetry.false_alarms import drop_false_alarms
 
 EVALUATED_TOGETHER = 32
 """Micro-batches of one ``eval_batch()``, which fetches all its data before it starts."""
@@ -106,16 +108,14 @@ def set_threads() -> None:
 
 
 def init_distributed() -> None:
-    """Run ``deepspeed.init_distributed()`` without the minute of C++ compiling that it starts on CPU.
-
-    It would compile shared-memory collectives for inference, which no training run uses.
-    """
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    """Run ``deepspeed.init_distributed()`` without its compilation, and with an error where gloo cannot connect."""
+    drop_false_alarms()
     backend = share_gpus()
-    if backend is not None:
-        # DeepSpeed would bind the process group to a GPU, and with a bound one torch takes every group for NCCL's.
-        torch.distributed.init_process_group(backend, timeout=default_pg_timeout)
-    deepspeed.init_distributed(backend)
+    with prepared_start():
+        if backend is not None:
+            # DeepSpeed would bind the process group to a GPU, and with a bound one torch takes every group for NCCL's.
+            torch.distributed.init_process_group(backend, timeout=default_pg_timeout)
+        deepspeed.init_distributed(backend)
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
 
 

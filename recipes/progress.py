@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import ds_ddg
 from ds_ddg.checkpoint.folder import write_whole
+from recipes.console import progress_bar
 from recipes.plots import draw_curves, words
 
 READ_EVERY = 10
@@ -63,13 +64,7 @@ class Progress:
     @cached_property
     def _bar(self) -> tqdm[Any]:
         """The progress bar, not shown before it is needed: a message that ends the run early would stand behind it."""
-        return tqdm(
-            total=self.total_calls * self._engine.train_batch_size(),
-            unit=" samples",
-            unit_scale=True,
-            mininterval=1.0,
-            disable=dist.get_rank() != 0,
-        )
+        return progress_bar(self.total_calls * self._engine.train_batch_size(), shown=dist.get_rank() == 0)
 
     def __enter__(self) -> Progress:
         """Measure the training inside a ``with`` block."""
@@ -93,8 +88,8 @@ class Progress:
         self._bar.update(self._engine.train_batch_size())
         if self.calls % READ_EVERY == 0 or self.calls == 1:
             newest = self.losses[loss_call]
-            self._bar.set_description(self._now(self.total_calls))
-            self._bar.set_postfix_str(f"loss {newest:.4f} (of call {loss_call}, counted from 0)")
+            self._bar.set_description(self._now(self.total_calls), refresh=False)
+            self._bar.set_postfix_str(f"loss {newest:.4f} (of call {loss_call}, counted from 0)", refresh=False)
 
     def evaluated(self, metrics: Mapping[str, float]) -> None:
         """Record the results of an evaluation, such as ``{"test_accuracy": 0.98}``, and pass them to the monitors."""

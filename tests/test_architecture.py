@@ -40,6 +40,7 @@ ACROSS = {
         "resources",
         "staged",
         "topologies",
+        "two_nodes",
         "walks",
         "wire_data",
     },

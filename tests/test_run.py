@@ -44,7 +44,7 @@ def environment(**more: str) -> dict[str, str]:
     return {
         **inherited,
         "PATH": f"{BINARIES}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(SCRIPTS / "sitecustomize")]),
+        "PYTHONPATH": str(ROOT),
         "PYTHONDONTWRITEBYTECODE": "1",
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",

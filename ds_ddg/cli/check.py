@@ -38,9 +38,11 @@ def _run(options: argparse.Namespace) -> str:
     # What DeepSpeed prints when it is imported must not get between the lines of the answer.
     with redirect_stdout(sys.stderr):
         from ds_ddg.config import DDGConfig
+        from ds_ddg.telemetry.false_alarms import drop_false_alarms
 
         from .deepspeed_config import automatic, checked, read
 
+        drop_false_alarms()
         values = read(options.config)
         settings = DDGConfig.parse(values.get("ddg"))
         micro_batches, clipping, optimizer = checked(values, settings, options.stages, options.replicas)

@@ -9,6 +9,7 @@ from ds_ddg.comm.agreement import Agreement
 from ds_ddg.comm.channels import group_of_all, own_group
 from ds_ddg.comm.failures import FailureGuard
 from ds_ddg.comm.stage_links import Links
+from ds_ddg.comm.start import check_before_gloo
 from ds_ddg.engine.auto_slack import SlackTuner
 from ds_ddg.engine.calls import Calls
 from ds_ddg.engine.data_feed import Feed
@@ -40,6 +41,7 @@ class Parts(NamedTuple):
 
 def groups_of_stage(host: Host) -> list[Any]:
     """Return groups that together join all ranks of this stage, for tensors on the CPU. Collective over all ranks."""
+    check_before_gloo()
     if host.device.type != "cpu":
         axes = map(host.grid.topology().get_axis_comm_lists, ("data", "model"))
         return [group for lists in axes if (group := own_group(lists, host.global_rank)) is not None]

@@ -18,6 +18,13 @@ import ds_ddg
 NOISE = re.compile(r"terminate called|Traceback|Error\b|exception|core dumped|Aborted|Segmentation|\bleaked\b", re.I)
 
 
+def free_port() -> int:
+    """Return a TCP port of this machine that nothing uses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def launch(script: Path, how: str, ddg: str = "slack") -> tuple[int, str, float]:
     """Run the script on two ranks as a user starts it; return exit status, output and seconds."""
     return launched([str(script), how, ddg], script.parent)
@@ -25,12 +32,9 @@ def launch(script: Path, how: str, ddg: str = "slack") -> tuple[int, str, float]
 
 def launched(command: list[str], folder: Path) -> tuple[int, str, float]:
     """Run a script with its arguments on two ranks, started in `folder`; return exit status, output and seconds."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     binaries = Path(sys.executable).parent
     root = Path(ds_ddg.__file__).parents[1]
-    launcher = [str(binaries / "deepspeed"), "--num_gpus", "2", "--master_port", str(port)]
+    launcher = [str(binaries / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
     environment = {
         **os.environ,
         "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
