@@ -103,7 +103,8 @@ def test_simulate_compares_over_lists(capsys: pytest.CaptureFixture[str]) -> Non
     assert found[1, 1.5, "1f1b", None] == round(3 / (12 + 6 * 1.5), 4)
     assert found[4, 0, "1f1b", None] == round(4 / 7, 4)
     assert 0 < found[4, 1.5, "1f1b", None] < round(4 / 7, 4)
-    assert len(answer["setups"]) == len(found) == 4 * 5
+    assert (found[4, 0, "interleaved", None], found[4, 0, "zb-h1", None]) == (round(8 / 11, 4), 0.8)
+    assert len(answer["setups"]) == len(found) == 4 * 8
 
 
 def test_simulate_includes_dualpipev_where_it_can_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,10 +117,10 @@ def test_simulate_includes_dualpipev_where_it_can_run(capsys: pytest.CaptureFixt
 def test_simulate_with_uneven_stages_against_one_device(capsys: pytest.CaptureFixture[str]) -> None:
     """Work 3 + 6 on one device; the slower stage needs 6 for it: 9/6 on two devices."""
     answer = run(capsys, "simulate --stages 2 --scale 1,2 --slack 0").splitlines()
-    header = "stages  micro_batches  link    schedule  slack  time_per_call  speedup  efficiency  staleness  versions"
-    assert answer[0] == header + "  activations"
+    header = "stages  micro_batches  link      schedule  slack  time_per_call  speedup  efficiency  staleness"
+    assert answer[0] == header + "  versions  activations"
     assert answer[3].split() == ["2", "1", "0", "ddg", "0", "6", "1.5", "0.75", "1", "2", "2"]
-    assert answer[4].split() == ["2", "1", "0", "one", "device", "-", "9", "1", "1", "0", "1", "1"]
+    assert answer[7].split() == ["2", "1", "0", "one", "device", "-", "9", "1", "1", "0", "1", "1"]
 
 
 def test_simulate_recommends_for_a_memory_limit(capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,8 +158,9 @@ def test_simulate_from_a_profile(capsys: pytest.CaptureFixture[str], tmp_path: P
 
 def test_simulate_says_its_unit_of_time_and_lists_a_setting_once(capsys: pytest.CaptureFixture[str]) -> None:
     answer = run(capsys, "simulate --stages 2,2 --micro-batches 4,4 --slack 0,0 --forward 0.5 --overhead 0.25")
-    rows = [line.split() for line in answer.splitlines()[1:6]]
-    assert [row[3] for row in rows] == ["gpipe", "1f1b", "dualpipev", "ddg", "one"]
+    rows = [line.split() for line in answer.splitlines()[1:9]]
+    marked = ["interleaved*", "zb-h1*", "zb-v*"]
+    assert [row[3] for row in rows] == ["gpipe", "1f1b", "dualpipev", "ddg", *marked, "one"]
     assert [row[5] for row in rows[1:4]] == ["15", "16.5", "12"]  # DualPipeV pays the overhead twice
     assert "times in units of which the forward of a stage takes 0.5" in answer
 
@@ -189,7 +191,7 @@ def test_simulate_replays_every_setting_once_and_keeps_only_the_first_stage(
 
     monkeypatch.setattr("ds_ddg.analysis.recommend.replay", counted)
     run(capsys, "simulate --stages 3 --micro-batches 1,6 --link 0,0.5")
-    assert len(replayed) == len(set(replayed)) == 2 * (4 + 5)
+    assert len(replayed) == len(set(replayed)) == 2 * (7 + 8)
 
 
 def test_progress_is_for_terminals_and_what_takes_long(

@@ -75,8 +75,11 @@ def test_takes_the_fastest_that_fits_and_of_those_the_least_stale() -> None:
 
 
 def test_every_schedule_of_a_setting() -> None:
-    assert [str(setup.plan.name) for setup in setups(2, 3, (0, 2), GIB)] == ["gpipe", "1f1b", "ddg", "ddg"]
-    assert [setup.plan.name for setup in setups(2, 4, (0,), GIB)] == ["gpipe", "1f1b", "dualpipev", "ddg"]
+    elsewhere = ["interleaved", "zb-h1", "zb-v"]
+    assert [setup.plan.name for setup in setups(2, 3, (0, 2), GIB)] == ["gpipe", "1f1b", "ddg", "ddg", *elsewhere]
+    assert [setup.plan.name for setup in setups(2, 4, (0,), GIB)] == ["gpipe", "1f1b", "dualpipev", "ddg", *elsewhere]
+    # Five micro-batches for two stages are no two rounds of equal length.
+    assert [setup.plan.name for setup in setups(2, 5, (0,), GIB)] == ["gpipe", "1f1b", "dualpipev", "ddg", "zb-v"]
 
 
 def test_model_of_measured_layers() -> None:
