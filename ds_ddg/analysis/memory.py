@@ -116,11 +116,21 @@ def _moments(plan: DDGPlan, stage: int, sizes: Sizes, stash: bool) -> Iterator[f
 
 
 def _synchronous(plan: Plan, stage: int, sizes: Sizes) -> float:
-    """Return an upper bound for DeepSpeed's own schedules: not every backward finds all passes alive."""
+    """Return an upper bound for the other schedules: not every backward finds all passes alive.
+
+    A backward whose W is put off keeps its activations, and gradients that may take as much: those of what the layers
+    with weights have made. torch.distributed.pipelining has a buffer for every message of a call, and those are as
+    large as the larger of the stage's own two, also where a chunk ends inside the model.
+    """
     passes = plan.activations(stage) / plan.num_chunks
+    half_done = plan.half_done(stage) / plan.num_chunks
     one = plan.micro_batches == 1
     work = sizes.backward.first if one else sizes.weights + sizes.backward.later
-    messages = 2 * sizes.sent + (2 if stage > 0 else plan.micro_batches - 1) * sizes.received
+    if plan.elsewhere:
+        messages = 2 * plan.num_chunks * plan.micro_batches * max(sizes.received, sizes.sent)
+    else:
+        messages = 2 * sizes.sent + (2 if stage > 0 else plan.micro_batches - 1) * sizes.received
+        messages += passes * 2 * sizes.received
     # Of the passes, one is at work.
-    waiting = passes * (2 * sizes.received + sizes.activations) - sizes.activations
+    waiting = (passes - 1 + half_done) * sizes.activations
     return sizes.weights + waiting + work + messages

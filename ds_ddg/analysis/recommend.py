@@ -1,4 +1,4 @@
-"""Time and memory of a set-up under every schedule, and the set-up to take for a memory limit.
+"""Time and memory of a set-up under every schedule, the set-up to take for a memory limit, and its rival elsewhere.
 
 Times come from `ds_ddg.schedules.simulator`, counts from the plan, and what the stages of a model cost from a `Model`.
 Nothing here imports torch.
@@ -16,12 +16,14 @@ from typing import Any
 from ds_ddg.analysis.memory import Backward, Sizes, fullest
 from ds_ddg.analysis.stage_costs import Model
 from ds_ddg.schedules.ddg import DDGPlan
+from ds_ddg.schedules.interleaved import InterleavedPlan
 from ds_ddg.schedules.plan import Plan
 from ds_ddg.schedules.simulator import UNIT_COST, Cost, replay
 from ds_ddg.schedules.synchronous import DualPipeVPlan, GPipePlan, OneFOneBPlan
 from ds_ddg.schedules.timeline import Timeline
+from ds_ddg.schedules.zero_bubble import ZeroBubbleH1Plan, ZeroBubbleVPlan
 
-__all__ = ["Setup", "candidates", "recommend", "setups", "steady", "title"]
+__all__ = ["Setup", "candidates", "recommend", "rival", "setups", "steady", "title"]
 
 _AS_FAST = 1.01
 """Setups within one per cent of the fastest are as fast: no measurement could tell them apart."""
@@ -112,6 +114,7 @@ class Setup:
             "micro_batches": plan.micro_batches,
             "link": self.model.cost.link,
             "schedule": plan.name,
+            "in_deepspeed": not plan.elsewhere,
             "slack": plan.slack if isinstance(plan, DDGPlan) else None,
             "time_per_call": round(self.time_per_call, 6),
             "speedup": round(self.speedup, 4),
@@ -149,20 +152,28 @@ def _period(plan: Plan, cost: Cost) -> float:
 
 def title(plan: Plan) -> str:
     """Return the title of a picture of `plan`."""
-    slack = f", slack {plan.slack}" if isinstance(plan, DDGPlan) and plan.slack else ""
-    return f"{plan.name}, K = {plan.num_stages} stages, M = {plan.micro_batches}{slack}"
+    more = f", slack {plan.slack}" if isinstance(plan, DDGPlan) and plan.slack else ""
+    more += f", {plan.num_chunks} chunks a stage" if isinstance(plan, InterleavedPlan) else ""
+    return f"{plan.name}, K = {plan.num_stages} stages, M = {plan.micro_batches}{more}"
 
 
-def setups(num_stages: int, micro_batches: int, slacks: Iterable[int], model: Model) -> list[Setup]:
-    """Return every schedule that can run with so many micro-batches: synchronous ones, then DDG with each slack.
+def setups(num_stages: int, micro_batches: int, slacks: Iterable[int], model: Model, chunks: int = 2) -> list[Setup]:
+    """Return every schedule that can run with so many micro-batches.
+
+    They are DeepSpeed's synchronous ones, DDG with each slack, and those that DeepSpeed has not, of which interleaved
+    1F1B has so many `chunks` on a stage.
 
     Raises:
         ValueError: no stage has any work, so that there is nothing to compare, or more than a float can say.
     """
-    plans: list[Plan] = [GPipePlan(num_stages, micro_batches), OneFOneBPlan(num_stages, micro_batches)]
-    if micro_batches >= 2 * num_stages:
-        plans.append(DualPipeVPlan(num_stages, micro_batches))
-    plans += [DDGPlan(num_stages, micro_batches, slack) for slack in slacks]
+    sizes = num_stages, micro_batches
+    plans: list[Plan] = [GPipePlan(*sizes), OneFOneBPlan(*sizes)]
+    if not DualPipeVPlan.refusal(*sizes):
+        plans.append(DualPipeVPlan(*sizes))
+    plans += [DDGPlan(*sizes, slack) for slack in slacks]
+    if not InterleavedPlan.refusal(*sizes):
+        plans.append(InterleavedPlan(*sizes, chunks))
+    plans += [plan(*sizes) for plan in (ZeroBubbleH1Plan, ZeroBubbleVPlan) if not plan.refusal(*sizes)]
     found = [Setup(plan, model) for plan in plans]
     if not found[0].one_device > 0:
         raise ValueError("no stage has any work: a forward and a backward take no time; give one of them some")
@@ -182,11 +193,29 @@ def candidates(setup: Setup) -> list[Setup]:
 
 
 def recommend(choices: Sequence[Setup], limit: float = inf) -> Setup | None:
-    """Return the fastest set-up that keeps every stage within `limit` bytes; None if none does.
+    """Return the fastest set-up for DeepSpeed that keeps every stage within `limit` bytes; None if none does.
 
-    Among equally fast set-ups it is the least stale (so a synchronous schedule, where it is as fast), then the one
-    that follows the paper's equation ("stash"), then the one that keeps its activations, then the smallest memory.
+    Among equally fast set-ups it is the least stale (so a synchronous schedule, where it is as fast, and else DDG with
+    M >= K - 1, if there is such a choice, for its staleness of one update), then the one that follows the paper's
+    equation ("stash"), then the one that keeps its activations, then the smallest memory.
     """
+    return _best([choice for choice in choices if not choice.plan.elsewhere], limit)
+
+
+def rival(choices: Sequence[Setup], best: Setup | None, limit: float = inf) -> Setup | None:
+    """Return the best of the schedules that DeepSpeed has not, if it beats `best`, what to take with DeepSpeed.
+
+    All of them are synchronous, so one beats `best` if it is faster, and also if it is as fast where `best` is stale.
+    """
+    other = _best([choice for choice in choices if choice.plan.elsewhere], limit)
+    if other is None or best is None:
+        return other
+    slack = _AS_FAST if best.plan.staleness(0) else 1 / _AS_FAST
+    return other if other.time_per_micro_batch <= slack * best.time_per_micro_batch else None
+
+
+def _best(choices: Sequence[Setup], limit: float) -> Setup | None:
+    """Return the best of `choices` in the order that `recommend` describes."""
     fitting = [choice for choice in choices if max(choice.memory or [0.0]) <= limit]
     if not fitting:
         return None

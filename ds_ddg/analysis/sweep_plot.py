@@ -17,9 +17,9 @@ __all__ = ["save_curves"]
 _AXES = {"micro_batches": "micro-batches per call, M", "link": "latency of a hop", "stages": "stages, K"}
 _LABELS = {"micro_batches": "M", "link": "link", "stages": "K"}
 # Told apart in grey too: by line and marker.
-_LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 3)))
-_MARKERS = "osD^vX"
-_COLOURS = ("#14507a", "#d17a00", "#6b8f3c", "#8c5aa8", "#b03a3a", "#5a5a5a")
+_LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 3)), (0, (7, 2, 1, 2, 1, 2)), (0, (3, 3)), (0, (9, 4)))
+_MARKERS = "osD^vXP*h"
+_COLOURS = ("#14507a", "#d17a00", "#6b8f3c", "#8c5aa8", "#b03a3a", "#5a5a5a", "#1f9e9e", "#a67c52", "#c2569b")
 
 
 def save_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, value: str = "efficiency") -> None:
@@ -27,7 +27,7 @@ def save_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, value: str 
 
     Args:
         rows: each with ``stages``, ``micro_batches``, ``link``, ``schedule``, ``slack`` and `value`; with
-            ``measured`` too, that is drawn as dots on the lines.
+            ``measured`` too, that is drawn as dots on the lines. ``in_deepspeed``, if false, is named in the legend.
         path: ends in .svg or .png.
         value: a share between 0 and 1.
 
@@ -74,7 +74,9 @@ def save_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, value: str 
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return str(row["schedule"]) if row["slack"] is None else f"{row['schedule']}, slack {row['slack']}"
+    where = "" if row.get("in_deepspeed", True) else ", not in DeepSpeed"
+    slack = "" if row["slack"] is None else f", slack {row['slack']}"
+    return f"{row['schedule']}{slack}{where}"
 
 
 def _draw_panel(ax: Axes, rows: Sequence[Mapping[str, Any]], lines: Sequence[str], over: str, value: str) -> None:

@@ -14,7 +14,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ds_ddg.extras import extra
-from ds_ddg.schedules.plan import BACKWARD, FORWARD, UPDATE, Op
+from ds_ddg.schedules.plan import BACKWARD, FORWARD, UPDATE, WEIGHT, Op
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,14 +29,19 @@ Rows = dict[int, Row]
 STYLES: dict[str, tuple[str, str, str, str, str]] = {
     FORWARD: ("#d6e6f4", "#5b7f9f", "black", "", "forward"),
     BACKWARD: ("#2c5f8a", "#7fa8c9", "white", "////", "backward"),
+    WEIGHT: ("#8fb98f", "#3f6b3f", "black", "....", "weight gradients"),
     UPDATE: ("#f4b942", "#8a5a00", "black", "xxxx", "update"),
 }
+
+_LAST_IN_A_CELL = {BACKWARD: {BACKWARD, WEIGHT}, WEIGHT: {WEIGHT}}
+"""What must not be in a cell of `text` yet for an operation to join it."""
 
 
 def text(timeline: Events, updates: bool = False) -> str:
     """Draw one line per stage, one cell per tick of the stage's own clock, as in the paper's figure.
 
-    A cell holds a forward and the backward behind it, and with `updates` a ``*`` where an update follows::
+    A cell holds a forward, the backward behind it and the W behind that, and with `updates` a ``*`` where an update
+    follows::
 
         stage 0 | F0    F1    F2B0  F3B1  B2    B3
     """
@@ -47,7 +52,7 @@ def text(timeline: Events, updates: bool = False) -> str:
             label = op.label
             if op.kind == UPDATE:
                 cells[-1:] = [cell + "*" * updates for cell in cells[-1:]]
-            elif op.kind == BACKWARD and cells and BACKWARD not in cells[-1]:
+            elif op.kind in _LAST_IN_A_CELL and cells and not _LAST_IN_A_CELL[op.kind] & set(cells[-1]):
                 cells[-1] += label
             else:
                 cells.append(label)
@@ -186,9 +191,17 @@ def _save_picture(panels: Mapping[str, Rows], path: Path) -> None:
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(axis="x", labelsize=8)
     axes[-1].set_xlabel("time", fontsize=8)
-    legend = [Patch(fc=face, ec=edge, hatch=hatch, label=name) for face, edge, _, hatch, name in STYLES.values()]
-    if any(op.chunk for rows in panels.values() for row in rows.values() for op, _, _ in row):
-        legend.append(Patch(fill=False, ec="none", label="less high: second chunk"))
+    drawn = [op for rows in panels.values() for row in rows.values() for op, _, _ in row]
+    kinds = {FORWARD, BACKWARD, UPDATE} | {op.kind for op in drawn}
+    legend = [
+        Patch(fc=face, ec=edge, hatch=hatch, label=name)
+        for kind, (face, edge, _, hatch, name) in STYLES.items()
+        if kind in kinds
+    ]
+    if last := max((op.chunk for op in drawn), default=0):
+        legend.append(
+            Patch(fill=False, ec="none", label=f"less high: {'second chunk' if last == 1 else 'later chunks'}")
+        )
     figure.legend(handles=legend, loc="outside upper right", ncols=4, fontsize=8, frameon=False)
     # Text that can be searched, and neither a date nor random names: the same plan gives the same file.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "ds_ddg"}):
@@ -196,14 +209,15 @@ def _save_picture(panels: Mapping[str, Rows], path: Path) -> None:
 
 
 def _draw_row(ax: Axes, stage: int, row: Row, inches: float) -> None:
-    """Draw the operations of one stage, those of its second chunk less high.
+    """Draw the operations of one stage, those of each further chunk less high.
 
     `inches` is the length of a unit of time, and a number that would not fit is left out.
     """
-    for (kind, (face, edge, ink, hatch, _)), chunk in product(STYLES.items(), (0, 1)):
+    chunks = sorted({op.chunk for op, _, _ in row})
+    for (kind, (face, edge, ink, hatch, _)), chunk in product(STYLES.items(), chunks):
         of_kind = [(op, start, end) for op, start, end in row if (op.kind, op.chunk) == (kind, chunk)]
         boxes = [(start, end - start) for _, start, end in of_kind if end > start]
-        height = 0.5 if chunk else 0.8
+        height = 0.8 * 0.625**chunk
         ax.broken_barh(boxes, (stage - height / 2, height), fc=face, ec=edge, hatch=hatch, linewidth=0.6,
                        hatch_linewidth=0.4)  # fmt: skip
         # An operation without duration is a mark between the boxes.

@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 
 from ds_ddg.analysis.format import table
 from ds_ddg.analysis.recommend import Setup, title
 from ds_ddg.analysis.stage_costs import Model
 from ds_ddg.analysis.timeline_plot import clock, save, text
 from ds_ddg.schedules.ddg import DDGPlan
+from ds_ddg.schedules.interleaved import InterleavedPlan
 from ds_ddg.schedules.plan import Plan
 from ds_ddg.schedules.simulator import UNIT_COST, num_operations, replay
 from ds_ddg.schedules.synchronous import DualPipeVPlan, GPipePlan, OneFOneBPlan
+from ds_ddg.schedules.zero_bubble import ZeroBubbleH1Plan, ZeroBubbleVPlan
 
 from .options import add_output, check_output
 
@@ -22,7 +25,10 @@ __all__ = ["HELP", "add_arguments", "shown"]
 HELP = "show one schedule: what each stage does, keeps and waits for"
 _MANY = 100_000
 """Number of operations above which the user is told that a replay takes a while."""
-_SYNCHRONOUS = {plan.name: plan for plan in (OneFOneBPlan, GPipePlan, DualPipeVPlan)}
+_SYNCHRONOUS: dict[str, Callable[[int, int], Plan]] = {
+    plan.name: plan
+    for plan in (OneFOneBPlan, GPipePlan, DualPipeVPlan, InterleavedPlan, ZeroBubbleH1Plan, ZeroBubbleVPlan)
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--schedule",
         choices=["ddg", *_SYNCHRONOUS],
         default="ddg",
-        help="default ddg; the others end calls in a flush",
+        help="default ddg; the others end calls in a flush, and DeepSpeed has not all of them",
+    )
+    parser.add_argument(
+        "--chunks", type=int, metavar="V", help="parts of the model a stage, of interleaved (default 2)"
     )
     parser.add_argument("--calls", type=int, metavar="N", help="calls to show (default: up to the steady state)")
     parser.add_argument("--clock", action="store_true", help="on a common clock, so that the bubble shows")
@@ -77,16 +86,22 @@ def _run(options: argparse.Namespace) -> str:
         return json.dumps({**record, "bubble": round(bubble, 6), "per_stage": stages, "operations": streams})
     picture = clock(timeline) if options.clock else text(timeline, updates=plan.micro_batches > 1)
     legend = "F forward, B backward, with the number of the micro-batch"
+    legend = f"{legend}; W gradients of the weights, B those of the input" if plan.splits_backward else legend
     legend += ", ' of the stage's second chunk" if plan.num_chunks > 1 else ""
+    legend += ", '2 of its third" if plan.num_chunks > 2 else ""
     legend += "; one column per forward time" if options.clock else "; * update" if plan.micro_batches > 1 else ""
     if plan.delay(0):
         legend += "\nat the end engine.drain() finishes what is in flight, which no call of train_batch does"
+    if plan.elsewhere:
+        legend += f"\nnot in DeepSpeed: {plan.name} runs in {plan.elsewhere}"
     return "\n".join(
         [title(plan), "", picture, legend, "", table(stages), "", f"bubble in steady state: {bubble:.1%}"]
     )
 
 
 def _chosen(options: argparse.Namespace) -> Plan:
+    if options.chunks is not None and options.schedule != InterleavedPlan.name:
+        raise ValueError(f"--chunks {options.chunks} has no meaning for {options.schedule}; leave it out")
     if options.schedule == "ddg":
         return DDGPlan(options.stages, options.micro_batches, options.slack)
     if options.slack:
@@ -94,4 +109,6 @@ def _chosen(options: argparse.Namespace) -> Plan:
             f"--slack {options.slack} has no meaning for {options.schedule}, where no gradient is delayed; "
             "leave it out"
         )
+    if options.chunks is not None:
+        return InterleavedPlan(options.stages, options.micro_batches, options.chunks)
     return _SYNCHRONOUS[options.schedule](options.stages, options.micro_batches)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from math import inf
 from typing import Any
 
 from ds_ddg.analysis.balance import LayerCost, load
 from ds_ddg.analysis.format import size, table
-from ds_ddg.analysis.recommend import Setup, candidates, recommend, setups, title
+from ds_ddg.analysis.recommend import Setup, candidates, setups, title
 from ds_ddg.analysis.stage_costs import Model
 from ds_ddg.analysis.sweep_plot import save_curves
 from ds_ddg.analysis.timeline_plot import save
 from ds_ddg.schedules.ddg import DDGPlan
+from ds_ddg.schedules.interleaved import InterleavedPlan
 from ds_ddg.schedules.simulator import Cost, replay
+from ds_ddg.schedules.synchronous import DualPipeVPlan
 
+from .advice import advise
 from .options import add_output, check_output, list_of, num_bytes, progress
 from .plan import shown
 
@@ -29,6 +33,7 @@ _COSTS: dict[str, tuple[Any, Any, str]] = {
     "forward": (float, 1.0, "time of a stage's forward (default 1)"),
     "backward": (float, 2.0, "... of its backward (default 2)"),
     "update": (float, 0.0, "... of its optimizer step (default 0)"),
+    "weight_share": (float, 0.5, "share of a backward that the gradients of the weights take (default 0.5)"),
     "overhead": (float, 0.0, "... of every forward and backward on top, of a whole stage or a part (default 0)"),
     "bytes": (num_bytes, 0.0, "size of an activation between stages, such as 25M (default 0)"),
     "scale": (list_of(float), (), "relative time of each stage, X,Y,.. (default equal)"),
@@ -59,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name, (read, _, text) in _COSTS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=read, metavar="X", help=text)
+    parser.add_argument("--chunks", type=int, default=2, metavar="V", help="parts a stage of interleaved (default 2)")
     parser.add_argument(
         "--profile",
         metavar="FILE.json",
@@ -89,24 +95,24 @@ def _run(options: argparse.Namespace) -> str:
     )
     cells = []
     for num_stages, m, link in product(stages, micro_batches, links):
-        cells.append(setups(num_stages, m, slacks, _model(options, layers, num_stages, link)))
+        cells.append(setups(num_stages, m, slacks, _model(options, layers, num_stages, link), options.chunks))
     _replay(cells, options)
     rows = [row for cell in cells for row in [*(setup.record() for setup in cell), _one_device(cell[-1])]]
     if options.out:
         _save(cells, rows, options)
-    advice = [] if options.memory_limit is None else _advice(cells, options.memory_limit)
+    advice = [] if options.memory_limit is None else advise(cells, options.memory_limit)
     if options.json:
-        recommended = [setup and _named(setup) for _, setup in advice]
-        return json.dumps({"setups": rows, **({"recommended": recommended} if advice else {})})
-    return "\n".join([table([_cells(row) for row in rows]), "", *_notes(rows, options), *(text for text, _ in advice)])
+        chosen = {"recommended": [a.record(a.best) for a in advice], "rivals": [a.record(a.rival) for a in advice]}
+        return json.dumps({"setups": rows, **(chosen if advice else {})})
+    return "\n".join([table([_cells(row) for row in rows]), "", *_notes(cells, options), *map(str, advice)])
 
 
 def _profile(options: argparse.Namespace) -> list[LayerCost] | None:
     given = [f"--{name.replace('_', '-')}" for name in _COSTS if getattr(options, name) is not None]
     if options.profile is None:
         return None
-    # The time of an update is in no profile.
-    if both := [name for name in given if name != "--update"]:
+    # Neither the time of an update nor that of the parts of a backward is in a profile.
+    if both := [name for name in given if name not in ("--update", "--weight-share")]:
         raise ValueError(f"{', '.join(both)} and --profile {options.profile} both say what a stage costs; use one")
     return load(options.profile)
 
@@ -131,9 +137,10 @@ def _model(options: argparse.Namespace, layers: list[LayerCost] | None, num_stag
     given = {name: getattr(options, name) for name in _COSTS}
     value = {name: _COSTS[name][1] if got is None else got for name, got in given.items()}
     if layers is not None:
-        return Model.of_layers(layers, num_stages, value["update"], link, options.bandwidth)
+        model = Model.of_layers(layers, num_stages, value["update"], link, options.bandwidth)
+        return replace(model, cost=replace(model.cost, weight_share=value["weight_share"]))
     cost = Cost(value["forward"], value["backward"], value["update"], link, value["bytes"], options.bandwidth,
-                value["scale"], value["overhead"])  # fmt: skip
+                value["scale"], value["overhead"], value["weight_share"])  # fmt: skip
     weights, activations = (_each(name, value[name], num_stages) for name in ("weight_bytes", "activation_bytes"))
     return Model(cost, weights, activations)
 
@@ -150,7 +157,7 @@ def _each(name: str, values: Sequence[float], num_stages: int) -> Sequence[float
 def _one_device(setup: Setup) -> dict[str, Any]:
     """Return a row for the same work on one device."""
     row = setup.record()
-    row |= {"schedule": "one device", "slack": None, "time_per_call": round(setup.one_device, 6)}
+    row |= {"schedule": "one device", "in_deepspeed": True, "slack": None, "time_per_call": round(setup.one_device, 6)}
     row |= {"speedup": 1.0, "efficiency": 1.0, "staleness": 0, "versions": 1, "activations": 1.0}
     if "memory" in row:
         whole = Model(Cost(), [sum(setup.model.weight_bytes)], [sum(setup.model.activation_bytes)])
@@ -159,19 +166,31 @@ def _one_device(setup: Setup) -> dict[str, Any]:
 
 
 def _cells(row: dict[str, Any]) -> dict[str, Any]:
-    return {**row, "memory": size(max(row["memory"]))} if "memory" in row else row
+    """Return the cells of `row` for people; a star marks what DeepSpeed has not."""
+    cells = {**row, "schedule": row["schedule"] + "*" * (not row["in_deepspeed"])}
+    del cells["in_deepspeed"]
+    return {**cells, "memory": size(max(row["memory"]))} if "memory" in row else cells
 
 
-def _notes(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> list[str]:
+def _notes(cells: Sequence[Sequence[Setup]], options: argparse.Namespace) -> list[str]:
     notes = [
         f"times in {'ms' if options.profile else _unit(options)}",
         "speedup: over one device; efficiency: share of the devices' time spent on work; activations: on stage 0",
     ]
-    if "memory" in rows[0]:
-        notes.append("memory: weights, gradients and activations of the fullest stage, without optimizer states")
-    skipped = sorted({row["stages"] for row in rows if row["micro_batches"] < 2 * row["stages"]})
-    if skipped:
+    if cells[0][0].memory is not None:
+        notes.append(
+            "memory: weights, gradients and activations of the fullest stage, no optimizer states; *: at most"
+        )
+    plans = [setup.plan for cell in cells for setup in cell]
+    if any(plan.staleness(0) > 1 for plan in plans):
+        notes.append("staleness: in updates; ddg's is at most 1 from M = (K - 1)(1 + slack) on, at the same speed")
+    sizes = sorted({(plan.num_stages, plan.micro_batches) for plan in plans})
+    if skipped := sorted({k for k, m in sizes if DualPipeVPlan.refusal(k, m)}):
         notes.append(f"dualpipev needs M >= 2K, so it is not everywhere (K = {', '.join(map(str, skipped))})")
+    if uneven := [f"K = {k} with M = {m}" for k, m in sizes if InterleavedPlan.refusal(k, m)]:
+        notes.append(f"interleaved and zb-h1 need M in rounds of equal length, of K or more: not {', '.join(uneven)}")
+    for name, where in {plan.name: plan.elsewhere for plan in plans if plan.elsewhere}.items():
+        notes.append(f"* not in DeepSpeed: {name} runs in {where}")
     return notes
 
 
@@ -180,30 +199,6 @@ def _unit(options: argparse.Namespace) -> str:
     times = {name: _COSTS[name][1] if (got := getattr(options, name)) is None else got for name in _COSTS}
     name = "forward" if times["forward"] else "backward"
     return f"units of which the {name} of a stage takes {times[name]:g}"
-
-
-def _advice(cells: Sequence[Sequence[Setup]], limit: float) -> list[tuple[str, Setup | None]]:
-    """Return the setup to take, in words and as such, for each number of stages and latency."""
-    groups: dict[tuple[int, float], list[Setup]] = {}
-    for cell in cells:
-        key = cell[0].plan.num_stages, cell[0].model.cost.link
-        groups.setdefault(key, []).extend(choice for setup in cell for choice in candidates(setup))
-    advice: list[tuple[str, Setup | None]] = []
-    for (num_stages, link), choices in groups.items():
-        best = recommend(choices, limit)
-        where = f"K = {num_stages}, link {link:g}, at most {size(limit)} a stage: "
-        if best is None:
-            least = min(choices, key=lambda choice: max(choice.memory or []))
-            advice.append((f"{where}nothing fits; the least is {size(max(least.memory or []))} ({least})", None))
-        else:
-            took = f"{size(max(best.memory or []))}, {best.time_per_micro_batch:g} per micro-batch"
-            advice.append((f"{where}take {best}: {took}", best))
-    return advice
-
-
-def _named(setup: Setup) -> dict[str, Any]:
-    settings = {"weights": setup.weights, "activations_setting": setup.activations} if setup.plan.name == "ddg" else {}
-    return {**setup.record(), **settings}
 
 
 def _save(cells: Sequence[Sequence[Setup]], rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
 """A schedule as plain data: which stage does what, in which order, and what must come first.
 
 The order of decoupled delayed gradients is in ``ddg.py``, that of the schedules it is compared with in
-``synchronous.py``. Nothing here imports torch, so a plan can be printed, replayed and drawn in milliseconds.
+``synchronous.py`` (DeepSpeed's), ``interleaved.py`` and ``zero_bubble.py`` (which DeepSpeed has not). Nothing here
+imports torch, so a plan can be printed, replayed and drawn in milliseconds.
 
 Vocabulary (shared by the whole package)
 
@@ -15,12 +16,15 @@ Vocabulary (shared by the whole package)
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-__all__ = ["BACKWARD", "FORWARD", "UPDATE", "Op", "Plan"]
+__all__ = ["BACKWARD", "FORWARD", "UPDATE", "WEIGHT", "Op", "Plan"]
 
 FORWARD, BACKWARD, UPDATE = "F", "B", "U"
+WEIGHT = "W"
+"""The gradients of the weights, where a schedule splits a backward: its B then makes that of the input alone."""
 
 
 class Op(NamedTuple):
@@ -31,7 +35,7 @@ class Op(NamedTuple):
     micro_batch: int
     """The micro-batch; for an update, the newest micro-batch whose gradient is in it."""
     chunk: int = 0
-    """Number of the part of the stage, where a schedule gives it two; the second prints as ``2B5'``."""
+    """Number of the part of the stage, where it has several: the second prints as ``2B5'``, the third as ``2B5'2``."""
 
     def __str__(self) -> str:
         return f"{self.stage}{self.label}"
@@ -39,17 +43,19 @@ class Op(NamedTuple):
     @property
     def label(self) -> str:
         """The name of the operation where the stage is clear from the context: ``B5``."""
-        return f"{self.kind}{self.micro_batch}" + "'" * self.chunk
+        mark = f"'{self.chunk if self.chunk > 1 else ''}" if self.chunk else ""
+        return f"{self.kind}{self.micro_batch}{mark}"
 
     @classmethod
     def parse(cls, text: str) -> Op:
         """Reverse of ``str(op)``; ValueError if `text` is not of that form."""
-        for kind in (FORWARD, BACKWARD, UPDATE):
-            stage, found, micro_batch = text.partition(kind)
-            number = micro_batch.removesuffix("'")
-            if found and stage.isdigit() and number.isdigit():
-                return cls(kind, int(stage), int(number), int(number != micro_batch))
-        raise ValueError(f"{text!r} is not an operation: expected stage, F, B or U, micro-batch, such as 2B5")
+        if found := _OPERATION.fullmatch(text):
+            stage, kind, micro_batch, mark, chunk = found.groups()
+            return cls(kind, int(stage), int(micro_batch), int(chunk or 1) if mark else 0)
+        raise ValueError(f"{text!r} is not an operation: expected stage, F, B, W or U, micro-batch, such as 2B5")
+
+
+_OPERATION = re.compile(r"([0-9]+)([FBWU])([0-9]+)(?:(')([2-9]|[1-9][0-9]+)?)?")
 
 
 class Plan:
@@ -57,11 +63,17 @@ class Plan:
 
     name = ""
     num_chunks = 1
-    """Parts of the model on each stage. Two make a V: down all stages with the first, up again with the second."""
+    """Parts of the model on each stage."""
+    splits_backward = False
+    """Whether every backward is two operations: B for the gradient of the input, W for those of the weights."""
+    elsewhere = ""
+    """What runs the schedule, if DeepSpeed does not."""
 
     def __init__(self, num_stages: int, micro_batches: int = 1) -> None:
         if num_stages < 1 or micro_batches < 1:
             raise ValueError(f"a plan needs at least 1 stage and 1 micro-batch, got {num_stages} and {micro_batches}")
+        if refusal := self.refusal(num_stages, micro_batches):
+            raise ValueError(refusal)
         self.num_stages = num_stages
         self.micro_batches = micro_batches
 
@@ -69,6 +81,11 @@ class Plan:
         settings = ", ".join(f"{name}={value}" for name, value in vars(self).items())
         delays = ", ".join(str(self.delay(stage)) for stage in range(self.num_stages))
         return f"{type(self).__name__}({settings}; delays {delays})"
+
+    @classmethod
+    def refusal(cls, num_stages: int, micro_batches: int) -> str:
+        """Return why the schedule cannot run so many micro-batches, and what to do; empty if it can."""
+        return ""
 
     def call(self, stage: int, call: int, start: int = 0) -> list[Op]:
         """Return the operations of `stage` in `train_batch()` call number `call`, in order.
@@ -101,9 +118,15 @@ class Plan:
         return ([op] for op in self.stream(stage, calls, drain))
 
     def needs(self, op: Op) -> list[Op]:
-        """Return what must be finished, on any stage, before `op` may start; this is the only dependency rule."""
+        """Return what must be finished, on any stage, before `op` may start; this is the only dependency rule.
+
+        An update needs the gradients of its newest micro-batch; those of older ones come earlier on its stage.
+        """
         if op.kind == UPDATE:
-            return [Op(BACKWARD, op.stage, op.micro_batch, chunk) for chunk in range(self.num_chunks)]
+            gradient = WEIGHT if self.splits_backward else BACKWARD
+            return [Op(gradient, op.stage, op.micro_batch, chunk) for chunk in range(self.num_chunks)]
+        if op.kind == WEIGHT:
+            return [op._replace(kind=BACKWARD)]
         before = self._along(op, -1)
         if op.kind == FORWARD:
             return [] if before is None else [before]
@@ -113,7 +136,8 @@ class Plan:
 
     def receiver(self, op: Op) -> int | None:
         """Return the stage that needs what `op` has made, None if no other does: `needs`, read from the other end."""
-        after = None if op.kind == UPDATE else self._along(op, +1 if op.kind == FORWARD else -1)
+        step = {FORWARD: +1, BACKWARD: -1}.get(op.kind)
+        after = None if step is None else self._along(op, step)
         return None if after is None or after.stage == op.stage else after.stage
 
     def _along(self, op: Op, step: int) -> Op | None:
@@ -136,3 +160,7 @@ class Plan:
     def activations(self, stage: int) -> int:
         """Return the most forward passes, each through one chunk, whose activations are alive on `stage` at once."""
         raise NotImplementedError
+
+    def half_done(self, stage: int) -> int:
+        """Return the most passes through a chunk of `stage` at once whose B is done, and whose W is not."""
+        return 0

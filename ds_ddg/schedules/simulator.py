@@ -11,7 +11,7 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 
-from ds_ddg.schedules.plan import BACKWARD, FORWARD, UPDATE, Op, Plan
+from ds_ddg.schedules.plan import BACKWARD, FORWARD, UPDATE, WEIGHT, Op, Plan
 from ds_ddg.schedules.timeline import Event, Timeline
 
 __all__ = ["UNIT_COST", "Cost", "Deadlock", "num_operations", "replay"]
@@ -38,22 +38,32 @@ class Cost:
     """Relative time of each stage's operations, for uneven stages; empty: all equal."""
     overhead: float = 0.0
     """Time of every forward and every backward on top, however small the part of the model: mostly Python."""
+    weight_share: float = 0.5
+    """Share of a backward that the gradients of the weights take, where a schedule splits it; overhead is on both."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale", tuple(self.scale))  # hashable
-        for name in ("forward", "backward", "update", "link", "num_bytes", "scale", "overhead"):
+        for name in ("forward", "backward", "update", "link", "num_bytes", "scale", "overhead", "weight_share"):
             value = getattr(self, name)
             if not all(0 <= number < inf for number in (value if name == "scale" else [value])):
                 raise ValueError(f"cost {name!r} must be finite and 0 or more, got {value!r}")
+        if not self.weight_share <= 1:
+            raise ValueError(f"cost 'weight_share' must be in 0 .. 1, got {self.weight_share!r}")
         if not self.bandwidth > 0:
             raise ValueError(f"cost 'bandwidth' must be above 0, got {self.bandwidth!r}; leave it out if unlimited")
 
-    def of(self, op: Op, num_chunks: int = 1) -> float:
-        """Return the time that `op` keeps its stage busy; a forward or backward is of one of the stage's chunks."""
+    def of(self, op: Op, plan: Plan) -> float:
+        """Return the time that `op` of `plan` keeps its stage busy; all but an update are of one of its chunks."""
         scale = self.scale[op.stage] if self.scale else 1.0
         if op.kind == UPDATE:
             return self.update * scale
-        return (self.forward if op.kind == FORWARD else self.backward) * scale / num_chunks + self.overhead
+        share = self.weight_share if plan.splits_backward else 0.0
+        work = {
+            FORWARD: self.forward,
+            BACKWARD: self.backward * (1 - share),
+            WEIGHT: self.backward * share,
+        }
+        return work[op.kind] * scale / plan.num_chunks + self.overhead
 
     @property
     def transfer(self) -> float:
@@ -66,7 +76,7 @@ UNIT_COST = Cost()
 MOST_OPERATIONS = 5_000_000
 """The largest number of operations that `replay` takes on: each takes about 5 microseconds and 300 bytes."""
 
-_KINDS = (FORWARD, BACKWARD, UPDATE)
+_KINDS = (FORWARD, BACKWARD, WEIGHT, UPDATE)
 
 
 def replay(
@@ -100,14 +110,14 @@ def replay(
 
 def num_operations(plan: Plan, calls: int) -> int:
     """Return the largest number of operations that a replay of `calls` calls goes through."""
-    return plan.num_stages * calls * (2 * plan.num_chunks * plan.micro_batches + 1)
+    return plan.num_stages * calls * ((2 + plan.splits_backward) * plan.num_chunks * plan.micro_batches + 1)
 
 
 def _flow(plan: Plan, calls: int, cost: Cost, drain: bool, shown: Container[int]) -> list[Event]:
     """Return what `shown` stages do and when, if a send takes no time of its stage; messages queue for their link."""
     stages = range(plan.num_stages)
     todo = [deque(plan.batches(stage, calls, drain)) for stage in stages]
-    times = [{kind: cost.of(Op(kind, stage, 0), plan.num_chunks) for kind in _KINDS} for stage in stages]
+    times = [{kind: cost.of(Op(kind, stage, 0), plan) for kind in _KINDS} for stage in stages]
     transfer, link = cost.transfer, cost.link
     clock = [0.0 for _ in stages]
     free = [[0.0 for _ in stages] for _ in stages]  # since when, by sender and receiver

@@ -1,4 +1,4 @@
-"""The schedules that DDG is compared with: every call ends with a flush, so no gradient is ever stale.
+"""The synchronous schedules of DeepSpeed, and GPipe: every call ends with a flush, so no gradient is ever stale.
 
 OneFOneBPlan    DeepSpeed's ``TrainSchedule``: a backward as soon as there is one
 GPipePlan       all forward passes, then all backward passes (Huang et al., NeurIPS 2019, arXiv 1811.06965)
@@ -12,7 +12,7 @@ from itertools import count
 
 from ds_ddg.schedules.plan import BACKWARD, FORWARD, UPDATE, Op, Plan
 
-__all__ = ["DualPipeVPlan", "GPipePlan", "OneFOneBPlan"]
+__all__ = ["DualPipeVPlan", "GPipePlan", "OneFOneBPlan", "VPlan"]
 
 
 class OneFOneBPlan(Plan):
@@ -50,8 +50,22 @@ class GPipePlan(Plan):
         return [*passes, Op(UPDATE, stage, batch[-1])]
 
 
-class DualPipeVPlan(Plan):
-    """Stage k holds chunks k and 2K-1-k of the model, so that two streams of work fill each other's bubbles.
+class VPlan(Plan):
+    """Stage k holds parts k and 2K-1-k of the model: down all stages with the first chunks, up with the second."""
+
+    num_chunks = 2
+
+    def _along(self, op: Op, step: int) -> Op | None:
+        turn = 2 * self.num_stages - 1  # the V is its own mirror image
+        place = (turn - op.stage if op.chunk else op.stage) + step
+        if not 0 <= place < self.num_stages * self.num_chunks:
+            return None
+        chunk = int(place >= self.num_stages)
+        return Op(op.kind, turn - place if chunk else place, op.micro_batch, chunk)
+
+
+class DualPipeVPlan(VPlan):
+    """Two chunks a stage, in a V, so that two streams of work fill each other's bubbles.
 
     The order is that of DeepSpeed 0.19.8, which does not split a backward pass in two ("zero bubble"). A forward and a
     backward that it runs as a pair also share one exchange of messages (its ``CommitP2P``), so that neither starts
@@ -62,15 +76,15 @@ class DualPipeVPlan(Plan):
     """
 
     name = "dualpipev"
-    num_chunks = 2
 
-    def __init__(self, num_stages: int, micro_batches: int) -> None:
-        super().__init__(num_stages, micro_batches)
-        if micro_batches < 2 * num_stages:
-            raise ValueError(
-                f"dualpipev needs 2 micro-batches for each stage, at least {2 * num_stages} for {num_stages} stages, "
-                f"got {micro_batches}; raise M or use fewer stages"
-            )
+    @classmethod
+    def refusal(cls, num_stages: int, micro_batches: int) -> str:
+        if micro_batches >= 2 * num_stages:
+            return ""
+        return (
+            f"dualpipev needs 2 micro-batches for each stage, at least {2 * num_stages} for {num_stages} stages, "
+            f"got {micro_batches}; raise M or use fewer stages"
+        )
 
     def activations(self, stage: int) -> int:
         return 2 * self.num_stages + 1
@@ -86,15 +100,6 @@ class DualPipeVPlan(Plan):
         ops = self.stream(stage, calls, drain)
         sizes = [*map(len, self._steps(stage)), 1]  # the update has nothing to exchange
         return ([next(ops) for _ in range(size)] for _ in range(calls) for size in sizes)
-
-    def _along(self, op: Op, step: int) -> Op | None:
-        """Follow a micro-batch down all stages with the first chunk, and up again with the second."""
-        turn = 2 * self.num_stages - 1  # the V is its own mirror image
-        place = (turn - op.stage if op.chunk else op.stage) + step
-        if not 0 <= place < self.num_stages * self.num_chunks:
-            return None
-        chunk = int(place >= self.num_stages)
-        return Op(op.kind, turn - place if chunk else place, op.micro_batch, chunk)
 
     def _steps(self, stage: int) -> list[list[str]]:
         """Return kinds and chunks in order, grouped by exchange: fill both chunks, alternate, empty both."""

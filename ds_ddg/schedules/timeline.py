@@ -5,13 +5,13 @@ A `Timeline` *counts* activations, versions and staleness from what happened, ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import isclose
 from typing import NamedTuple
 
-from ds_ddg.schedules.plan import BACKWARD, FORWARD, UPDATE, Op
+from ds_ddg.schedules.plan import BACKWARD, FORWARD, UPDATE, WEIGHT, Op
 
 __all__ = ["Event", "Timeline"]
 
@@ -75,7 +75,7 @@ class Timeline:
         return 1 - sum(map(self.busy, range(self.num_stages))) / self.num_stages
 
     def peak_activations(self, stage: int) -> int:
-        """Return the most forward passes begun whose backward is not finished, counted."""
+        """Return the most forward passes begun whose backward, both parts of it, is not finished, counted."""
         return max((len(alive) for _, _, alive in self._states(stage)), default=0)
 
     def peak_versions(self, stage: int) -> int:
@@ -84,13 +84,15 @@ class Timeline:
 
     def staleness(self, stage: int) -> int:
         """Return the most updates between a forward and the update that uses its gradient, counted."""
-        backwards = (state for state in self._states(stage) if state[0].kind == BACKWARD)
-        return max((version - alive[op._replace(kind=FORWARD)] for op, version, alive in backwards), default=0)
+        split = self._split(stage)
+        uses = (state for state in self._states(stage) if _makes_gradients(state[0], split))
+        return max((version - alive[op._replace(kind=FORWARD)] for op, version, alive in uses), default=0)
 
     def _states(self, stage: int) -> Iterator[tuple[Op, int, dict[Op, int]]]:
         """Yield, at each operation, the version of the weights, and those that the forward passes in flight saw."""
         version = 0
         alive: dict[Op, int] = {}
+        split = self._split(stage)
         for op, _, _ in self.rows[stage]:
             forward = op._replace(kind=FORWARD)
             if op.kind == UPDATE:
@@ -98,8 +100,12 @@ class Timeline:
             else:
                 alive.setdefault(forward, version)
             yield op, version, alive
-            if op.kind == BACKWARD:
+            if _makes_gradients(op, split):
                 del alive[forward]
+
+    def _split(self, stage: int) -> set[Op]:
+        """Return the backwards of `stage` that leave the gradients of the weights to a W."""
+        return {event.op._replace(kind=BACKWARD) for event in self.rows[stage] if event.op.kind == WEIGHT}
 
     def _steady(self, stage: int) -> list[Event]:
         """Return the events of the later half of the calls of `stage`, with the update before them."""
@@ -114,3 +120,8 @@ class Timeline:
                 "replay or record more calls"
             )
         return events[updates[(len(updates) - 1) // 2] : updates[-1] + 1]
+
+
+def _makes_gradients(op: Op, split: Container[Op]) -> bool:
+    """Return whether `op` makes the gradients of the weights, after which nobody needs its activations."""
+    return op.kind == WEIGHT or (op.kind == BACKWARD and op not in split)

@@ -7,8 +7,10 @@ import pytest
 from ds_ddg.analysis.balance import LayerCost
 from ds_ddg.analysis.memory import Backward, Sizes, fullest
 from ds_ddg.schedules.ddg import DDGPlan
+from ds_ddg.schedules.interleaved import InterleavedPlan
 from ds_ddg.schedules.plan import Plan
 from ds_ddg.schedules.synchronous import DualPipeVPlan, GPipePlan, OneFOneBPlan
+from ds_ddg.schedules.zero_bubble import ZeroBubbleH1Plan, ZeroBubbleVPlan
 
 
 def sizes(first: float = 1500, later: float = 300, sent: float = 1) -> Sizes:
@@ -59,9 +61,15 @@ def test_recomputing_keeps_inputs_and_what_is_on_its_way() -> None:
         (GPipePlan(3, 4), 1, 1000 + 1000 + 3 * 202 + 2 + 300 + 4),
         # 7 passes, each through half of a stage.
         (DualPipeVPlan(3, 6), 1, 1000 + 1000 + 2.5 * 200 + 3.5 * 2 + 300 + 4),
+        # Of the other two passes the activations, and buffers for 6 messages of each direction and chunk.
+        (InterleavedPlan(3, 6), 1, 1000 + 1000 + 2 * 200 + 300 + 2 * 12),
+        # Of 2 of 3 passes the activations, and as much in gradients for those whose W is put off, here 2 and 1.5.
+        (ZeroBubbleH1Plan(3, 6), 1, 1000 + 1000 + (2 + 2) * 200 + 300 + 12),
+        (ZeroBubbleVPlan(3, 6), 1, 1000 + 1000 + (2 + 1.5) * 200 + 300 + 2 * 12),
+        (ZeroBubbleH1Plan(3, 1), 1, 1000 + 1500 + 200 + 2),
     ],
 )
-def test_schedules_of_deepspeed(plan: Plan, stage: int, expected: float) -> None:
+def test_synchronous_schedules(plan: Plan, stage: int, expected: float) -> None:
     assert fullest(plan, stage, sizes()) == expected
 
 

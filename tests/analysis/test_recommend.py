@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from ds_ddg.analysis.balance import LayerCost
-from ds_ddg.analysis.recommend import Setup, candidates, recommend, setups, steady
+from ds_ddg.analysis.recommend import Setup, candidates, recommend, rival, setups, steady, title
 from ds_ddg.analysis.stage_costs import Model
 from ds_ddg.schedules.ddg import DDGPlan
+from ds_ddg.schedules.interleaved import InterleavedPlan
 from ds_ddg.schedules.simulator import Cost, replay
 from ds_ddg.schedules.synchronous import OneFOneBPlan
 
@@ -74,9 +75,58 @@ def test_takes_the_fastest_that_fits_then_the_least_stale() -> None:
     assert recommend(choices, limit=1) is None
 
 
+def choices_of(num_stages: int, micro_batches: tuple[int, ...], model: Model) -> list[Setup]:
+    return [c for m in micro_batches for setup in setups(num_stages, m, (0, 1), model) for c in candidates(setup)]
+
+
+@pytest.mark.parametrize(("k", "m", "slack"), [(2, 1, 0), (4, 3, 0), (8, 7, 0), (4, 6, 1)])
+def test_prefers_the_micro_batches_that_leave_one_update_of_staleness(k: int, m: int, slack: int) -> None:
+    """M = (K - 1)(1 + slack) is the first: where latency asks for slack, it asks for more micro-batches as well."""
+    model = Model(Cost(link=1.5 * slack), weight_bytes=(1,) * k, activation_bytes=(2,) * k)
+    best = recommend(choices_of(k, tuple(range(1, m + 1)), model))
+    assert best is not None
+    assert (best.plan.micro_batches, best.plan.staleness(0)) == (m, 1)
+    assert title(best.plan) == f"ddg, K = {k} stages, M = {m}{', slack 1' * slack}"
+    fewer = recommend(choices_of(k, tuple(range(1, m)), model)) if m > 1 else None
+    assert fewer is None or fewer.plan.staleness(0) > 1
+
+
+def test_recommends_what_deepspeed_runs_and_knows_the_rival_elsewhere() -> None:
+    choices = choices_of(4, (1, 16), GIB)
+    best = recommend(choices)
+    assert best is not None
+    assert title(best.plan) == "ddg, K = 4 stages, M = 16"
+    other = rival(choices, best)
+    assert other is not None
+    assert title(other.plan) == "zb-v, K = 4 stages, M = 16"  # as fast, and nothing stale
+    assert other.time_per_micro_batch == pytest.approx(best.time_per_micro_batch)
+    assert rival(choices, None) == other
+    assert rival(choices, best, limit=max(other.memory or []) - 0.1) is None, "it does not fit, and the rest is slower"
+    few = choices_of(4, (1, 4), GIB)
+    assert rival(few, recommend(few)) is None, "none is as fast"
+
+
+def test_a_rival_of_a_synchronous_schedule_must_be_faster() -> None:
+    for m, name in ((16, "zb-v"), (512, "")):
+        choices = [setup for setup in setups(4, m, (), GIB) if setup.plan.name != "gpipe"]
+        best = recommend(choices)
+        assert best is not None
+        assert best.plan.staleness(0) == 0
+        other = rival(choices, best)
+        assert (other.plan.name if other else "") == name
+
+
+def test_chunks_are_of_interleaved() -> None:
+    found = [setup.plan for setup in setups(4, 8, (), GIB, chunks=3) if isinstance(setup.plan, InterleavedPlan)]
+    assert [title(plan) for plan in found] == ["interleaved, K = 4 stages, M = 8, 3 chunks a stage"]
+
+
 def test_every_schedule_of_a_setting() -> None:
-    assert [str(setup.plan.name) for setup in setups(2, 3, (0, 2), GIB)] == ["gpipe", "1f1b", "ddg", "ddg"]
-    assert [setup.plan.name for setup in setups(2, 4, (0,), GIB)] == ["gpipe", "1f1b", "dualpipev", "ddg"]
+    elsewhere = ["interleaved", "zb-h1", "zb-v"]
+    assert [setup.plan.name for setup in setups(2, 3, (0, 2), GIB)] == ["gpipe", "1f1b", "ddg", "ddg", *elsewhere]
+    assert [setup.plan.name for setup in setups(2, 4, (0,), GIB)] == ["gpipe", "1f1b", "dualpipev", "ddg", *elsewhere]
+    # Five micro-batches for two stages are no two rounds of equal length.
+    assert [setup.plan.name for setup in setups(2, 5, (0,), GIB)] == ["gpipe", "1f1b", "dualpipev", "ddg", "zb-v"]
 
 
 def test_model_of_measured_layers() -> None:

@@ -12,9 +12,11 @@ import pytest
 
 from ds_ddg.analysis.timeline_plot import clock, save, text, trace
 from ds_ddg.schedules.ddg import DDGPlan
+from ds_ddg.schedules.interleaved import InterleavedPlan
 from ds_ddg.schedules.plan import Op
 from ds_ddg.schedules.simulator import Cost, replay
 from ds_ddg.schedules.synchronous import DualPipeVPlan, OneFOneBPlan
+from ds_ddg.schedules.zero_bubble import ZeroBubbleVPlan
 from helpers.paths import ROOT
 
 
@@ -131,9 +133,30 @@ def test_svg_numbers_every_box_and_png_opens(tmp_path: Path) -> None:
 
 
 def test_picture_says_what_the_less_high_boxes_are(tmp_path: Path) -> None:
-    for plan, said in ((DualPipeVPlan(2, 4), True), (OneFOneBPlan(2, 4), False)):
+    second, later, weights = "less high: second chunk", "less high: later chunks", "weight gradients"
+    for plan, said in (
+        (DualPipeVPlan(2, 4), {second}),
+        (OneFOneBPlan(2, 4), set()),
+        (InterleavedPlan(2, 4, chunks=3), {later}),
+        (ZeroBubbleVPlan(2, 4), {second, weights}),
+    ):
         save(replay(plan, 1), tmp_path / "plan.svg")
-        assert ("less high: second chunk" in (tmp_path / "plan.svg").read_text(encoding="utf-8")) is said
+        picture = (tmp_path / "plan.svg").read_text(encoding="utf-8")
+        assert {text for text in (second, later, weights) if text in picture} == said
+
+
+def test_every_chunk_and_both_parts_of_a_backward_are_drawn(tmp_path: Path) -> None:
+    for plan in (ZeroBubbleVPlan(2, 3), InterleavedPlan(2, 2, chunks=4)):
+        timeline = replay(plan, 1)
+        save(timeline, tmp_path / "plan.svg")
+        svg = ElementTree.parse(tmp_path / "plan.svg").getroot()
+        axis = {text for group in svg.iter() if "tick" in group.get("id", "") for text in group.iter()}
+        labels = [element.text for element in svg.iter("{http://www.w3.org/2000/svg}text") if element not in axis]
+        for number in range(plan.micro_batches):
+            boxes = sum(op.micro_batch == number for op, _, _ in timeline if op.kind != "U")
+            assert labels.count(str(number)) == boxes
+    events = trace(replay(ZeroBubbleVPlan(2, 3), 1))["traceEvents"]
+    assert {event["cat"] for event in events if event["name"] in ("W1", "W1'")} == {"weight gradients"}
 
 
 def test_suffixes_may_be_in_capitals(tmp_path: Path) -> None:

@@ -91,6 +91,22 @@ def test_plan_of_two_chunks(capsys: pytest.CaptureFixture[str]) -> None:
     assert "    0      0          0         1          2.5\n" in answer
 
 
+def test_plan_of_schedules_that_deepspeed_has_not(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = run(capsys, "plan --stages 3 --micro-batches 6 --schedule zb-h1 --calls 1 --clock")
+    assert "stage 2 | .  .  F0 B0 F1 B1 F2 B2 W0 F3 B3 W1" in answer
+    assert "; W gradients of the weights, B those of the input; one column" in answer
+    assert "not in DeepSpeed: zb-h1 runs in torch.distributed.pipelining (ScheduleInterleavedZeroBubble" in answer
+    assert "bubble in steady state: 10.0%" in answer
+    answer = run(capsys, "plan --stages 4 --micro-batches 8 --schedule zb-v")
+    assert "runs in torch.distributed.pipelining (ScheduleZBVZeroBubble)" in answer
+    assert "bubble in steady state: 0.0%" in answer
+    answer = run(capsys, "plan --stages 2 --micro-batches 4 --schedule interleaved --chunks 4 --calls 1")
+    assert "stage 1 | F0 F1 F0' F1' F0'2 F1'2 F0'3B0'3 F1'3B1'3 F2B0'2" in " ".join(answer.split())
+    assert "interleaved, K = 2 stages, M = 4, 4 chunks a stage" in answer
+    assert "' of the stage's second chunk, '2 of its third" in answer
+    assert "DeepSpeed" not in run(capsys, "plan --stages 2 --schedule 1f1b")
+
+
 def test_simulate_compares_over_lists(capsys: pytest.CaptureFixture[str]) -> None:
     """The design's numbers: 1F1B takes (M+K-1)/M as long, and slack 1 hides half a tick of latency."""
     answer = json.loads(run(capsys, "simulate --stages 4 --micro-batches 1,4 --link 0,1.5 --slack 0,1 --json"))
@@ -104,7 +120,8 @@ def test_simulate_compares_over_lists(capsys: pytest.CaptureFixture[str]) -> Non
     assert found[1, 1.5, "1f1b", None] == round(3 / (12 + 6 * 1.5), 4)
     assert found[4, 0, "1f1b", None] == round(4 / 7, 4)
     assert 0 < found[4, 1.5, "1f1b", None] < round(4 / 7, 4)
-    assert len(answer["setups"]) == len(found) == 4 * 5
+    assert (found[4, 0, "interleaved", None], found[4, 0, "zb-h1", None]) == (round(8 / 11, 4), 0.8)
+    assert len(answer["setups"]) == len(found) == 4 * 8
 
 
 def test_simulate_includes_dualpipev_where_it_can_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,13 +131,54 @@ def test_simulate_includes_dualpipev_where_it_can_run(capsys: pytest.CaptureFixt
     assert "dualpipev needs M >= 2K, so it is not everywhere (K = 2)" in answer
 
 
+def test_simulate_says_what_deepspeed_has_not_and_where_that_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = run(capsys, "simulate --stages 2,4 --micro-batches 8,9 --slack 0")
+    rows = [line.split() for line in answer.splitlines()]
+    marked = [(row[0], row[1], row[3]) for row in rows if row[3:4] and row[3].endswith("*")]
+    names = ["interleaved*", "zb-h1*", "zb-v*"]
+    assert marked == [(k, "8", name) for k in "2" for name in names] + [("2", "9", "zb-v*")] + [
+        ("4", "8", name) for name in names
+    ] + [("4", "9", "zb-v*")]
+    assert "rounds of equal length, of K or more: not K = 2 with M = 9, K = 4 with M = 9" in answer
+    assert "* not in DeepSpeed: interleaved runs in Megatron-LM and torch.distributed.pipelining" in answer
+    assert "* not in DeepSpeed: zb-v runs in torch.distributed.pipelining (ScheduleZBVZeroBubble)" in answer
+    assert "staleness: in updates" not in answer
+    stale = run(capsys, "simulate --stages 4 --micro-batches 2,4 --slack 0")
+    assert "staleness: in updates; ddg's is at most 1 from M = (K - 1)(1 + slack) on, at the same speed" in stale
+    found = json.loads(run(capsys, "simulate --stages 2 --micro-batches 4 --slack 0 --json"))["setups"]
+    assert [row["schedule"] for row in found if not row["in_deepspeed"]] == ["interleaved", "zb-h1", "zb-v"]
+
+
+def test_simulate_splits_a_backward_as_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """ZB-H1's bubble is (K-1)(F + B - W) = 1 + (2 - 2w) - 2w, here beside the work of 12."""
+    save([LayerCost(f"layer{n}", 1.0, 2.0, 1000, 500, 100) for n in range(2)], tmp_path / "profile.json")
+    for costs in ("", f"--profile {tmp_path}/profile.json"):
+        for share, bubble in ((0.5, 1), (0.25, 2), (0, 3)):
+            answer = run(capsys, f"simulate --stages 2 --micro-batches 4 --weight-share {share} --json {costs}")
+            times = {row["schedule"]: row["time_per_call"] for row in json.loads(answer)["setups"]}
+            assert times["zb-h1"] == 12 + bubble
+            assert times["1f1b"] == 15
+
+
+def test_simulate_names_the_rival_beside_what_deepspeed_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    costs = "--stages 4 --slack 0 --weight-bytes 1G --activation-bytes 1G --memory-limit 80G"
+    answer = run(capsys, f"simulate {costs} --micro-batches 4,16").splitlines()
+    assert answer[-2].startswith("K = 4, link 0, at most 80.0 GB a stage: take ddg, K = 4 stages, M = 4, ")
+    rival = "  a rival that is never stale, not in DeepSpeed: zb-v, K = 4 stages, M = 16: 9.5 GB, 3 per micro-batch; "
+    assert answer[-1] == rival + "runs in torch.distributed.pipelining (ScheduleZBVZeroBubble)"
+    found = json.loads(run(capsys, f"simulate {costs} --micro-batches 4,16 --json"))
+    assert [(row["schedule"], row["micro_batches"]) for row in found["rivals"]] == [("zb-v", 16)]
+    assert "rival" not in run(capsys, f"simulate {costs} --micro-batches 4")
+    assert json.loads(run(capsys, f"simulate {costs} --micro-batches 4 --json"))["rivals"] == [None]
+
+
 def test_simulate_with_uneven_stages_against_one_device(capsys: pytest.CaptureFixture[str]) -> None:
     """Work 3 + 6 on one device; the slower stage needs 6 for it: 9/6 on two devices."""
     answer = run(capsys, "simulate --stages 2 --scale 1,2 --slack 0").splitlines()
-    header = "stages  micro_batches  link    schedule  slack  time_per_call  speedup  efficiency  staleness  versions"
-    assert answer[0] == header + "  activations"
+    header = "stages  micro_batches  link      schedule  slack  time_per_call  speedup  efficiency  staleness"
+    assert answer[0] == header + "  versions  activations"
     assert answer[3].split() == ["2", "1", "0", "ddg", "0", "6", "1.5", "0.75", "1", "2", "2"]
-    assert answer[4].split() == ["2", "1", "0", "one", "device", "-", "9", "1", "1", "0", "1", "1"]
+    assert answer[7].split() == ["2", "1", "0", "one", "device", "-", "9", "1", "1", "0", "1", "1"]
 
 
 def test_simulate_recommends_for_a_memory_limit(capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,8 +216,9 @@ def test_simulate_from_a_profile(capsys: pytest.CaptureFixture[str], tmp_path: P
 
 def test_simulate_says_its_unit_and_lists_a_setting_once(capsys: pytest.CaptureFixture[str]) -> None:
     answer = run(capsys, "simulate --stages 2,2 --micro-batches 4,4 --slack 0,0 --forward 0.5 --overhead 0.25")
-    rows = [line.split() for line in answer.splitlines()[1:6]]
-    assert [row[3] for row in rows] == ["gpipe", "1f1b", "dualpipev", "ddg", "one"]
+    rows = [line.split() for line in answer.splitlines()[1:9]]
+    marked = ["interleaved*", "zb-h1*", "zb-v*"]
+    assert [row[3] for row in rows] == ["gpipe", "1f1b", "dualpipev", "ddg", *marked, "one"]
     assert [row[5] for row in rows[1:4]] == ["15", "16.5", "12"]  # DualPipeV pays the overhead twice
     assert "times in units of which the forward of a stage takes 0.5" in answer
 
@@ -190,7 +249,7 @@ def test_simulate_replays_once_and_keeps_the_first_stage(
 
     monkeypatch.setattr("ds_ddg.analysis.recommend.replay", counted)
     run(capsys, "simulate --stages 3 --micro-batches 1,6 --link 0,0.5")
-    assert len(replayed) == len(set(replayed)) == 2 * (4 + 5)
+    assert len(replayed) == len(set(replayed)) == 2 * (7 + 8)
 
 
 def test_progress_is_for_terminals_and_what_takes_long(
@@ -209,7 +268,8 @@ def test_progress_is_for_terminals_and_what_takes_long(
 def test_simulate_draws_a_sweeps_curves_or_one_timeline(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run(capsys, f"simulate --stages 2 --micro-batches 1,4 --link 0,1 --out {tmp_path}/sweep.svg")
     curves = (tmp_path / "sweep.svg").read_text()
-    for text in ("micro-batches per call, M", "ddg, slack 1", "1f1b", "dualpipev", "K = 2", "link = 1"):
+    names = ("ddg, slack 1", "1f1b", "dualpipev", "zb-v, not in DeepSpeed")
+    for text in ("micro-batches per call, M", "K = 2", "link = 1", *names):
         assert text in curves
     run(capsys, f"simulate --stages 2 --out {tmp_path}/one.svg")
     assert "gpipe, K = 2 stages, M = 1, link 0" in (tmp_path / "one.svg").read_text()
@@ -228,6 +288,11 @@ def test_simulate_draws_a_sweeps_curves_or_one_timeline(capsys: pytest.CaptureFi
         ("simulate --stages 3 --scale 1,2", "one number for each of 3 stages, got (1.0, 2.0)"),
         ("plan --stages 4 --micro-batches 7 --schedule dualpipev", "at least 8 for 4 stages, got 7"),
         ("plan --stages 4 --schedule gpipe --slack 1", "--slack 1 has no meaning for gpipe"),
+        ("plan --stages 4 --schedule 1f1b --chunks 2", "--chunks 2 has no meaning for 1f1b; leave it out"),
+        ("plan --stages 4 --schedule interleaved --chunks 1", "at least 2 chunks a stage, got 1"),
+        ("plan --stages 4 --micro-batches 11 --schedule zb-h1", "zb-h1 runs micro-batches in M // K rounds"),
+        ("simulate --stages 4 --chunks 1", "at least 2 chunks a stage, got 1"),
+        ("simulate --stages 4 --weight-share 1.5", "cost 'weight_share' must be in 0 .. 1, got 1.5"),
         ("simulate --stages 3 --weight-bytes 1,2", "--weight-bytes must be one number, or one for each of 3 stages"),
         ("simulate --stages 3 --memory-limit 2G", "--memory-limit needs to know what a stage keeps"),
         ("simulate --stages 3 --memory-limit=-2G --weight-bytes 1", "--memory-limit must be above 0, got -2e+09"),

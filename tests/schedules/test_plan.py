@@ -199,7 +199,7 @@ def test_text_form_there_and_back(op: Op) -> None:
 
 @pytest.mark.parametrize("text", ["", "F", "2F", "F5", "2X5", "-1F2", "2F-5", "2F5B1", "2 F5", "2f5", "2F'", "2F5''"])
 def test_parse_refuses_what_is_no_operation(text: str) -> None:
-    with pytest.raises(ValueError, match="is not an operation: expected stage, F, B or U"):
+    with pytest.raises(ValueError, match="is not an operation: expected stage, F, B, W or U"):
         Op.parse(text)
 
 

@@ -9,10 +9,12 @@ import pytest
 
 from ds_ddg.analysis.timeline_plot import clock
 from ds_ddg.schedules.ddg import DDGPlan
+from ds_ddg.schedules.interleaved import InterleavedPlan
 from ds_ddg.schedules.plan import Op, Plan
 from ds_ddg.schedules.simulator import Cost, Deadlock, replay
 from ds_ddg.schedules.synchronous import DualPipeVPlan, GPipePlan, OneFOneBPlan
 from ds_ddg.schedules.timeline import Event, Timeline
+from ds_ddg.schedules.zero_bubble import ZeroBubbleH1Plan, ZeroBubbleVPlan
 
 
 def plans(num_stages: int) -> list[Plan]:
@@ -24,6 +26,10 @@ def plans(num_stages: int) -> list[Plan]:
 def settled(plan: Plan) -> int:
     """Calls that fill the pipeline, and as many again to measure."""
     return 2 * plan.staleness(0) + 4
+
+
+ELSEWHERE = [InterleavedPlan(4, 8), InterleavedPlan(3, 8, 3), ZeroBubbleH1Plan(4, 8), ZeroBubbleVPlan(3, 7)]
+"""Of each schedule that DeepSpeed has not."""
 
 
 class Written(Plan):
@@ -114,7 +120,11 @@ def test_overhead_counts_for_every_pass_whatever_its_length() -> None:
 
 @pytest.mark.parametrize(
     "plan",
-    [DDGPlan(4, 1), DDGPlan(3, 2, slack=1), DDGPlan(8, 3), OneFOneBPlan(4, 3), GPipePlan(3, 4), DualPipeVPlan(3, 6)],
+    [
+        *(DDGPlan(4, 1), DDGPlan(3, 2, slack=1), DDGPlan(8, 3)),
+        *(OneFOneBPlan(4, 3), GPipePlan(3, 4), DualPipeVPlan(3, 6)),
+        *ELSEWHERE,
+    ],
 )
 def test_every_operation_runs_once_and_after_its_needs(plan: Plan) -> None:
     timeline = replay(plan, 4, Cost(link=0.5), drain=True)
@@ -248,7 +258,9 @@ def test_only_the_stages_asked_for_are_in_the_timeline() -> None:
     assert part.period() == whole.period()
 
 
-@pytest.mark.parametrize("plan", [DDGPlan(4, 3, slack=1), OneFOneBPlan(3, 4), GPipePlan(3, 4), DualPipeVPlan(4, 9)])
+@pytest.mark.parametrize(
+    "plan", [DDGPlan(4, 3, slack=1), OneFOneBPlan(3, 4), GPipePlan(3, 4), DualPipeVPlan(4, 9), *ELSEWHERE]
+)
 def test_whoever_receives_a_result_is_who_needs_it(plan: Plan) -> None:
     ops = [op for stage in range(plan.num_stages) for op in plan.stream(stage, 3, drain=True)]
     needed = {need: op.stage for op in ops for need in plan.needs(op) if need.stage != op.stage}
