@@ -45,6 +45,7 @@ ACROSS = {
         "wire_data",
     },
     "models": {"training"},
+    "schedules": {"rivals"},
     "staleness": {"in_the_engine"},
     "study": {"in_other_loops"},
     "weights": {"clip", "deepspeed_optimizers", "fp16", "precision"},

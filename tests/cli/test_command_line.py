@@ -131,7 +131,7 @@ def test_simulate_includes_dualpipev_where_it_can_run(capsys: pytest.CaptureFixt
     assert "dualpipev needs M >= 2K, so it is not everywhere (K = 2)" in answer
 
 
-def test_simulate_says_what_deepspeed_has_not_and_where_that_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_simulate_says_what_deepspeed_has_not(capsys: pytest.CaptureFixture[str]) -> None:
     answer = run(capsys, "simulate --stages 2,4 --micro-batches 8,9 --slack 0")
     rows = [line.split() for line in answer.splitlines()]
     marked = [(row[0], row[1], row[3]) for row in rows if row[3:4] and row[3].endswith("*")]
@@ -160,7 +160,7 @@ def test_simulate_splits_a_backward_as_told(capsys: pytest.CaptureFixture[str], 
             assert times["1f1b"] == 15
 
 
-def test_simulate_names_the_rival_beside_what_deepspeed_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_simulate_names_the_rival(capsys: pytest.CaptureFixture[str]) -> None:
     costs = "--stages 4 --slack 0 --weight-bytes 1G --activation-bytes 1G --memory-limit 80G"
     answer = run(capsys, f"simulate {costs} --micro-batches 4,16").splitlines()
     assert answer[-2].startswith("K = 4, link 0, at most 80.0 GB a stage: take ddg, K = 4 stages, M = 4, ")

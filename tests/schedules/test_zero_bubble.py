@@ -96,7 +96,7 @@ def test_h1_has_a_third_of_the_bubble_of_1f1b(num_stages: int, times: int) -> No
 
 
 @pytest.mark.parametrize("num_stages", range(1, 9))
-def test_v_has_no_bubble_if_forward_and_both_parts_take_as_long(num_stages: int) -> None:
+def test_v_has_no_bubble_if_all_three_parts_take_as_long(num_stages: int) -> None:
     for m in (2 * num_stages - 1, 2 * num_stages, 5 * num_stages + 1):
         timeline = replay(ZeroBubbleVPlan(num_stages, m), 4)
         assert timeline.bubble == pytest.approx(0)
@@ -145,7 +145,7 @@ def test_costs_of_both_parts() -> None:
             Cost(weight_share=share)
 
 
-def test_activations_are_alive_until_the_gradients_of_the_weights_are_made() -> None:
+def test_activations_live_until_the_weight_gradients() -> None:
     """Also beside a backward that is not split, as in a measured timeline."""
     ops = [Op.parse(op) for op in ("0F0", "0F1", "0B0", "0B1", "0F2", "0W0", "0U0", "0B2", "0U2")]
     timeline = Timeline(tuple(Event(op, i, i + 1) for i, op in enumerate(ops)), 1)
