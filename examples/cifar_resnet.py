@@ -85,9 +85,8 @@ def evaluate(engine, images, labels):
 
 def main():
     args = arguments()
-    # On CPUs DeepSpeed would compile this for a minute, and only inference uses it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed()
+    with ds_ddg.swap():  # inside, DeepSpeed does not compile for a minute on CPU what only inference uses
+        deepspeed.init_distributed()
     torch.manual_seed(args.seed)
     train_images, train_labels, test_images, test_labels = cifar10(args.data_dir) if args.data_dir else digits()
     net = PipelineModule(

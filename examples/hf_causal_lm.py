@@ -104,9 +104,8 @@ def generate(directory, prompts):
 
 def main():
     args = arguments()
-    # On CPUs DeepSpeed would compile this for a minute, and only inference uses it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed()
+    with ds_ddg.swap():  # inside, DeepSpeed does not compile for a minute on CPU what only inference uses
+        deepspeed.init_distributed()
     torch.manual_seed(args.seed)
     directory = args.model or args.output / "start"
     if args.model is None and comm.get_rank() == 0:

@@ -60,9 +60,8 @@ config = {
 
 
 def main():
-    # On CPUs DeepSpeed would compile this for a minute, and only inference uses it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed()
+    with ds_ddg.swap():  # inside, DeepSpeed does not compile for a minute on CPU what only inference uses
+        deepspeed.init_distributed()
     torch.manual_seed(SEED)
     specs, _, loss_fn = layers()
     # The same number of blocks on each stage. ds_ddg.partition.PipelineModule(..., sample=(inputs, labels)) splits by
