@@ -58,17 +58,17 @@ def page(results: Mapping[Cell, Mapping[str, Any]]) -> str:
     lines = [
         "# Quality under delay",
         "",
-        f"Written by `python benchmarks/quality.py` from {len(results)} runs, of at most {len(seeds)} seeds "
-        "each. Every run is a training in one process whose gradients come as late as on K stages of a DDG "
+        f"Written by `python benchmarks/quality.py` from {len(results)} of {len(grid())} runs, of {len(seeds)} "
+        "seed(s). Every run is a training in one process whose gradients come as late as on K stages of a DDG "
         "pipeline (`ds_ddg.delayed`, which equals the engine to the last bit in fp32). Small problems, short "
         "runs: 370 updates on digits, 800 on bytes; learning rates were chosen for synchronous training and "
         "are the same everywhere. One test image is .17 points. `off` is the paper's algorithm, `auto` the "
-        "[rules by stage](staleness.md). Cells: mean (lowest to highest); `-`: not run.",
+        "[rules by stage](staleness.md). Cells: mean (lowest to highest), or the only one; `-`: not run.",
         "",
         "![quality over K](benchmarks/quality.png)",
         "",
     ]
-    for kind, measure in PROBLEMS.items():
+    for kind, measure in _there(results).items():
         lines += [
             f"## {TITLES[kind]}",
             "",
@@ -82,6 +82,12 @@ def page(results: Mapping[Cell, Mapping[str, Any]]) -> str:
         lines.append("")
     lines += _verdicts(results)
     return "\n".join(lines) + "\n"
+
+
+def _there(results: Mapping[Cell, Mapping[str, Any]]) -> dict[str, str]:
+    """Return the problems that there are runs of, and what is measured of each."""
+    names = {cell.problem.rpartition("_")[0] for cell in results}
+    return {kind: measure for kind, measure in PROBLEMS.items() if kind in names}
 
 
 def _values(
@@ -104,6 +110,8 @@ def _cell(
     if not values:
         return "-"
     digits = 1 if measure == "accuracy" else 3
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
     return f"{fmean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
@@ -147,11 +155,12 @@ def picture(results: Mapping[Cell, Mapping[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3 * len(MICRO_BATCHES) + 1, 2.5 * len(PROBLEMS)), layout="constrained")
+    there = _there(results)
+    figure = Figure(figsize=(3 * len(MICRO_BATCHES) + 1, 2.5 * len(there) + 0.3), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(len(PROBLEMS), len(MICRO_BATCHES), sharex=True, sharey="row", squeeze=False)
+    panels = figure.subplots(len(there), len(MICRO_BATCHES), sharex=True, sharey="row", squeeze=False)
     colours = dict(zip(OPTIMIZERS, ("#14507a", "#d17a00", "#6b8f3c"), strict=True))
-    for (i, (kind, measure)), (j, m) in product(enumerate(PROBLEMS.items()), enumerate(MICRO_BATCHES)):
+    for (i, (kind, measure)), (j, m) in product(enumerate(there.items()), enumerate(MICRO_BATCHES)):
         ax = panels[i, j]
         for optimizer, automatic in product(OPTIMIZERS, (False, True)):
             name = f"{kind}_{optimizer}"
@@ -167,10 +176,11 @@ def picture(results: Mapping[Cell, Mapping[str, Any]], path: Path) -> None:
             ax.plot([k for k, _ in points], [value for _, value in points], label=label, **style)
         ax.set_title(f"{kind}, M = {m}", fontsize=9, loc="left")
         ax.set_xscale("log", base=2)
+        ax.set_xticks(STAGES, [str(k) for k in STAGES])
         ax.grid(alpha=0.3)
         if j == 0:
             ax.set_ylabel(measure)
-        if i == len(PROBLEMS) - 1:
+        if i == len(there) - 1:
             ax.set_xlabel("stages, K")
     panels[0, 0].legend(fontsize=7)
     figure.savefig(path, dpi=100)
