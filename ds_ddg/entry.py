@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -25,7 +25,7 @@ from deepspeed.utils import logger
 
 try:
     from ds_ddg.engine.engine import Beneath, DDGEngine
-    from ds_ddg.host import EngineHost, Host
+    from ds_ddg.host import EngineHost, Host, replaced
 except ImportError as error:
     raise RuntimeError(f"ds_ddg needs deepspeed 0.19.8, not {deepspeed.__version__}: {error}") from error
 
@@ -34,7 +34,7 @@ __all__ = ["ddg_engine", "initialize", "swap"]
 _MORE_SEAMS = {
     PipelineEngine: ("_INSTRUCTION_MAP",),
     PipelineModule: ("_synchronize_tied_weights", "ckpt_layer_path", "ckpt_layer_path_list"),
-    deepspeed: ("PipelineEngine",),
+    deepspeed: ("PipelineEngine", "set_optimizer_flags"),
     deepspeed.comm: ("barrier",),
     torch.autograd.grad_mode: ("_unsafe_preserve_version_counter",),
 }
@@ -94,8 +94,11 @@ def swap(engine_class: type = DDGEngine) -> Iterator[None]:
     deepspeed.__class__ = _watched(put)
     vars(deepspeed)["PipelineEngine"] = chosen
     try:
-        with _naming_others() if kind is ModuleType else nullcontext():  # else a swap around this one does
+        if kind is not ModuleType:  # a swap around this one does the rest
             yield
+        else:
+            with _naming_others(), replaced(deepspeed, "set_optimizer_flags", _flags(deepspeed.set_optimizer_flags)):
+                yield
     finally:
         deepspeed.__class__ = kind
         vars(deepspeed)["PipelineEngine"] = there
@@ -158,6 +161,16 @@ def _watched(put: list[type]) -> type[ModuleType]:
             super().__setattr__(name, value)
 
     return Swapped
+
+
+def _flags(by_names: Any) -> Any:
+    """Return what marks parameters for Muon: `by_names` is DeepSpeed's, and an engine of ours goes by structure."""
+
+    def mark(config: Any, model: Any) -> None:
+        if not isinstance(model, PipelineModule) or isinstance(model, DualPipeVModule):
+            by_names(config, model)
+
+    return mark
 
 
 @contextmanager
