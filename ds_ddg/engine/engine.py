@@ -17,7 +17,6 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.config import MUON_OPTIMIZER
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import logger
 from typing_extensions import override
@@ -44,7 +43,7 @@ from ds_ddg.telemetry.observer import Observer
 from ds_ddg.telemetry.reporter import Reporter
 from ds_ddg.telemetry.trace_writer import TraceWriter
 from ds_ddg.weights.experts import create_expert_groups, expert_sizes
-from ds_ddg.weights.muon import choose
+from ds_ddg.weights.muon import choose_for
 from ds_ddg.weights.stage_groups import StagePeers
 from ds_ddg.weights.stage_optimizer import StageOptimizer
 from ds_ddg.weights.tied import TiedWeights
@@ -97,7 +96,7 @@ class DDGEngine(PipelineEngine):
         if self.ddg.enabled:
             refuse_experts(config, module, sizes)
         create_expert_groups(sizes, config, module)
-        muon = choose(module) if config.optimizer_name == MUON_OPTIMIZER and kwargs.get("optimizer") is None else ""
+        muon = choose_for(config, module, kwargs.get("optimizer"))
         self._host = cast(Host, EngineHost(self))
         self._stage = Stage(module.stage_id, module.num_stages, dist.get_rank(), self.ddg)
         self._run = RunState(module.num_stages, 1, 0 if self.ddg.slack == "auto" else self.ddg.slack)

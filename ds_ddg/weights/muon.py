@@ -19,32 +19,33 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.config import MUON_OPTIMIZER
 from torch import Tensor, nn
 
-__all__ = ["choose", "takes"]
+__all__ = ["choose", "choose_for"]
 
 _UNKNOWN, _MATRIX, _EMBEDDING = range(3)
 
 
-def takes(module: nn.Module, name: str, parameter: Tensor) -> bool:
-    """Return whether `parameter`, called `name` in the layer `module` that it belongs to, is a matrix for Muon.
+def choose_for(config: Any, module: Any, client_optimizer: Any) -> str:
+    """Do as `choose` where a parsed ``DeepSpeedConfig`` asks for Muon; return an empty line where it does not."""
+    if config.optimizer_name != MUON_OPTIMIZER or client_optimizer is not None:
+        return ""
+    return choose(module, 2 if config.bfloat16_config.enabled else None)
 
-    The output layer, which is known by its place in the whole model, is not told apart here.
-    """
-    return _kind(module, name, parameter) == _MATRIX
 
-
-def choose(module: Any) -> str:
+def choose(module: Any, most_dimensions: int | None = None) -> str:
     """Set ``use_muon`` of every parameter of a ``PipelineModule``; collective over all ranks, before a run begins.
 
     Args:
         module: the ``PipelineModule``; each rank has the layers of its own stage alone.
+        most_dimensions: the most that a parameter of Muon's can have, if there is a limit.
 
     Returns:
         What Muon takes of this stage, and what AdamW, for the log.
 
     Raises:
-        ValueError: a parameter that Muon cannot take has ``use_muon = True``, or shared weights have both values; on
+        ValueError: a parameter that Muon cannot take is to be its own, or shared weights are to be and not to be; on
             every rank.
     """
     uses: dict[nn.Parameter, set[int]] = {}
@@ -53,22 +54,28 @@ def choose(module: Any) -> str:
     asked = {parameter: bool(parameter.use_muon) for parameter in uses if hasattr(parameter, "use_muon")}
     wrong = [parameter for parameter, muon in asked.items() if muon and parameter.dim() < 2]
     tied = _tied(module)
-    last, bad, *said = _largest(
+    chosen = {parameter: kinds == {_MATRIX} for parameter, kinds in uses.items()} | asked
+    last, bad, most, *said = _largest(
         module,
         [
             max((index for index, weights in _weights(module) if weights), default=-1),
             int(bool(wrong)),
+            max((p.dim() for p, muon in chosen.items() if muon and p.requires_grad), default=0),
             *(vote for shared in tied.values() for vote in _votes(shared, uses, asked)),
         ],
     )
     if bad:
         shapes = ", ".join(str(tuple(parameter.shape)) for parameter in wrong) or "on another stage"
         raise ValueError(f"use_muon is True for a parameter that is no matrix ({shapes}): set it to False")
-    chosen = {parameter: kinds == {_MATRIX} for parameter, kinds in uses.items()}
+    if most_dimensions is not None and most > most_dimensions:
+        raise ValueError(
+            f"DeepSpeed 0.19.8 runs Muon in bf16 on weights of {most_dimensions} dimensions alone, and a weight here "
+            f"has {most}: set its use_muon to False, which gives it to AdamW, or use fp32, with or without "
+            '"torch_autocast"'
+        )
     for index, weights in _weights(module):
-        if index == last:
+        if index == last and weights[-1] not in asked:
             chosen[weights[-1]] = False
-    chosen.update(asked)
     output = getattr(module._layer_specs[last], "key", None) if last >= 0 else None
     for (name, shared), kind, *votes in zip(tied.items(), said[::3], said[1::3], said[2::3], strict=True):
         if all(votes):

@@ -16,10 +16,13 @@ _ONE_RATE = {"WarmupLR": "warmup_max_lr", "WarmupDecayLR": "warmup_max_lr"}
 """Schedulers that put a rate of their own in place of the optimizer's, and the setting that holds it."""
 
 
+_FP32 = ("torch.float32", "fp32", "float32", "float")
+
+
 class _Params(BaseModel):
     """The parameters of the optimizer ``"Muon"``, of which DeepSpeed 0.19.8 ignores what it does not know."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(strict=True, extra="forbid")
 
     lr: _Rate = 0.02
     muon_lr: _Rate = 0.02
@@ -27,7 +30,7 @@ class _Params(BaseModel):
     momentum: _Share = 0.95
     weight_decay: _Rate = 0.0
     ns_method: Literal["gram", "standard"] = "gram"
-    betas: tuple[_Share, _Share] = (0.9, 0.95)
+    betas: Annotated[tuple[_Share, _Share], Field(strict=False)] = (0.9, 0.95)
     eps: _Rate = 1e-10
     torch_adam: bool = False
     adam_w_mode: bool = True
@@ -60,18 +63,18 @@ def muon_refusals(config: Any, module: Any, enabled: bool) -> Iterable[tuple[boo
         "each rank would orthogonalise its slice of a matrix for itself; use replicas, or AdamW",
     )
     yield (bool(config.float16_config.enabled), "Muon with fp16", "not supported yet; use bf16")
-    in_bf16, sums = config.bfloat16_config.enabled, str(config.grad_accum_dtype or "").removeprefix("torch.")
-    wide = sums in ("fp32", "float32", "float")
+    in_bf16, partitioned = config.bfloat16_config.enabled, int(config.zero_config.stage) == 1
     yield (
-        int(config.zero_config.stage) == 1 and not (in_bf16 and wide),
-        "Muon with ZeRO-1",
-        "DeepSpeed 0.19.8 clips the updates instead of the gradients, and cannot load its state; set "
-        '"zero_optimization": {"stage": 0}, or in bf16 add "data_types": {"grad_accum_dtype": "fp32"}',
+        partitioned and not in_bf16,
+        "Muon with ZeRO-1 in fp32",
+        "DeepSpeed 0.19.8 clips the updates there instead of the gradients, and cannot load its state; set "
+        '"zero_optimization": {"stage": 0}',
     )
     yield (
-        in_bf16 and not wide and int(config.zero_config.stage) == 0,
-        "Muon with bf16 sums of gradients",
-        'add "data_types": {"grad_accum_dtype": "fp32"}',
+        in_bf16 and not (partitioned and config.grad_accum_dtype in _FP32),
+        "Muon with bf16",
+        "DeepSpeed 0.19.8 keeps whole matrices for it only with "
+        '"zero_optimization": {"stage": 1} and "data_types": {"grad_accum_dtype": "fp32"}; set both',
     )
     yield (
         in_bf16 and not enabled,
@@ -99,7 +102,7 @@ def _clips_globally(config: Any) -> bool:
 
 def _wrong_params(params: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     try:
-        _Params.model_validate(dict(params), strict=True)
+        _Params.model_validate(dict(params))
     except ValidationError as error:
         for problem in error.errors():
             key = ".".join(map(str, problem["loc"]))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from helpers import toy
+from helpers import formats, resuming, toy
 from helpers.versus import Setup
 
 MUON = {"muon_lr": 0.02, "adam_lr": 0.003, "momentum": 0.9, "weight_decay": 0.01, "torch_adam": True}
@@ -53,11 +53,15 @@ class Oracle:
         self.matrices = [nn.Parameter(weight.detach().flatten(1).clone()) for weight in self.weights]
         common = {"weight_decay": params["weight_decay"]}
         muon = {"lr": params["muon_lr"], "momentum": params["momentum"]}
-        nothing = nn.Parameter(torch.empty(0))
         self.inner = MuonWithAuxAdam(
             [
-                {"params": self.matrices or [nothing], "use_muon": True, **muon, **common},
-                {"params": rest or [nothing], "use_muon": False, "lr": params["adam_lr"], **common},
+                {"params": self.matrices or [nn.Parameter(torch.empty(0))], "use_muon": True, **muon, **common},
+                {
+                    "params": rest or [nn.Parameter(torch.empty(0))],
+                    "use_muon": False,
+                    "lr": params["adam_lr"],
+                    **common,
+                },
             ],
             adam_optimizer=torch.optim.AdamW,
         )
@@ -163,3 +167,104 @@ def flags(rank: int, world_size: int, tied: bool, asked: dict[str, bool]) -> dic
     except ValueError as error:
         return str(error)
     return {name: parameter.use_muon for name, parameter in net.named_parameters()}  # type: ignore[attr-defined]
+
+
+class InBf16(Oracle):
+    """The same for bf16 weights, by way of fp32 masters."""
+
+    def __init__(self, parameters: Any) -> None:
+        self.low = [p for p in parameters if p.numel()]
+        self.masters = [nn.Parameter(p.detach().float()) for p in self.low]
+        super().__init__(self.masters)
+
+    def step(self) -> None:
+        for weight, master in zip(self.low, self.masters, strict=True):
+            master.grad = None if weight.grad is None else weight.grad.float()
+        super().step()
+        for weight, master in zip(self.low, self.masters, strict=True):
+            weight.data.copy_(master.detach())
+
+    def zero_grad(self) -> None:
+        for weight in self.low:
+            weight.grad = None
+
+
+BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 1}}
+
+
+def bf16_layers() -> list[nn.Module]:
+    return [layer.bfloat16() for layer in formats.layers()]
+
+
+def bf16_batches() -> Iterator[tuple[Tensor, Tensor]]:
+    return formats.batches(60, torch.bfloat16)
+
+
+COSINE = {
+    "type": "WarmupCosineLR",
+    "params": {"total_num_steps": 20, "warmup_num_steps": 3, "warmup_type": "linear", "warmup_min_ratio": 0.1},
+}
+
+
+def go_on(rank: int, world_size: int, directory: str, bf16: bool) -> list[Any]:
+    """Compare 5 calls, save, 4 more, with another engine that starts elsewhere, loads, and does the same 4."""
+    more = {"layers": bf16_layers, "batches": bf16_batches, "loss_fn": formats.loss_fn} if bf16 else {}
+    config = {**CONFIG, "scheduler": COSINE, **(BF16 if bf16 else {})}
+    setup = setup_of(stages=world_size, config=config, clip=0.5, **more)
+    a, data = setup.engine(), setup.batches()
+    resuming.train(a, data, 5)
+    a.save_checkpoint(directory, client_state={"rng": torch.get_rng_state()})
+    ours = resuming.train(a, data, 4)
+    b = setup.engine()
+    resuming.start_elsewhere(b)
+    resuming.train(b, setup.batches(), 3)
+    _, state = b.load_checkpoint(directory)
+    torch.set_rng_state(state["rng"].cpu())
+    theirs = resuming.train(b, resuming.skip(setup.batches(), 10), 4)
+    a.drain()
+    b.drain()
+    return [(directory, ours, theirs, *({"weights": toy.state(e.module)} for e in (a, b)))]
+
+
+def plain_layers() -> list[nn.Module]:
+    """Make layers without random numbers of their own."""
+    net = layers()
+    for layer in net:
+        for part in layer.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0
+    return net
+
+
+def beside(rank: int, world_size: int, ddg: dict[str, Any]) -> tuple[list[float], list[Any], list[Tensor]]:
+    """Return losses, learning rates and parameters after some calls, the last with another number of micro-batches."""
+    config = {**CONFIG, "scheduler": COSINE}
+    engine = setup_of(layers=plain_layers, stages=world_size, ddg=ddg, config=config).engine()
+    data = pictures()
+    losses = [float(engine.train_batch(data)) for _ in range(4)]
+    engine.set_train_batch_size(16)
+    losses += [float(engine.train_batch(data)) for _ in range(3)]
+    engine.drain()
+    return losses, engine.get_lr(), [p.detach().clone() for p in engine.module.parameters()]
+
+
+def refusals(params: dict[str, Any], more: dict[str, Any]) -> list[str]:
+    """Return what is refused of a config, as an engine with two stages is."""
+    from types import SimpleNamespace
+
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+
+    from ds_ddg.config import DDGConfig
+    from ds_ddg.weights.muon_limits import muon_refusals
+
+    values = {**toy.config(1, {}), "optimizer": {"type": "Muon", "params": params}, **more}
+    module = SimpleNamespace(topology=lambda: PipeDataParallelTopology(num_pp=2, num_dp=1))
+    found = muon_refusals(DeepSpeedConfig(values), module, DDGConfig.parse(values["ddg"]).enabled)
+    return [f"{what}: {remedy}" for wrong, what, remedy in found if wrong]
+
+
+def engine_muon(weight: nn.Parameter) -> Any:
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    return MuonWithAuxAdam([{"params": [weight], "use_muon": True, "lr": 0.1}])
