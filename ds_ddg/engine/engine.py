@@ -18,7 +18,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from deepspeed.utils import logger
 from typing_extensions import override
 
 from ds_ddg.checkpoint.save_load import CheckpointPart
@@ -96,15 +95,13 @@ class DDGEngine(PipelineEngine):
         if self.ddg.enabled:
             refuse_experts(config, module, sizes)
         create_expert_groups(sizes, config, module)
-        muon = choose_for(config, module, kwargs.get("optimizer"))
+        choose_for(config, module, kwargs.get("optimizer"))
         self._host = cast(Host, EngineHost(self))
         self._stage = Stage(module.stage_id, module.num_stages, dist.get_rank(), self.ddg)
         self._run = RunState(module.num_stages, 1, 0 if self.ddg.slack == "auto" else self.ddg.slack)
         self._tied_weights = TiedWeights(module, self.ddg.enabled)
         self._updates = StageOptimizer(self._stage, self._run, self._host, self._tied_weights)
         self._console = Console(self._stage, self._host)
-        if muon:
-            logger.info(f"{self._stage.name}: {muon}")
         with without_greetings() if self.ddg.enabled else nullcontext():
             super().__init__(*args, **kwargs)
         self._run.resize(self.micro_batches)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.config import MUON_OPTIMIZER
+from deepspeed.utils import logger
 from torch import Tensor, nn
 
 __all__ = ["choose", "choose_for"]
@@ -27,22 +28,18 @@ __all__ = ["choose", "choose_for"]
 _UNKNOWN, _MATRIX, _EMBEDDING = range(3)
 
 
-def choose_for(config: Any, module: Any, client_optimizer: Any) -> str:
-    """Do as `choose` where a parsed ``DeepSpeedConfig`` asks for Muon; return an empty line where it does not."""
-    if config.optimizer_name != MUON_OPTIMIZER or client_optimizer is not None:
-        return ""
-    return choose(module, 2 if config.bfloat16_config.enabled else None)
+def choose_for(config: Any, module: Any, client_optimizer: Any) -> None:
+    """Do as `choose` where a parsed ``DeepSpeedConfig`` asks for Muon, and nothing where it does not."""
+    if config.optimizer_name == MUON_OPTIMIZER and client_optimizer is None:
+        choose(module, 2 if config.bfloat16_config.enabled else None)
 
 
-def choose(module: Any, most_dimensions: int | None = None) -> str:
+def choose(module: Any, most_dimensions: int | None = None) -> None:
     """Set ``use_muon`` of every parameter of a ``PipelineModule``; collective over all ranks, before a run begins.
 
     Args:
         module: the ``PipelineModule``; each rank has the layers of its own stage alone.
         most_dimensions: the most that a parameter of Muon's can have, if there is a limit.
-
-    Returns:
-        What Muon takes of this stage, and what AdamW, for the log.
 
     Raises:
         ValueError: a parameter that Muon cannot take is to be its own, or shared weights are to be and not to be; on
@@ -86,7 +83,7 @@ def choose(module: Any, most_dimensions: int | None = None) -> str:
     for parameter, muon in chosen.items():
         parameter.use_muon = muon  # type: ignore[attr-defined]
         parameter.muon_num_heads = None  # type: ignore[attr-defined]  # as DeepSpeed marks whole matrices
-    return _summary(module, chosen, uses, asked)
+    _log(module, chosen, uses, asked)
 
 
 def _uses(module: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
@@ -162,17 +159,22 @@ def _largest(module: Any, numbers: list[int]) -> list[int]:
     return [int(number) for number in found]
 
 
-def _summary(
-    module: nn.Module, chosen: dict[nn.Parameter, bool], uses: dict[nn.Parameter, set[int]], asked: dict[Any, bool]
-) -> str:
+def _log(module: Any, chosen: dict[nn.Parameter, bool], uses: dict[nn.Parameter, set[int]], asked: Any) -> None:
+    """Say what Muon takes of this stage, and warn of matrices that it does not as their kind is unknown."""
+    if module.mpu().get_data_parallel_rank() > 0:
+        return
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     muon = [parameter for parameter in trained.values() if chosen[parameter]]
     adamw = [parameter for parameter in trained.values() if not chosen[parameter]]
     counts = [f"{len(kind)} parameters ({sum(p.numel() for p in kind):,} numbers)" for kind in (muon, adamw)]
+    logger.info(f"stage {module.stage_id}: Muon updates {counts[0]}, AdamW {counts[1]}")
     unknown = [
         f"{name} {tuple(parameter.shape)}"
         for name, parameter in trained.items()
-        if parameter.dim() >= 2 and _UNKNOWN in uses[parameter] and not chosen[parameter] and parameter not in asked
+        if parameter.dim() >= 2 and uses[parameter] == {_UNKNOWN} and parameter not in asked
     ]
-    also = f"; among these, of no known kind: {', '.join(unknown)} (use_muon = True gives them to Muon)"
-    return f"Muon updates {counts[0]}, AdamW {counts[1]}{also if unknown else ''}"
+    if unknown:
+        logger.warning(
+            f"stage {module.stage_id}: AdamW updates {', '.join(unknown)}, of no kind that is known to be Muon's; set "
+            "use_muon of each, True or False, before ds_ddg.initialize"
+        )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.utils import logger
 
 from ds_ddg.weights.muon_step import stepping
 from helpers import formats, muon_runs, tied_runs, toy
@@ -62,6 +64,27 @@ def test_a_scripts_own_flags_win(ranks: GetRanks, tied: bool) -> None:
     asked = {table: True, "1.positions": True, "2.weight": False}
     for stages in (1, 3):
         assert together(ranks(stages).run(muon_runs.flags, tied, asked)) == expected(tied) | asked
+
+
+def warned_of(rank: int, world_size: int) -> list[str]:
+    lines = toy.Lines(logging.WARNING)
+    logger.addHandler(lines)
+    try:
+        muon_runs.flags(rank, world_size, False, {"1.depthwise.weight": False})
+    finally:
+        logger.removeHandler(lines)
+    return [line for line in lines.lines if "AdamW updates" in line]
+
+
+def test_warns_of_matrices_of_no_known_kind(ranks: GetRanks) -> None:
+    """On their stage; a flag says that AdamW is meant."""
+    assert ranks(2).run(warned_of) == [
+        [
+            "stage 0: AdamW updates 1.positions (5, 12), 1.mix.weight (12, 12, 3), of no kind that is known to be "
+            "Muon's; set use_muon of each, True or False, before ds_ddg.initialize"
+        ],
+        [],
+    ]
 
 
 def test_a_vector_cannot_be_muons(ranks: GetRanks) -> None:
