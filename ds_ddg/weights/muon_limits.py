@@ -67,7 +67,7 @@ def muon_refusals(config: Any, module: Any, enabled: bool) -> Iterable[tuple[boo
     yield (
         partitioned and not in_bf16,
         "Muon with ZeRO-1 in fp32",
-        "DeepSpeed 0.19.8 clips the updates there instead of the gradients, and cannot load its state; set "
+        "not supported, as DeepSpeed 0.19.8 clips there what Muon has made of the gradients; set "
         '"zero_optimization": {"stage": 0}',
     )
     yield (

@@ -268,3 +268,19 @@ def engine_muon(weight: nn.Parameter) -> Any:
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     return MuonWithAuxAdam([{"params": [weight], "use_muon": True, "lr": 0.1}])
+
+
+def last_state(rank: int, world_size: int, bf16: bool) -> list[list[Any]]:
+    """Return the parameters of two stages after some calls, as plain numbers.
+
+    Replicas average in bf16, which holds the gradients of one micro-batch, but not their sum.
+    """
+    more: dict[str, Any] = {"clip": 0.5}
+    if bf16:
+        more = {"layers": bf16_layers, "batches": bf16_batches, "loss_fn": formats.loss_fn, "micro_batches": 1}
+    setup = setup_of(stages=2, config={**CONFIG, **(BF16 if bf16 else {})}, **more)
+    engine, data = setup.engine(), setup.batches()
+    for _ in range(5):
+        engine.train_batch(data)
+    engine.drain()
+    return [parameter.detach().flatten().tolist() for parameter in engine.module.parameters()]

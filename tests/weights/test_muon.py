@@ -134,6 +134,14 @@ def test_resumes_bit_for_bit(ranks: GetRanks, tmp_path: Path, bf16: bool) -> Non
     assert_resumed(ranks(4).run(muon_runs.go_on, str(tmp_path), bf16, timeout=120), 1)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.proves("Muon, data x pipeline", modes=DEFAULT)
+def test_replicas(ranks: GetRanks, bf16: bool) -> None:
+    """With the same data and random numbers, two replicas train as one; in bf16 each has a part of the matrices."""
+    one = ranks(2).run(muon_runs.last_state, bf16)
+    assert ranks(4).run(muon_runs.last_state, bf16) == [state for state in one for _ in range(2)]
+
+
 def test_the_same_beside_it_on_1f1b(ranks: GetRanks) -> None:
     """All parameters equal those of one stage; both learning rates are the same on every rank."""
     whole = ranks(1).run(muon_runs.beside, {})[0]
