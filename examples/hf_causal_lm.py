@@ -133,8 +133,7 @@ def main():
         "gradient_clipping": 1.0,
         "steps_per_print": max(1, args.calls // 6),
     }
-    if args.config:
-        config = json.loads(args.config.read_text())
+    config = json.loads(args.config.read_text()) if args.config else config
     engine, _, _, _ = ds_ddg.initialize(model=net, model_parameters=net.parameters(), config=config)
     data = micro_batches(*encode(tokenizer, pairs), size=4, seed=args.seed)
     for _ in range(args.calls):
