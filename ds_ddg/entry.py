@@ -27,7 +27,7 @@ from deepspeed.utils import logger
 try:
     from ds_ddg.comm.start import BACKEND, prepared_start
     from ds_ddg.engine.engine import Beneath, DDGEngine
-    from ds_ddg.host import EngineHost, Host
+    from ds_ddg.host import EngineHost, Host, replaced
 except ImportError as error:
     raise RuntimeError(f"ds_ddg needs deepspeed 0.19.8, not {deepspeed.__version__}: {error}") from error
 
@@ -36,7 +36,7 @@ __all__ = ["ddg_engine", "initialize", "swap"]
 _MORE_SEAMS = {
     PipelineEngine: ("_INSTRUCTION_MAP",),
     PipelineModule: ("_synchronize_tied_weights", "ckpt_layer_path", "ckpt_layer_path_list"),
-    deepspeed: ("PipelineEngine",),
+    deepspeed: ("PipelineEngine", "set_optimizer_flags"),
     deepspeed.comm: ("barrier",),
     BACKEND: ("build_shm_op",),
     OpBuilder: ("jit_load",),
@@ -100,8 +100,10 @@ def swap(engine_class: type = DDGEngine) -> Iterator[None]:
     try:
         with ExitStack() as until_the_end:
             if kind is ModuleType:  # else a swap around this one does
+                flags = _flags(deepspeed.set_optimizer_flags)
                 until_the_end.enter_context(prepared_start())
                 until_the_end.enter_context(_naming_others())
+                until_the_end.enter_context(replaced(deepspeed, "set_optimizer_flags", flags))
             yield
     finally:
         deepspeed.__class__ = kind
@@ -165,6 +167,16 @@ def _watched(put: list[type]) -> type[ModuleType]:
             super().__setattr__(name, value)
 
     return Swapped
+
+
+def _flags(by_names: Any) -> Any:
+    """Return what marks parameters for Muon: `by_names` is DeepSpeed's, and an engine of ours goes by structure."""
+
+    def mark(config: Any, model: Any) -> None:
+        if not isinstance(model, PipelineModule) or isinstance(model, DualPipeVModule):
+            by_names(config, model)
+
+    return mark
 
 
 @contextmanager

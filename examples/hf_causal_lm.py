@@ -10,6 +10,7 @@ should follow. Nothing is downloaded. It needs `pip install "ds_ddg[hf]"`, and a
 
 import argparse
 import itertools
+import json
 import random
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def arguments():
     parser.add_argument("--output", type=Path, default=Path("trained"), help="where the trained model goes")
     parser.add_argument("--calls", type=int, default=120, help="updates")
     parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--config", type=Path, help="such as configs/causal_lm_muon.json (default: AdamW, see below)")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -130,6 +132,7 @@ def main():
         "gradient_clipping": 1.0,
         "steps_per_print": max(1, args.calls // 6),
     }
+    config = json.loads(args.config.read_text()) if args.config else config
     engine, _, _, _ = ds_ddg.initialize(model=net, model_parameters=net.parameters(), config=config)
     data = micro_batches(*encode(tokenizer, pairs), size=4, seed=args.seed)
     for _ in range(args.calls):

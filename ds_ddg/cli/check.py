@@ -83,6 +83,18 @@ def _notes(values: Mapping[str, Any]) -> Iterator[str]:
         yield 'there is no "ddg" block, so all settings of ddg are defaults'
     if "optimizer" not in values:
         yield "there is no optimizer, so one must be passed to ds_ddg.initialize"
+    elif str((values["optimizer"] or {}).get("type")).lower() == "muon":
+        yield from _muon(values["optimizer"].get("params") or {})
+
+
+def _muon(params: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a note on what Muon's two halves take, and at which learning rates."""
+    rates = [params.get(key, params.get("lr", usual)) for key, usual in (("muon_lr", 0.02), ("adam_lr", 0.0003))]
+    yield (
+        f"Muon takes the weights of linear, attention and 2-d convolution layers, at learning rate {rates[0]:g}; "
+        f"AdamW embeddings, the output layer and the rest, at {rates[1]:g}\n    (a parameter's use_muon, set before "
+        "ds_ddg.initialize, wins; each stage logs its choice)"
+    )
 
 
 def _becomes(keys: Iterable[str]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch.nn import Module
 
 from ds_ddg.config import DDGConfig
+from ds_ddg.weights.muon_limits import muon_refusals
 
 __all__ = ["one_f_one_b_refusals", "refuse_experts", "refuse_unsupported", "wrappers"]
 
@@ -26,7 +27,7 @@ def refuse_unsupported(config: Any, module: Any, enabled: bool = True) -> None:
         ValueError: one line per refusal, each with what to do instead.
     """
     found = _refusals(config, module) if enabled else _sending_refusals(module)
-    _refuse([*_refusals_of_any_pipeline(config), *found], enabled)
+    _refuse([*_refusals_of_any_pipeline(config), *muon_refusals(config, module, enabled), *found], enabled)
 
 
 def refuse_experts(config: Any, module: Any, sizes: Sequence[int]) -> None:
@@ -47,7 +48,7 @@ def _refuse(found: Iterable[tuple[bool, str, str]], enabled: bool) -> None:
     refusals = [f"- {what}: {remedy}" for wrong, what, remedy in found if wrong]
     if refusals:
         name = "DDG" if enabled else "DeepSpeed's schedule"
-        ours = enabled and not all(_ANY_PIPELINE in refusal for refusal in refusals)
+        ours = enabled and not all(_ANY_PIPELINE in refusal or "Muon" in refusal for refusal in refusals)
         other = '\n("ddg": {"enabled": false} runs DeepSpeed\'s own schedule instead.)' if ours else ""
         raise ValueError(f"{name} cannot train this set-up:\n" + "\n".join(refusals) + other)
 

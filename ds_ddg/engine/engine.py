@@ -43,6 +43,7 @@ from ds_ddg.telemetry.observer import Observer
 from ds_ddg.telemetry.reporter import Reporter
 from ds_ddg.telemetry.trace_writer import TraceWriter
 from ds_ddg.weights.experts import create_expert_groups, expert_sizes
+from ds_ddg.weights.muon import choose_for
 from ds_ddg.weights.stage_groups import StagePeers
 from ds_ddg.weights.stage_optimizer import StageOptimizer
 from ds_ddg.weights.tied import TiedWeights
@@ -95,6 +96,7 @@ class DDGEngine(PipelineEngine):
         if self.ddg.enabled:
             refuse_experts(config, module, sizes)
         create_expert_groups(sizes, config, module)
+        choose_for(config, module, kwargs.get("optimizer"))
         self._host = cast(Host, EngineHost(self))
         self._stage = Stage(module.stage_id, module.num_stages, dist.get_rank(), self.ddg)
         self._run = RunState(module.num_stages, 1, 0 if self.ddg.slack == "auto" else self.ddg.slack)

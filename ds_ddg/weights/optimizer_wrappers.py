@@ -180,7 +180,8 @@ def fill_groups(optimizer: Any, names: dict[Any, str], dtype: torch.dtype, devic
     """
     for group in optimizer.param_groups:
         if not any(map(is_optimized_parameter, group["params"])):
-            stand_in = torch.nn.Parameter(torch.zeros(1, dtype=dtype, device=device))
+            shape = (1, 1) if group.get("use_muon") else (1,)  # DeepSpeed's Muon takes matrices
+            stand_in = torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
             names[stand_in] = f"ds_ddg.stand_in.{len(names)}"
             group["params"] = [stand_in, *(p for p in group["params"] if p.numel())]
 

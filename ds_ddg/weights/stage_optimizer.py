@@ -18,6 +18,7 @@ from torch import Tensor
 from ds_ddg.comm.loss_exchange import Update
 from ds_ddg.host import Host
 from ds_ddg.stage import RunState, Stage
+from ds_ddg.weights.muon_step import from_config, stepping, with_both_kinds
 from ds_ddg.weights.optimizer_wrappers import (
     anything_to_train,
     clipping_by,
@@ -74,11 +75,12 @@ class StageOptimizer:
 
     def configure(self, configure: _Method, client_optimizer: Any, model_parameters: Any) -> None:
         """Have DeepSpeed `configure` its optimizer inside the stage: without collectives that cross its border."""
-        host = self._host
-        grid, replicas = host.mpu, host.seq_data_parallel_group
-        host.mpu, host.seq_data_parallel_group = StageLocalGrid(grid), local_if_single_rank(replicas)
+        host, grid, replicas = self._host, self._host.mpu, self._host.seq_data_parallel_group
+        muon = client_optimizer is None and from_config(host)
+        host.mpu = None if muon and host.bfloat16_enabled() else StageLocalGrid(grid)  # its wrapper takes no other
+        host.seq_data_parallel_group = local_if_single_rank(replicas)
         try:
-            configure(client_optimizer, with_a_parameter(model_parameters))
+            configure(client_optimizer, (with_both_kinds if muon else list)(with_a_parameter(model_parameters)))
         finally:
             host.mpu, host.seq_data_parallel_group = grid, replicas
         self.new_versions()  # some projects configure the optimizer only now
@@ -189,12 +191,10 @@ class StageOptimizer:
         host = self._host
         if self._rules.clips_alone and not isinstance(host.optimizer, DeepSpeedOptimizer):
             self.clip()
-        if self.trains or not isinstance(host.optimizer, DeepSpeedOptimizer):
+        idle = not self.trains and isinstance(host.optimizer, DeepSpeedOptimizer)
+        with idle_optimizer(host) if idle else stepping(host.optimizer):
             take_step(*args, **kwargs)
-            return
-        with idle_optimizer(host):
-            take_step(*args, **kwargs)
-        if host.fp16_enabled():
+        if idle and host.fp16_enabled():
             # Each replica has forwarded other gradients.
             overflow = self._peers.largest(int(not math.isfinite(float(self._forwarded_overflow))))
             host.optimizer._update_scale(overflow > 0)

@@ -214,6 +214,8 @@ SGD = {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
             "FusedLamb does not support the AMSG",
         ),
         ({"optimizer": {"type": "MuAdam"}}, '"optimizer": muadam needs the package "mup"'),
+        ({"optimizer": {"type": "Muon", "params": {"muon_lr": -1}}}, 'Muon with "muon_lr": -1: Input should be'),
+        ({"optimizer": {"type": "Muon", "params": {"muon_momentum": 0.9}}}, "Muon has no parameter 'muon_momentum'"),
         ({"optimizer": {"type": "SGD", "params": {"lr": "x"}}}, "'<' not supported between instances of 'str' and"),
         ({**SGD, "scheduler": {"type": "StepLR", "params": {"step_size": 0}}}, "StepLR: ZeroDivisionError"),
         ({**SGD, "scheduler": {"type": "LambdaLR", "params": {"lr_lambda": 1}}}, "LambdaLR: TypeError: 'int' object"),
@@ -253,7 +255,7 @@ def test_a_block_that_is_spelled_wrong(capsys: pytest.CaptureFixture[str], tmp_p
         {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.99], "adam_w_mode": False}}},
         {"optimizer": {"type": "Adam", "params": {"torch_adam": True, "fused": False, "fp32_optimizer_states": True}}},
         {"optimizer": {"type": "RMSprop", "params": {"alpha": 0.9}}, "gradient_clipping": 1},
-        {"optimizer": {"type": "Muon", "params": {"muon_lr": 0.1}}},  # not looked into
+        {"optimizer": {"type": "Muon", "params": {"muon_lr": 0.1, "betas": [0.9, 0.98], "torch_adam": True}}},
         {"optimizer": {"type": "SGD"}, "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True},
         {"optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 1}},
         {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 10}}},
@@ -293,6 +295,14 @@ def test_says_what_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert optimizer not in answer
     notes = json.loads(check(capsys, tmp_path, {"train_batch_size": 4}, "--json"))["notes"]
     assert [note[:20] for note in notes] == [block[:20], optimizer[:20]]
+
+
+def test_says_what_muon_takes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    answer = check(
+        capsys, tmp_path, {**PLAIN, "optimizer": {"type": "Muon", "params": {"lr": 0.01, "adam_lr": 0.001}}}
+    )
+    assert "Muon takes the weights of linear, attention and 2-d convolution layers, at learning rate 0.01;" in answer
+    assert "AdamW embeddings, the output layer and the rest, at 0.001" in answer
 
 
 def test_one_stage_is_plain_training(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
