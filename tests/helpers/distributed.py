@@ -19,6 +19,7 @@ The fork server is what makes fresh processes cheap: importing DeepSpeed takes s
 
 from __future__ import annotations
 
+import os
 import pickle
 import tempfile
 import time
@@ -35,8 +36,9 @@ from helpers.rank_worker import Worker, fork_server
 T = TypeVar("T")
 
 TIMEOUT = 120.0
-CALLS = 25
-"""Calls that the same processes serve. Each engine leaves its groups' threads, which wake a hundred times a second."""
+THREADS = 80
+"""Threads of a process above which no more calls go to it. Each engine leaves those of its groups, which wake a
+hundred times a second, and so slow down everything else that runs."""
 
 
 @overload
@@ -85,8 +87,6 @@ class Ranks:
         self._workers: list[Worker] = []
         self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._num_calls = 0
-        self._first_call = 0
-        """The first call of the present processes."""
 
     def __enter__(self) -> Ranks:
         return self
@@ -135,8 +135,6 @@ class Ranks:
         """
         __tracebackhide__ = True
         job = pickle.dumps((fn, args))
-        if self._num_calls - self._first_call >= CALLS:
-            self.close()
         try:
             self._start()
             outcomes, first = self._call(job, timeout, grace)
@@ -147,6 +145,8 @@ class Ranks:
         if first is None:
             if expect_failure:
                 raise AssertionError(f"{what.replace('failed', 'was expected to fail')}, but every rank returned")
+            if max(len(os.listdir(f"/proc/{worker.pid}/task")) for worker in self._workers) > THREADS:
+                self.close()
             return [outcome.value for outcome in outcomes]
         if expect_failure:
             return outcomes
@@ -165,7 +165,6 @@ class Ranks:
         if self._workers:
             return
         self._directory = tempfile.TemporaryDirectory(prefix="ds_ddg_ranks_")
-        self._first_call = self._num_calls
         context = fork_server()
         for rank in range(self.world_size):
             self._workers.append(Worker(context, rank, self.world_size, Path(self._directory.name)))
