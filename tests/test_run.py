@@ -30,12 +30,11 @@ import pytest
 
 from helpers.distributed import GetRanks
 from helpers.modes import DEFAULT
-from helpers.paths import ROOT, SCRIPTS
+from helpers.paths import LAUNCHER_VARIABLES, ROOT, SCRIPTS
 
 BINARIES = Path(sys.executable).parent
 STEPS = 12
 PATIENCE = 240.0
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -18,7 +18,7 @@ import ds_ddg
 from ds_ddg.comm import start
 from ds_ddg.comm.hosts import Host
 from ds_ddg.comm.start import BACKEND, check_before_gloo
-from helpers.paths import ROOT
+from helpers.paths import LAUNCHER_VARIABLES, ROOT
 
 SCRIPT = """
 import deepspeed
@@ -31,7 +31,7 @@ print("ranks:", deepspeed.comm.get_world_size(), "compiled:", sorted(OpBuilder._
 
 def test_a_script_starts_without_a_compilation(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
-    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    alone = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
     done = subprocess.run(
         [sys.executable, "-m", "ds_ddg.run", "script.py"],
         cwd=tmp_path,

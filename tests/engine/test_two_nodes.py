@@ -30,7 +30,7 @@ def launcher(*words: str) -> list[str]:
 
 def environment(**more: str) -> dict[str, str]:
     # Without what a launcher of these tests, or a setting of this shell, might say.
-    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "GLOO_SOCKET_IFNAME")}
+    inherited = {k: v for k, v in os.environ.items() if k not in (*LAUNCHER_VARIABLES, "GLOO_SOCKET_IFNAME")}
     own = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return {**inherited, **own, **more}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.paths import ROOT
+from helpers.paths import LAUNCHER_VARIABLES, ROOT
 from helpers.script_runs import free_port
 
 BATCH = ROOT / "cluster" / "train.sbatch"
@@ -64,7 +64,7 @@ def cluster(tmp_path: Path) -> Path:
 
 @contextlib.contextmanager
 def job(cluster: Path, *words: str, python: str, **more: str) -> Iterator[subprocess.Popen[str]]:
-    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    inherited = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
     environment = {
         **inherited,
         "PATH": f"{cluster}{os.pathsep}{os.environ['PATH']}",
