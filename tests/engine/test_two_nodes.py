@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from helpers.paths import ROOT, SCRIPTS
+from helpers.paths import LAUNCHER_VARIABLES, ROOT, SCRIPTS
 from helpers.script_runs import free_port
 from helpers.two_nodes import ADDRESSES, INTERFACE, run_on, two_nodes
 
