@@ -36,8 +36,10 @@ demo: setup
 	@$(BIN)/python -m deepspeed.launcher.runner --quiet --num_gpus 2 recipes/resnet/train.py \
 		--deepspeed_config configs/resnet20_digits.json $(ARGS)
 
-# A file's tests run in one process, which shares its ranks among them. Most wait for processes that start.
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+# A file's tests run in one process, which shares its ranks among them. Most wait for processes that start, so there is
+# one worker more than there are cores, up to four.
+WORKERS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 3 ? n + 1 : 4)))
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # The optimizers that DeepSpeed compiles are tested, too; it looks for `ninja` on the PATH. Nothing else needs it.
 test test-fast matrix: export PATH := $(CURDIR)/$(BIN):$(PATH)

@@ -80,7 +80,7 @@ def test_the_sdist_runs_its_own_tests(built: Built) -> None:
     run([*pytest_there, "--collect-only", f"--check-matrix={page}"], built.sdist)
     where = "import ds_ddg; print(ds_ddg.__file__)"
     assert run([sys.executable, "-c", where], built.sdist).strip() == str(built.sdist / "ds_ddg" / "__init__.py")
-    files = [f"tests/test_{name}.py" for name in ("plan", "config", "extras", "architecture")]
+    files = [f"tests/{name}.py" for name in ("schedules/test_plan", "test_config", "test_extras", "test_architecture")]
     output = run([*pytest_there, "-m", "pure", *files], built.sdist)
     assert re.search(r"^\d{2,} passed", output, re.M), output
 

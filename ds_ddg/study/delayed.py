@@ -8,6 +8,7 @@ training shows in one process, in any loop, for the memory of d_k gradients of e
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ from ds_ddg.staleness.choose import choose
 from ds_ddg.staleness.rules import Staleness
 from ds_ddg.study.late_gradients import LateGradients
 from ds_ddg.study.stages import Stages, parameters_by_stage
+from ds_ddg.weights.muon_step import stepping
 from ds_ddg.weights.stage_groups import clip, square_norm
 
 __all__ = ["delayed"]
@@ -114,6 +116,8 @@ class _Delay:
         self._passes_before = 0
         """The number of backward passes for the steps so far."""
         self._stepping = False
+        self._written_out = ExitStack()
+        """Open while DeepSpeed's Muon steps: it then computes as it does in the engine, which does not compile it."""
 
     def attach(self, optimizer: torch.optim.Optimizer, rules: Any) -> None:
         """Check and clip before each step, which then goes by `rules`."""
@@ -141,6 +145,7 @@ class _Delay:
             return  # a subclass has called its parent's step
         self._refuse(optimizer, args, kwargs, passes)
         self._stepping = True
+        self._written_out.enter_context(stepping(optimizer))
         for k, parameters in enumerate(self._stages):
             max_norm = self._rules.max_norm(self._gradient_clipping, Staleness.of(self._plan, k))
             gradients = [p.grad for p in parameters if p.grad is not None]
@@ -148,6 +153,7 @@ class _Delay:
                 clip(gradients, max_norm, square_norm(gradients).pow(0.5))
 
     def _after_step(self, *_: Any) -> None:
+        self._written_out.close()
         self._steps += self._stepping
         self._stepping = False
 
