@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,24 @@ import torch
 from torch import Tensor, nn
 
 import ds_ddg
+from helpers.paths import LAUNCHER_VARIABLES
 
 pytest.importorskip("accelerate")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 COUNT, BATCH, M = 18, 2, 2
 STAGES = {"first": 0, "second": 1, "last": 2}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each test find accelerate as a new process does: its state is global, and other tests use it too."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    for name in [*LAUNCHER_VARIABLES, *(name for name in os.environ if name.startswith("ACCELERATE_"))]:
+        monkeypatch.delenv(name, raising=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 class Model(nn.Module):
