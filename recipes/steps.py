@@ -132,6 +132,11 @@ def _delay(engine: ds_ddg.DDGEngine, stages: int, partition: str, gradient_clipp
     try:
         if (processes := torch.distributed.get_world_size()) > 1:
             raise ValueError(f"needs one process, got {processes}; start it with --num_gpus 1")
+        wanted = {"enabled": True, "weights": "stash", "clip": "stage", "sync_steps": 0}
+        other = [name for name, value in wanted.items() if getattr(settings, name) != value]
+        other += ["slack"] * (settings.slack == "auto")
+        if other:
+            raise ValueError(f'"ddg" sets {", ".join(other)}, which one process cannot imitate; leave that out')
         weights = [0] * len(net.forward_funcs)
         for index in net._find_layer_type(partition.removeprefix("type:")):
             weights[index] = 1
@@ -141,7 +146,7 @@ def _delay(engine: ds_ddg.DDGEngine, stages: int, partition: str, gradient_clipp
             engine.optimizer,
             [[p for layer in part for p in layer.parameters()] for part in layers],
             micro_batches=engine.gradient_accumulation_steps(),
-            slack=0 if settings.slack == "auto" else settings.slack,
+            slack=settings.slack,
             rules=rules if isinstance(rules, str) else rules.model_dump(exclude_unset=True),
             gradient_clipping=gradient_clipping,
         )

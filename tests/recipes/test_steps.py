@@ -69,6 +69,23 @@ def refused(rank: int, world_size: int, folder: str) -> str:
     raise AssertionError("it trained")
 
 
+@pytest.mark.parametrize(
+    ("ddg", "named"),
+    [
+        ({"weights": "current"}, "weights"),
+        ({"clip": "global", "slack": "auto"}, "clip, slack"),
+        ({"enabled": False}, "enabled"),
+        ({"sync_steps": 3}, "sync_steps"),
+    ],
+)
+def test_as_if_stages_refuses_what_it_cannot_imitate(
+    ranks: GetRanks, tmp_path: Path, ddg: dict[str, Any], named: str
+) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps({**CONFIG, "ddg": ddg}))
+    (said,) = ranks(1).run(refused, str(tmp_path))
+    assert said.startswith(f'--as-if-stages 2: "ddg" sets {named}, which one process cannot imitate')
+
+
 def test_as_if_stages_needs_one_process(ranks: GetRanks, tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(json.dumps(CONFIG))
     for said in ranks(2).run(refused, str(tmp_path)):
