@@ -18,6 +18,7 @@ from ds_ddg.engine.micro_batch import MicroBatchRunner
 from ds_ddg.host import Host
 from ds_ddg.stage import RunState, Stage
 from ds_ddg.telemetry.console import Console
+from ds_ddg.telemetry.delay_effects import DelayEffects
 from ds_ddg.telemetry.observer import Observer
 from ds_ddg.telemetry.recorder import start_recorder
 from ds_ddg.telemetry.reporter import Reporter
@@ -86,12 +87,13 @@ def assemble(
     if settings.enabled:
         refuse_metric(host.lr_scheduler)
     everyone = group_of_all(stage.rank) if settings.timed else None
-    reporter = Reporter(stage, run, host, links, observer, updates, console)
+    effects = DelayEffects(lambda: updates.versions, lambda: run.plan.delay(stage.stage_id) if run.delayed else 0)
+    reporter = Reporter(stage, run, host, links, observer, effects, updates, console)
     tracer = TraceWriter(run, host, start_recorder(stage, host, observer, everyone))
     if host.fp16_enabled():
         links.loss_scale = lambda: float(host.optimizer.loss_scale)
     tied_weights.connect(links, stage.stage_id, run.plan)
-    runner = MicroBatchRunner(stage, host, links, feed, tied_weights, updates)
+    runner = MicroBatchRunner(stage, host, links, feed, tied_weights, updates, effects)
     drain = Drain(stage, run, host, links, updates, reporter, console, failures)
     slack = SlackTuner(stage, run, links, observer, host.device, everyone, drain)
     runner.observe = slack.observe if slack.trying else None

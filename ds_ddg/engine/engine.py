@@ -268,7 +268,9 @@ class DDGEngine(PipelineEngine):
             `stage`; `staleness`, the updates made since the oldest micro-batch in flight went forward, which is how
             old the next gradient will be; `busy`, the share of the last call's time not spent waiting for other
             stages (on a GPU that of the host, or with "slack": "auto" or "trace" that of the device, of the last call
-            it is known to have done); `micro_batches_in_flight`; `weight_versions`, how many are in memory.
+            it is known to have done); `micro_batches_in_flight`; `weight_versions`, how many are in memory; and,
+            sampled every tenth call, None before and on the last stage, `weight_drift`, `gradient_cosine` and
+            `gradient_cosine_next`: what delay does to the stage, see docs/monitoring.md.
         """
         return self._reporter.stats()
 

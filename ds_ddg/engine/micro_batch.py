@@ -27,6 +27,7 @@ from ds_ddg.engine.data_feed import Feed
 from ds_ddg.engine.output_checks import FixedShape, refuse_activation, refuse_loss, with_own_memory
 from ds_ddg.host import Host
 from ds_ddg.stage import Stage
+from ds_ddg.telemetry.delay_effects import DelayEffects
 from ds_ddg.weights.recompute import (
     ForwardState,
     PastBuffers,
@@ -73,13 +74,21 @@ class MicroBatchRunner:
         feed: the data of the present call.
         tied_weights: the weights that this stage shares with others.
         updates: knows the weight versions, and scales the loss.
+        effects: looks at the gradients of some backward passes.
     """
 
     def __init__(
-        self, stage: Stage, host: Host, links: Links, feed: Feed, tied_weights: TiedWeights, updates: StageOptimizer
+        self,
+        stage: Stage,
+        host: Host,
+        links: Links,
+        feed: Feed,
+        tied_weights: TiedWeights,
+        updates: StageOptimizer,
+        effects: DelayEffects,
     ) -> None:
         self._stage, self._host, self._links, self._feed = stage, host, links, feed
-        self._tied_weights, self._updates = tied_weights, updates
+        self._tied_weights, self._updates, self._effects = tied_weights, updates, effects
         self.fixed_shape = FixedShape(stage.stage_id)
         """The shape to which all activations of this stage are held."""
         self._past_buffers = PastBuffers()
@@ -146,7 +155,8 @@ class MicroBatchRunner:
                 self._recompute(buffer_id)
             if self._stage.is_last:
                 host.loss = updates.scaled(host.loss)
-            with with_past_buffers(host.module, past) if self._checkpoints else nullcontext():
+            past_buffers = with_past_buffers(host.module, past) if self._checkpoints else nullcontext()
+            with past_buffers, self._effects.backward():
                 if self._stage.is_last or self._join_outputs(buffer_id):
                     host.carry_out(BackwardPass, buffer_id)
         if not updates.trains:

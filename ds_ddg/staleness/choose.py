@@ -13,7 +13,7 @@ import torch
 from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.staleness.rules import Rules, Settings, Staleness
 
-__all__ = ["Choice", "choose", "explain", "kind_of"]
+__all__ = ["Choice", "choose", "explain", "kind_of", "remedies"]
 
 _RULES = {
     "SGD": Rules(learning_rate=2.5, momentum="stretch", extrapolation=1.0),
@@ -93,6 +93,18 @@ def explain(rules: Rules, plan: DDGPlan, optimizer: Any = None) -> str:
         parts.append(f"gradient clipped to {rules.clip:g} by the norm of the stage")
     what = "; ".join(parts) or "nothing is changed"
     return f"stage 0, whose gradients are {age.updates:g} update(s) old: {what}"
+
+
+def remedies(settings: Settings, plan: DDGPlan) -> list[str]:
+    """Return what else could be set in `plan`, under `settings`, for a training that suffers from stale gradients."""
+    found = []
+    if plan.micro_batches < (enough := plan.delay(0)):
+        found.append(
+            f'"gradient_accumulation_steps": {enough} or more, with which no gradient is older than one update'
+        )
+    if settings == Settings():
+        found.append('"ddg": {"staleness": "auto"}, rules by stage for SGD, Adam and Muon')
+    return [*found, "a smaller learning rate, or a longer warm-up of it"]
 
 
 def _lines(settings: Settings, rules: Rules, optimizer: Any, plan: DDGPlan) -> list[str]:

@@ -21,7 +21,10 @@ from ds_ddg.comm.loss_exchange import Loss, Losses, Row, Update
 from ds_ddg.comm.stage_links import Links
 from ds_ddg.host import Host
 from ds_ddg.stage import RunState, Stage
+from ds_ddg.staleness.choose import remedies
 from ds_ddg.telemetry.console import Console
+from ds_ddg.telemetry.delay_effects import DelayEffects
+from ds_ddg.telemetry.loss_watch import LossWatch
 from ds_ddg.telemetry.observer import Observer
 from ds_ddg.telemetry.stage_metrics import MEASURED, StageMeter
 from ds_ddg.telemetry.wandb import InOrder
@@ -39,6 +42,7 @@ class Reporter:
         host: DeepSpeed's engine.
         links: the links to the other stages; losses and measurements travel with their messages.
         observer: knows how long this stage waits.
+        effects: samples what delay does to it.
         updates: this stage's optimizer; the results of its updates travel with the losses.
         console: prints the lines.
     """
@@ -50,12 +54,14 @@ class Reporter:
         host: Host,
         links: Links,
         observer: Observer,
+        effects: DelayEffects,
         updates: StageOptimizer,
         console: Console,
     ) -> None:
         self._stage, self._run, self._host, self._links = stage, run, host, links
-        self._observer, self._updates, self._console = observer, updates, console
+        self._observer, self._effects, self._updates, self._console = observer, effects, updates, console
         self.losses = Losses(links)
+        self._watch = LossWatch()
         self._rows: tuple[Row, ...] = ()
         """The rows of the stages above, then that of this stage, as far as a period ended in the call before."""
         self._update = Update()
@@ -74,7 +80,7 @@ class Reporter:
     def new_meter(self) -> None:
         """Measure anew; the pipeline must be empty."""
         stage, calls = self._stage, self._stage.num_stages * (1 + self._run.slack) + 1
-        self.meter = StageMeter(stage.stage_id, self._observer, calls)
+        self.meter = StageMeter(stage.stage_id, self._observer, self._effects, calls)
 
     @property
     def loss_step(self) -> int:
@@ -122,6 +128,7 @@ class Reporter:
     def restart(self, known: dict[str, Any] | None) -> None:
         """Start again from a checkpoint, with the loss that it knows, if any; calls count on from the saved number."""
         self._samples.clear()
+        self._watch.forget()
         self.losses.restart(self._run.call, known)
         if known is not None:
             self._publish_loss()
@@ -204,12 +211,24 @@ class Reporter:
             ordered.complete(samples)
 
     def _record(self, loss: Loss) -> None:
-        """Send a loss and what came with it to the monitor, each with the samples of its own call."""
+        """Send a loss and what came with it to the monitor, with the samples of its own call; warn if it rises."""
         monitor = self._host.monitor
+        if self._stage.rank == 0:
+            self._warn(self._watch.add(loss.mean), loss.call)
         if self._stage.rank == 0 and monitor.enabled:
             events = [("Train/Samples/train_loss", loss.mean, self._samples[loss.call])]
             for stage, *values in loss.rows:
                 samples = self._samples[loss.call - 1]
-                events += [(f"Train/DDG/stage{stage}/{n}", v, samples) for n, v in zip(MEASURED, values, strict=True)]
+                known = [pair for pair in zip(MEASURED, values, strict=True) if pair[1] is not None]
+                events += [(f"Train/DDG/stage{stage}/{name}", value, samples) for name, value in known]
             monitor.write_events(events)
         self._samples.pop(loss.call - 1, None)
+
+    def _warn(self, wrong: str | None, call: int) -> None:
+        plan = self._run.plan
+        if wrong is not None and plan.delay(0) > 0:
+            age = plan.delay(0) / plan.micro_batches
+            logger.warning(
+                f"call {call}: {wrong}; with gradients up to {age:g} update(s) old this training may diverge. What "
+                f"helps: {'; '.join(remedies(self._stage.config.staleness_settings, plan))}. This is said once"
+            )

@@ -1,4 +1,4 @@
-"""A stage measures how old its gradients are, how busy it is, and how much it holds."""
+"""A stage measures how old its gradients are and what that does to it, how busy it is, and how much it holds."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections import deque
 from dataclasses import dataclass
 
 from ds_ddg.comm.loss_exchange import Row
+from ds_ddg.telemetry.delay_effects import EFFECTS, DelayEffects
 from ds_ddg.telemetry.observer import Observer, Timestamp
 from ds_ddg.weights.versions import WeightVersions
 
 __all__ = ["MEASURED", "StageMeter"]
 
-MEASURED = ("staleness", "busy", "micro_batches_in_flight", "weight_versions")
-"""The values of a row, after the number of the stage."""
+MEASURED = ("staleness", "busy", "micro_batches_in_flight", "weight_versions", *EFFECTS)
+"""The values of a row, after the number of the stage; one that is not known is None."""
 
 
 @dataclass
@@ -35,15 +36,17 @@ class StageMeter:
     Args:
         stage: the number of the stage.
         observer: knows how long it waits.
+        effects: samples what delay does to it.
         calls: the largest number of calls that can have micro-batches in flight at once.
     """
 
-    def __init__(self, stage: int, observer: Observer, calls: int) -> None:
-        self._stage, self._observer, self._calls = stage, observer, calls
+    def __init__(self, stage: int, observer: Observer, effects: DelayEffects, calls: int) -> None:
+        self._stage, self._observer, self._effects, self._calls = stage, observer, effects, calls
         self.forget()
 
     def forget(self) -> None:
         """Forget all measurements; nothing may be in flight."""
+        self._effects.forget()
         self._known = _Known()
         self._first = True
         self._versions: deque[int] = deque(maxlen=self._calls)
@@ -67,6 +70,7 @@ class StageMeter:
         """Note that the call is over; what the script does until the next one counts as work of the stage."""
         self._observer.timestamp(self._known.add)
         self._observer.clock.read()
+        self._effects.end_call()
 
     def end_period(self, versions: WeightVersions, micro_batches: int) -> None:
         """End a period, whose row `begin_call` returns; it is that of the last known call if no more is known."""
@@ -86,4 +90,4 @@ class StageMeter:
         staleness = versions.version - self._versions[0] if self._versions else 0
         until = self._known.newest
         busy = round(since.busy(until), 4) if since is not None and until is not None else 0.0
-        return self._stage, staleness, busy, versions.in_flight, versions.alive
+        return self._stage, staleness, busy, versions.in_flight, versions.alive, *self._effects.values

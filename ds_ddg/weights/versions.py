@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -56,6 +57,19 @@ class WeightVersions:
     def in_flight(self) -> int:
         """The number of micro-batches that have been remembered and not forgotten."""
         return len(self._seen)
+
+    def drift(self) -> Tensor | None:
+        """Return |w - w'| / |w|, w the trained weights and w' those that the next backward will see; None: the same.
+
+        A tensor with one element on the device of the weights, without a wait for it.
+        """
+        old = self._old.get(min(self._seen.values(), default=self.version))
+        pairs = [(p.data, w) for p, w in zip(self.parameters, old or (), strict=old is not None) if p.requires_grad]
+        if not pairs:
+            return None
+        norm = partial(torch.linalg.vector_norm, dtype=torch.float32)
+        moved, newest = [norm(p - w) for p, w in pairs], [norm(p) for p, _ in pairs]  # one difference at a time
+        return torch.stack(moved).norm() / torch.stack(newest).norm()
 
     def remember(self, key: int) -> None:
         """Remember that the forward of micro-batch `key` is about to run on the newest weights."""
