@@ -2,9 +2,10 @@
 
 digits_*   images of digits, 10 epochs: a stem, 16 residual convolutions with GroupNorm ("gn") or BatchNorm ("bn")
 bytes_*    Python's own manual, byte by byte: a transformer of 4 blocks, cut between attention and MLP
+docs_*     the docstrings of the standard library, a transformer twice as deep: no rule was chosen on it
 
-Each function takes a seed and returns a `Problem`, as ``ds-ddg study`` wants it. Learning rates were chosen for
-synchronous training.
+Each function takes a seed and returns a `Problem`, as ``ds-ddg study`` wants it; `length` makes the training longer.
+Learning rates were chosen for synchronous training.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ds_ddg.study.problem import Problem
 
 TRAINED, BATCH, EPOCHS = 1197, 32, 10
 CONTEXT, SEQUENCES, UPDATES = 32, 8, 800
+DOCS_UPDATES = 600
 
 
 class Convolution(nn.Module):
@@ -105,7 +107,9 @@ def _initialize(inside: nn.Linear, outside: nn.Linear, width: int, blocks: int) 
     nn.init.zeros_(outside.bias)
 
 
-def _digits(seed: int, norm: Callable[[int], nn.Module], optimizer: Any, width: int = 24) -> Problem:
+def _digits(
+    seed: int, norm: Callable[[int], nn.Module], optimizer: Any, width: int = 24, length: float = 1.0
+) -> Problem:
     data = load_digits()
     images = torch.tensor(data.data, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
     labels = torch.tensor(data.target)
@@ -122,7 +126,7 @@ def _digits(seed: int, norm: Callable[[int], nn.Module], optimizer: Any, width: 
     def evaluate(model: nn.Module) -> dict[str, float]:
         return {"accuracy": 100 * float((model(images[test]).argmax(1) == labels[test]).double().mean())}
 
-    calls = EPOCHS * (TRAINED // BATCH)
+    calls = round(length * EPOCHS * (TRAINED // BATCH))
     layers = [
         nn.Conv2d(1, width, 3, 2, 1, bias=False),
         *(Convolution(width, norm) for _ in range(16)),
@@ -133,8 +137,19 @@ def _digits(seed: int, norm: Callable[[int], nn.Module], optimizer: Any, width: 
 
 @lru_cache(maxsize=1)
 def _manual() -> tuple[Tensor, Tensor, int]:
-    """Return Python's manual as numbers, the part to train on and the part to test on, and how many there are."""
-    text = "\n\n".join(topics.topics[name] for name in sorted(topics.topics)).encode()
+    return _numbers("\n\n".join(topics.topics[name] for name in sorted(topics.topics)))
+
+
+@lru_cache(maxsize=1)
+def _docstrings() -> tuple[Tensor, Tensor, int]:
+    from recipes.bert.corpus import docstrings
+
+    return _numbers("\n\n".join(dict.fromkeys(docstrings())))
+
+
+def _numbers(document: str) -> tuple[Tensor, Tensor, int]:
+    """Return the bytes of a text as numbers, the part to train on and the part to test on, and how many there are."""
+    text = document.encode()
     values = sorted(set(text))
     number = {value: i for i, value in enumerate(values)}
     numbers = torch.tensor([number[value] for value in text])
@@ -144,8 +159,17 @@ def _manual() -> tuple[Tensor, Tensor, int]:
     return pages[order[len(pages) // 10 :]].reshape(-1), test, len(values)
 
 
-def _bytes(seed: int, optimizer: Any, width: int = 64, blocks: int = 4, updates: int = UPDATES) -> Problem:
-    train, test, values = _manual()
+def _bytes(
+    seed: int,
+    optimizer: Any,
+    text: Callable[[], tuple[Tensor, Tensor, int]] = _manual,
+    width: int = 64,
+    blocks: int = 4,
+    updates: int = UPDATES,
+    length: float = 1.0,
+) -> Problem:
+    train, test, values = text()
+    updates = round(length * updates)
 
     def batches(micro_batches: int) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(2000 + seed)
@@ -227,3 +251,7 @@ digits_bn_muon = partial(_digits, norm=nn.BatchNorm2d, optimizer=partial(_muon, 
 bytes_sgd = partial(_bytes, optimizer=partial(_sgd, lr=0.1))
 bytes_adamw = partial(_bytes, optimizer=partial(_adamw, lr=2e-3, decay=0.1))
 bytes_muon = partial(_bytes, optimizer=partial(_muon, decay=0.1))
+_docs = partial(_bytes, text=_docstrings, width=48, blocks=8, updates=DOCS_UPDATES)
+docs_sgd = partial(_docs, optimizer=partial(_sgd, lr=0.1))
+docs_adamw = partial(_docs, optimizer=partial(_adamw, lr=2e-3, decay=0.1))
+docs_muon = partial(_docs, optimizer=partial(_muon, decay=0.1))

@@ -3,7 +3,8 @@
 Each rule is a function of the **staleness** s = d_k / M, the age of a stage's gradients in updates. At s = 0 none
 changes anything. All that they change is what the optimizer finds in one step, so none makes a stage wait for another.
 
-    learning_rate   discount of the learning rate, (1+s)^-p, for good or for the first calls (`anneal`)
+    learning_rate   discount of the learning rate, (1+s)^-p, for good or for the first calls (`anneal`), and for all of
+                    s or for what is above a `tolerance`
     momentum        longer memory of the momentum, or of Adam's first moment
     extrapolation   the step (1+cs) u_t - cs u_{t-1}, where u_t is what the optimizer would have done
     clip            the norm of the stage's own gradient, on delayed stages alone
@@ -54,6 +55,10 @@ class Rules(BaseModel):
     """p of the discount: the learning rate times (1+s)^-p. p = 1 is PipeMare's rule T1 without its end (Yang et al.,
     MLSys 2021), and what delayed SGD needs to be stable: the largest stable rate falls like 1/s."""
 
+    tolerance: _Number = 0.0
+    """s0, the staleness up to which the learning rate stays as it is: the discount is (1 + max(0, s - s0))^-p. At 1
+    the factor is s^-p for s above 1, as in PipeMare, and 1 for gradients up to one update old."""
+
     anneal: int = Field(default=0, ge=0)
     """T, the number of calls in which the discount fades, as in PipeMare's T1: in call t its exponent is
     p (1 - min(t/T, 1)). 0: it stays."""
@@ -65,8 +70,11 @@ class Rules(BaseModel):
 
     extrapolation: _Number = 0.0
     """c of the step (1+cs) u_t - cs u_{t-1}, with u_t what the optimizer has taken off the weights, weight decay
-    included, and u_{-1} = 0. At c = s = 1 the error feedback for one update of delay (arXiv 2606.30634); for any s the
-    forward passes see what linear prediction by s steps would show them, without a second copy of the weights."""
+    included, and u_{-1} = 0. At c = s = 1 the error feedback for one update of delay (arXiv 2606.30634); at c = 1, for
+    any s, the forward passes see what linear prediction by s steps would show them, without a second copy of the
+    weights. With a stretched first moment it is quasi-hyperbolic momentum (Ma and Yarats, ICLR 2019): in the step that
+    it comes in a gradient weighs (1+cs)(1-beta)/(1+s), about c times what it would without delay, and then little for
+    a long time."""
 
     clip: _Number = 0.0
     """The largest norm of the gradient of a delayed stage, 0 for none. An absolute number, so it goes by the scale of
@@ -80,7 +88,7 @@ class Rules(BaseModel):
     def rate_factor(self, age: Staleness) -> float:
         """Return the factor of the learning rate."""
         left = 1 - min(age.call / self.anneal, 1.0) if self.anneal else 1.0
-        return float((1 + age.updates) ** (-self.learning_rate * left))
+        return float((1 + max(0.0, age.updates - self.tolerance)) ** (-self.learning_rate * left))
 
     def momentum_at(self, momentum: float, age: Staleness) -> float:
         """Return what takes the place of `momentum`."""

@@ -29,10 +29,11 @@ class Discount:
     """The factor of a learning rate."""
 
     exponent: float
+    tolerance: float = 0.0
 
     def __call__(self, s: float) -> float:
-        """(1+s)^-p."""
-        return float((1 + s) ** -self.exponent)
+        """(1+s-s0)^-p for s above s0."""
+        return float((1 + s - self.tolerance) ** -self.exponent) if s > self.tolerance else 1.0
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {**toy.OPTIMIZER
 RULES = {
     "off": Rule("sgd", "off"),
     "S": Rule("sgd", {"rules": "auto", "clip": 0.05}, Discount(2.5), stretch=True, lead=1.0, clip=0.05),
-    "A": Rule("adamw", "auto", Discount(0.5), stretch=True, lead=1.0),
-    "A, fused": Rule("fused_adamw", "auto", Discount(0.5), stretch=True, lead=1.0),
+    "A": Rule("adamw", "auto", Discount(0.5, 1.0), stretch=True, lead=3.0),
+    "A, fused": Rule("fused_adamw", "auto", Discount(0.5, 1.0), stretch=True, lead=3.0),
     "Muon's": Rule("sgd", {"learning_rate": 1}, Discount(1.0)),
 }
 MORE_RULES = {

@@ -66,15 +66,15 @@ def test_sgd_asks_for_the_norm_to_clip_to() -> None:
 
 def test_adam_and_muon_need_no_number() -> None:
     adam = choose(AUTO, made(torch.optim.AdamW), DDGPlan(8))
-    assert adam.rules == Rules(learning_rate=0.5, momentum="stretch", extrapolation=1.0)
+    assert adam.rules == Rules(learning_rate=0.5, tolerance=1.0, momentum="stretch", extrapolation=3.0)
     muon = choose(AUTO, deepspeeds("MuonWithAuxAdam"), DDGPlan(8))
-    assert muon.rules == Rules(learning_rate=1.0)
+    assert muon.rules == Rules(learning_rate=1.0, tolerance=1.0)
 
 
 def test_says_what_it_does_and_what_would_serve_better() -> None:
     lines = choose(AUTO, made(torch.optim.AdamW), DDGPlan(4, 2)).lines
-    assert "1.5 update(s) old: learning rate times 0.632; momentum 0.9 -> 0.96 (stretch)" in lines[0]
-    assert "step 2.5 u_t - 1.5 u_(t-1)" in lines[0]
+    assert "1.5 update(s) old: learning rate times 0.816; momentum 0.9 -> 0.96 (stretch)" in lines[0]
+    assert "step 5.5 u_t - 4.5 u_(t-1)" in lines[0]
     assert "3 micro-batches a call or more, not 2" in lines[1]
     assert "Muon" in lines[2]
     enough = choose(AUTO, made(torch.optim.AdamW), DDGPlan(4, 3)).lines

@@ -50,6 +50,8 @@ def test_default_rules_do_nothing() -> None:
 def test_discount_falls_with_the_staleness_and_fades() -> None:
     rules = Rules(learning_rate=2.5)
     assert rules.rate_factor(Staleness(3.0)) == 1 / 32
+    tolerant = Rules(learning_rate=0.5, tolerance=1.0)
+    assert [tolerant.rate_factor(Staleness(s)) for s in (0.5, 1.0, 4.0)] == [1.0, 1.0, 0.5]
     fading = Rules(learning_rate=2.0, anneal=4)
     factors = [fading.rate_factor(Staleness(1.0, call=call)) for call in (0, 1, 2, 4, 9)]
     assert factors == pytest.approx([0.25, 2**-1.5, 0.5, 1.0, 1.0], rel=1e-15)
