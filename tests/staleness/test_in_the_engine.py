@@ -16,8 +16,10 @@ from ds_ddg.staleness.apply import PREVIOUS_STEP
 from helpers import formats, stale_runs, tied_runs, toy
 from helpers.distributed import GetRanks
 from helpers.formats import FORMATS
+from helpers.matrix import mode_of
 from helpers.modes import DEFAULT
 from helpers.resuming import assert_resumed, go_on
+from helpers.stale_combos import COMBINATIONS, REPLICAS
 from helpers.stale_runs import (
     CALLS,
     MORE_RULES,
@@ -73,6 +75,36 @@ def test_engine_equals_oracle_and_loop(ranks: GetRanks, stages: int, micro_batch
             assert seen.norm == by_rank[0][i].norm
 
 
+def proving(names: Any) -> list[Any]:
+    marks = {
+        name: pytest.mark.proves(f'"staleness", {name}', modes=[mode_of(COMBINATIONS[name].setup.ddg)])
+        for name in names
+    }
+    return [pytest.param(name, marks=mark) for name, mark in marks.items()]
+
+
+@pytest.mark.parametrize("name", proving(COMBINATIONS))
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler")
+def test_together_with_other_settings(ranks: GetRanks, name: str) -> None:
+    combination = COMBINATIONS[name]
+    expected = run_oracle(combination.oracles)
+    by_rank = ranks(combination.setup.stages).run(run_engine, combination.engines)
+    for stage, (ours, its) in enumerate(zip(by_rank, expected, strict=True)):
+        assert not gaps(ours, its), f"stage {stage}"
+    others = run_oracle(replace(combination, rule=replace(combination.rule, staleness="off", clip=0.0)).oracles)
+    assert gaps(expected[0], others[0]), "the rule did nothing"
+
+
+@pytest.mark.parametrize("name", REPLICAS)
+@pytest.mark.proves('"staleness", data x pipeline', modes=DEFAULT)
+def test_replicas(ranks: GetRanks, name: str) -> None:
+    """With the same data they train as one: the mean of two equal gradients is either."""
+    expected = run_oracle(REPLICAS[name].oracles)
+    by_rank = ranks(4).run(run_engine, REPLICAS[name].engines)
+    for rank, ours in enumerate(by_rank):
+        assert not gaps(ours, expected[rank // 2]), f"rank {rank}"
+
+
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("name", MORE_RULES)
 @pytest.mark.proves('"staleness" with Muon; with BasisRotation; a discount that fades; fp32', modes=DEFAULT)
@@ -89,21 +121,22 @@ def test_engine_equals_the_loop(ranks: GetRanks, name: str, micro_batches: int) 
 
 
 # What sums gradients in another format than that of its weights is left to the tests of formats.
-MIXED = [name for name in FORMATS if "sums" not in name and "immediate" not in name and name != "autocast"]
+SUMS = [name for name in FORMATS if "sums" in name or "immediate" in name]
+MIXED = [name for name in FORMATS if FORMATS[name].wrapper and name not in SUMS]
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.proves(f'"staleness": "auto", {name}', modes=DEFAULT)) for name in MIXED],
+    [pytest.param(name, marks=pytest.mark.proves(f'"staleness": "auto", {name}', modes=DEFAULT)) for name in FORMATS],
 )
 def test_below_deepspeeds_wrappers(ranks: GetRanks, name: str) -> None:
     """They step the optimizer inside, ZeRO group by group; one stage has nothing to train."""
     rule = RULES["A"]
-    for frozen, micro_batches in ((None, 1), (1, 2)):
+    for frozen, micro_batches in ((None, 1), (1, 1 if name in SUMS else 2)):
         got = ranks(3).run(
             formats.train_engine, name, micro_batches, rule.optimizer, {"staleness": rule.staleness}, 0.0, frozen
         )
-        assert FORMATS[name].wrapper in {result.wrapper for result in got}
+        assert (FORMATS[name].wrapper or "AdamW") in {result.wrapper for result in got}
         assert [result.collectives for result in got] == [0, 0, 0]
         expected = stale_runs.train_oracle_in(name, 3, micro_batches, rule, frozen)
         for stage, (ours, its) in enumerate(zip(got, expected, strict=True)):

@@ -1,0 +1,288 @@
+"""Rules for stale gradients together with the other settings, one at a time; `ByHand` steps the oracle."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from helpers import formats, muon_runs, toy
+from helpers.stale_runs import RULES, ByHand, Discount, Rule
+from helpers.stale_runs import layers as plain_layers
+from helpers.versus import Setup, nothing, trainable
+
+STAGES = 3
+WIDTH = 12
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One way to train."""
+
+    rule: Rule
+    setup: Setup
+    """Without what `rule` says."""
+    micro_batches: int = 1
+    slack: int = 0
+
+    @property
+    def engines(self) -> Setup:
+        """How the engine trains."""
+        ddg = {"staleness": self.rule.staleness, "slack": self.slack, **self.setup.ddg}
+        optimizer = self.setup.optimizer or partial(make, self.rule.optimizer)
+        return replace(
+            self.setup, micro_batches=self.micro_batches, ddg=ddg, optimizer=optimizer, oracle_before=nothing
+        )
+
+    @property
+    def oracles(self) -> Setup:
+        """How the oracle does."""
+        engines, stages = self.engines, self.setup.stages
+        delays = ((stages - 1 - k) * (1 + self.slack) for k in range(stages))
+        ddg = {"clip_by" if name == "clip" else name: value for name, value in self.setup.ddg.items()}
+        return replace(
+            engines,
+            arguments=None,
+            ddg={"slack": self.slack, **{name: ddg[name] for name in ddg if name in ORACLES}},
+            optimizer=lambda parameters: ByHand(
+                engines.optimizer(parameters), self.rule, next(delays) / self.micro_batches
+            ),
+            oracle_before=self.setup.oracle_before,
+        )
+
+
+ORACLES = ("weights", "activations", "clip_by")
+
+
+def make(name: str, parameters: Any) -> torch.optim.Optimizer:
+    """Make the optimizer of that name; it can be sent to the ranks."""
+    return toy.OPTIMIZERS[name](parameters)
+
+
+def images() -> Iterator[Any]:
+    return toy.batches(10**6)
+
+
+def vectors() -> Iterator[Any]:
+    generator = torch.Generator().manual_seed(3)
+    for _ in itertools.count():
+        yield torch.randn(4, WIDTH, generator=generator), torch.randn(4, 5, generator=generator)
+
+
+def setup(**more: Any) -> Setup:
+    """Return a run of convolutions, normalisations over the batch, and dropout, with the optimizer of the rule."""
+    common = {"layers": toy.layers, "batches": images, "loss_fn": toy.loss_fn, "stages": STAGES, "optimizer": None}
+    return Setup(**{**common, "calls": 8, **more})
+
+
+# -- groups of parameters ---------------------------------------------------------------------------------------------
+
+
+def two_kinds(module: nn.Module, key: str) -> list[dict[str, Any]]:
+    """Return matrices and the rest, with other numbers."""
+    halves = [[p for p in trainable(module) if (p.dim() > 1) is wanted] for wanted in (True, False)]
+    momenta: list[Any] = [(0.8, 0.95), (0.95, 0.99)] if key == "betas" else [0.7, 0.9]
+    return [
+        {"params": half, "lr": lr, key: momentum, "weight_decay": decay}
+        for half, lr, momentum, decay in zip(halves, (0.02, 0.005), momenta, (0.1, 0.0), strict=True)
+    ]
+
+
+# -- schedulers -------------------------------------------------------------------------------------------------------
+
+ONE_CYCLE = {
+    "cycle_min_lr": 0.002,
+    "cycle_max_lr": 0.02,
+    "cycle_first_step_size": 4,
+    "cycle_min_mom": 0.8,
+    "cycle_max_mom": 0.95,
+}
+
+
+def torchs_one_cycle(optimizer: Any) -> Any:
+    """Cycle learning rate and momentum."""
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=40, base_momentum=0.6)
+
+
+def deepspeeds_one_cycle(optimizer: Any) -> Any:
+    """Cycle learning rate and betas."""
+    from deepspeed.runtime.lr_schedules import OneCycle
+
+    return OneCycle(optimizer, **ONE_CYCLE)
+
+
+def with_scheduler(net: nn.Module, it: Setup) -> dict[str, Any]:
+    return {"optimizer": it.optimizer, "model_parameters": it.parameters(net), "lr_scheduler": torchs_one_cycle}
+
+
+def schedule_oracle(make: Callable[[Any], Any], oracle: Any, call: int) -> None:
+    if call == 0:
+        oracle.schedulers = [make(by_hand.optimizer) for by_hand in oracle.optimizers]
+
+
+# -- between calls ----------------------------------------------------------------------------------------------------
+
+
+def drain_and_evaluate(engine: Any, call: int) -> None:
+    if call == 4:
+        engine.drain()
+    if call in (4, 6):
+        engine.eval_batch(toy.batches(2, seed=9))
+
+
+def drain_oracle(oracle: Any, call: int) -> None:
+    if call == 4:
+        oracle.drain()
+
+
+SYNC_STEPS = 3
+
+
+def begin_on_1f1b(oracle: Any, call: int) -> None:
+    if call == 0:
+        oracle.later = oracle.delays, [by_hand.s for by_hand in oracle.optimizers]
+        oracle.delays = [0] * STAGES
+        for by_hand in oracle.optimizers:
+            by_hand.s = 0.0
+    if call == SYNC_STEPS:
+        oracle.drain()
+        oracle.delays, ages = oracle.later
+        for by_hand, age in zip(oracle.optimizers, ages, strict=True):
+            by_hand.s = age
+
+
+def another_optimizer(engine: Any, call: int) -> None:
+    if call == 5:
+        engine._configure_optimizer(partial(make, "adamw"), trainable(engine.module))
+
+
+def another_of_the_oracle(oracle: Any, call: int) -> None:
+    if call == 5:
+        oracle.drain()
+        oracle.optimizers = [
+            ByHand(make("adamw", trainable(stage)), by_hand.rule, by_hand.s)
+            for stage, by_hand in zip(oracle.stages, oracle.optimizers, strict=True)
+        ]
+
+
+# -- optimizers -------------------------------------------------------------------------------------------------------
+
+
+def adagrad(parameters: Any) -> torch.optim.Optimizer:
+    """ZeRO puts another in its place."""
+    return torch.optim.Adagrad(parameters, lr=0.02)
+
+
+MUON = Rule("muon", "auto", Discount(1.0))
+AHEAD = replace(MUON, staleness={"rules": "auto", "extrapolation": 0.5}, lead=0.5)
+MUON_BF16 = {
+    "layers": muon_runs.bf16_layers,
+    "batches": muon_runs.bf16_batches,
+    "loss_fn": formats.loss_fn,
+    "optimizer": muon_runs.InBf16,
+    "config": {**muon_runs.CONFIG, **muon_runs.BF16},
+}
+
+
+# -- layers -----------------------------------------------------------------------------------------------------------
+
+
+class Branches(nn.Module):
+    """Takes one of two ways, by its input: the other has no gradient then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ways = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.ways[int(x.mean() > 0)](x)
+        return output
+
+
+def branches() -> list[nn.Module]:
+    torch.manual_seed(7)
+    return [Branches(), toy.Residual(WIDTH), Branches(), toy.Residual(WIDTH), nn.Linear(WIDTH, 5), nn.Identity()]
+
+
+class Adapted(nn.Module):
+    """A frozen linear layer with a small trained one beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.down, self.up = nn.Linear(WIDTH, 2), nn.Linear(2, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.base(x) + self.up(self.down(x))
+
+
+def adapted() -> list[nn.Module]:
+    torch.manual_seed(7)
+    return [nn.Linear(WIDTH, WIDTH).requires_grad_(False), *(Adapted() for _ in range(4)), nn.Linear(WIDTH, 5)]
+
+
+A, S = RULES["A"], RULES["S"]
+CLIPPED = 0.05
+PLAIN = {"loss_fn": nn.functional.mse_loss, "batches": vectors}
+TAKEN = replace(S, staleness="auto", clip=0.0)
+"""The clip is that of the config."""
+
+COMBINATIONS = {
+    '"weights": "current"': Combination(A, setup(ddg={"weights": "current"})),
+    '"weights": "current", recomputed': Combination(
+        S, setup(ddg={"weights": "current", "activations": "recompute"}), micro_batches=2
+    ),
+    '"activations": "recompute"': Combination(A, setup(ddg={"activations": "recompute"}), micro_batches=2),
+    '"slack"': Combination(A, setup(), slack=1),
+    '"slack" and a clip': Combination(S, setup(), micro_batches=2, slack=2),
+    '"loss": "exact"': Combination(A, setup(ddg={"loss": "exact"})),
+    '"sync_steps"': Combination(A, setup(ddg={"sync_steps": SYNC_STEPS}, oracle_before=begin_on_1f1b)),
+    '"sync_steps" and a clip': Combination(S, setup(ddg={"sync_steps": SYNC_STEPS}, oracle_before=begin_on_1f1b)),
+    "groups of parameters": Combination(A, setup(parameters=partial(two_kinds, key="betas"))),
+    "groups of parameters, a clip": Combination(
+        TAKEN, setup(clip=CLIPPED, parameters=partial(two_kinds, key="momentum"))
+    ),
+    "a scheduler that cycles betas": Combination(
+        A, setup(arguments=with_scheduler, oracle_before=partial(schedule_oracle, torchs_one_cycle))
+    ),
+    "a scheduler that cycles the momentum": Combination(
+        S, setup(arguments=with_scheduler, oracle_before=partial(schedule_oracle, torchs_one_cycle))
+    ),
+    "DeepSpeed's OneCycle": Combination(
+        A,
+        setup(
+            config={"scheduler": {"type": "OneCycle", "params": ONE_CYCLE}},
+            oracle_before=partial(schedule_oracle, deepspeeds_one_cycle),
+        ),
+    ),
+    '"gradient_clipping"': Combination(A, setup(clip=CLIPPED)),
+    '"gradient_clipping" in place of a clip': Combination(TAKEN, setup(clip=CLIPPED)),
+    '"gradient_clipping" and a smaller clip': Combination(
+        replace(S, everywhere=0.1), setup(config={"gradient_clipping": 0.1})
+    ),
+    '"clip": "global"': Combination(A, setup(clip=CLIPPED, ddg={"clip": "global"})),
+    "a drain, evaluation, and on": Combination(
+        A, setup(before=drain_and_evaluate, oracle_before=drain_oracle), micro_batches=2
+    ),
+    "a parameter without a gradient in some calls": Combination(A, setup(layers=branches, **PLAIN)),
+    "a parameter without a gradient in some calls, a clip": Combination(S, setup(layers=branches, **PLAIN)),
+    "an optimizer made late": Combination(A, setup(before=another_optimizer, oracle_before=another_of_the_oracle)),
+    "Adagrad, fp32, ZeRO-1": Combination(
+        Rule("adagrad", {"learning_rate": 1.0}, Discount(1.0)), setup(optimizer=adagrad, config=formats.ZERO_1)
+    ),
+    "Muon from the config": Combination(MUON, muon_runs.setup_of(stages=4, clip=0.5)),
+    "Muon from the config, extrapolated": Combination(AHEAD, muon_runs.setup_of(stages=2), micro_batches=2),
+    "Muon, bf16 and ZeRO-1 with fp32 sums": Combination(MUON, muon_runs.setup_of(stages=3, **MUON_BF16)),
+    "adapters beside a frozen base": Combination(A, setup(layers=adapted, **PLAIN)),
+}
+
+REPLICAS = {
+    "": Combination(A, setup(stages=2, layers=plain_layers)),
+    ", a clip": Combination(S, setup(stages=2, layers=plain_layers), micro_batches=2),
+}
+"""On two stages with two replicas each."""
