@@ -81,7 +81,8 @@ class StageRules:
             optimizer: DeepSpeed's wrapper or the optimizer itself.
             extrapolating: whether the u_{t-1} in the checkpoint is that of its last step.
         """
-        # ZeRO leaves in its state what a checkpoint does not have, and DeepSpeed's own engine what it does not know.
+        # With elastic_checkpoint ZeRO leaves in its state what the checkpoint does not have; DeepSpeed's own engine
+        # carries along what it does not know.
         if not (extrapolating and self._rules.extrapolation > 0):
             forget_previous_steps(states_of(optimizer))
 

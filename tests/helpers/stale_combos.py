@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from helpers import formats, muon_runs, toy
+from ds_ddg.staleness.apply import PREVIOUS_STEP
+from helpers import formats, muon_runs, resuming, toy
 from helpers.stale_runs import RULES, ByHand, Discount, Rule
 from helpers.stale_runs import layers as plain_layers
 from helpers.versus import Setup, nothing, trainable
@@ -286,3 +287,75 @@ REPLICAS = {
     ", a clip": Combination(S, setup(stages=2, layers=plain_layers), micro_batches=2),
 }
 """On two stages with two replicas each."""
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+AHEAD_OF = {"learning_rate": 0.5, "extrapolation": 1.0}
+
+
+@dataclass
+class HandOver:
+    """What one stage made of a checkpoint of other rules, or of another number of micro-batches."""
+
+    states: list[list[Tensor]]
+    """Some calls later: of an engine that had done nothing before, and of one that had trained."""
+    keeps: list[bool]
+    """Whether the optimizer had a u_{t-1} after the load: of both."""
+
+
+def hand_over(
+    rank: int, world_size: int, directory: str, config: dict[str, Any], saved: str, loaded: str, micro_batches: int
+) -> HandOver:
+    """Train with rules `saved` ("on", "off"; "deepspeed": on, then in DeepSpeed's engine), and go on by `loaded`."""
+    staleness = {"on": AHEAD_OF, "deepspeed": AHEAD_OF, "off": "off"}
+    made = partial(resuming.engine, world_size, optimizer="adamw", **config)
+    data = toy.batches(100)
+    writer = made(1, ddg={"staleness": staleness[saved]})
+    for _ in range(5):
+        writer.train_batch(data)
+    writer.save_checkpoint(directory)
+    if saved == "deepspeed":
+        writer = made(1, ddg=None)
+        writer.load_checkpoint(directory)
+        for _ in range(2):
+            writer.train_batch(data)
+        writer.save_checkpoint(directory)
+    result = HandOver([], [])
+    for trained_before in (0, 5):
+        engine = made(micro_batches, ddg={"staleness": staleness[loaded]})
+        for _ in range(trained_before):
+            engine.train_batch(data)
+        engine.load_checkpoint(directory)
+        inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+        result.keeps.append(any(PREVIOUS_STEP in state for state in inner.state.values()))
+        torch.manual_seed(5)
+        rest = toy.batches(100, seed=7)
+        for _ in range(4):
+            engine.train_batch(rest)
+        engine.drain()
+        result.states.append(toy.state(engine.module))
+    return result
+
+
+# -- one optimizer, two engines ---------------------------------------------------------------------------------------
+
+
+def second_engine(rank: int, world_size: int, ddg: dict[str, Any] | None) -> tuple[list[Tensor], bool]:
+    """Train with an optimizer that an engine with rules has had before, or that none has, if `ddg` is None.
+
+    Returns:
+        The weights, and whether the optimizer keeps a u_{t-1}.
+    """
+    from deepspeed.pipe import PipelineModule
+
+    import ds_ddg
+
+    net = PipelineModule(plain_layers(), num_stages=world_size, loss_fn=toy.loss_fn, partition_method="uniform")
+    optimizer = make("adamw", net.parameters())
+    for block in ({"staleness": "auto"}, ddg) if ddg is not None else ({},):
+        engine, *_ = ds_ddg.initialize(model=net, config=toy.config(1, block), optimizer=optimizer)
+    data = toy.batches(8)
+    for _ in range(8):
+        engine.train_batch(data)
+    return toy.state(engine.module), any(PREVIOUS_STEP in state for state in optimizer.state.values())

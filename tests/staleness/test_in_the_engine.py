@@ -13,13 +13,13 @@ import torch
 
 import ds_ddg
 from ds_ddg.staleness.apply import PREVIOUS_STEP
-from helpers import formats, stale_runs, tied_runs, toy
+from helpers import formats, fp16_runs, stale_runs, tied_runs, toy
 from helpers.distributed import GetRanks
-from helpers.formats import FORMATS
+from helpers.formats import FORMATS, ZERO_1
 from helpers.matrix import mode_of
 from helpers.modes import DEFAULT
 from helpers.resuming import assert_resumed, go_on
-from helpers.stale_combos import COMBINATIONS, REPLICAS
+from helpers.stale_combos import COMBINATIONS, REPLICAS, hand_over, second_engine
 from helpers.stale_runs import (
     CALLS,
     MORE_RULES,
@@ -186,6 +186,45 @@ def test_resumes_to_the_last_bit(ranks: GetRanks, tmp_path: Path) -> None:
 def test_wrappers_resume_to_the_last_bit(ranks: GetRanks, tmp_path: Path, name: str) -> None:
     for one, other in ranks(3).run(stale_runs.resume_in, name, "auto", str(tmp_path)):
         assert all(map(torch.equal, one, other))
+
+
+@pytest.mark.parametrize("config", [{}, ZERO_1], ids=["fp32", "fp32, ZeRO-1"])
+@pytest.mark.parametrize(
+    ("saved", "loaded", "micro_batches"),
+    [("on", "on", 2), ("on", "off", 1), ("off", "on", 1), ("deepspeed", "on", 1)],
+)
+@pytest.mark.proves('"staleness", resumed with other rules or M, or from DeepSpeed\'s engine', modes=DEFAULT)
+def test_resumes_with_other_rules(
+    ranks: GetRanks, tmp_path: Path, config: dict[str, Any], saved: str, loaded: str, micro_batches: int
+) -> None:
+    """The extrapolation goes on where the step before had one, and begins anew where it had not."""
+    found = ranks(2).run(hand_over, str(tmp_path), config, saved, loaded, micro_batches)
+    for stage, result in enumerate(found):
+        assert result.keeps == [saved == loaded == "on" and stage == 0] * 2
+        assert all(map(torch.equal, *result.states)), "it is of no account what the engine did before"
+
+
+@pytest.mark.parametrize("ddg", [{"staleness": "off"}, {"enabled": False, "staleness": "auto"}])
+def test_an_optimizer_of_another_engine(ranks: GetRanks, ddg: dict[str, Any]) -> None:
+    """It does not step by the rules of the engine before."""
+    expected = ranks(2).run(second_engine, {**ddg, "staleness": "off"})
+    for (ours, keeps), (its, _) in zip(ranks(2).run(second_engine, ddg), expected, strict=True):
+        assert not keeps
+        assert all(map(torch.equal, ours, its))
+
+
+@pytest.mark.parametrize("config", fp16_runs.OPTIMIZERS.values(), ids=list(fp16_runs.OPTIMIZERS))
+@pytest.mark.proves('"staleness", steps skipped in fp16', modes=DEFAULT, exact=False)
+def test_a_skipped_step_is_none(ranks: GetRanks, config: dict[str, Any]) -> None:
+    """Where the gradient overflows, the extrapolation waits with the weights."""
+    rules = {"learning_rate": 0.5, "momentum": "stretch", "extrapolation": 1.0}
+    results = ranks(3).run(fp16_runs.train, config, [24, 10, 10], 1, {"staleness": rules})
+    assert results[0].told[-1][0] >= 3, "nothing was skipped"
+    for result in results[:2]:
+        for before, after, moved in zip(result.previous, result.previous[1:], result.moved[1:], strict=True):
+            same = len(before) == len(after) and all(map(torch.equal, before, after))
+            assert same != moved
+    assert not any(results[2].previous)
 
 
 # -- where the staleness changes, or belongs to another stage --------------------------------------------------------
