@@ -103,6 +103,19 @@ class ByHand:
         self.zero_grad = optimizer.zero_grad
         self.previous: dict[Tensor, Tensor] = {}
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return all but the staleness."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        previous = {i: self.previous[p].clone() for i, p in enumerate(parameters) if p in self.previous}
+        return {"optimizer": self.optimizer.state_dict(), "previous": previous}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.param_groups = self.optimizer.param_groups
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        self.previous = {parameters[i]: step for i, step in state["previous"].items()}
+
     @torch.no_grad()
     def step(self) -> None:
         """Step, with the optimizer's own numbers put back afterwards."""

@@ -220,10 +220,11 @@ def test_a_skipped_step_is_none(ranks: GetRanks, config: dict[str, Any]) -> None
     rules = {"learning_rate": 0.5, "momentum": "stretch", "extrapolation": 1.0}
     results = ranks(3).run(fp16_runs.train, config, [24, 10, 10], 1, {"staleness": rules})
     assert results[0].told[-1][0] >= 3, "nothing was skipped"
-    for result in results[:2]:
-        for before, after, moved in zip(result.previous, result.previous[1:], result.moved[1:], strict=True):
-            same = len(before) == len(after) and all(map(torch.equal, before, after))
-            assert same != moved
+    for delay, result in ((2, results[0]), (1, results[1])):
+        for call in range(delay + 1, fp16_runs.CALLS):
+            before, after = result.previous[call - 1 : call + 1]
+            stays = len(before) == len(after) and all(map(torch.equal, before, after))
+            assert stays == (result.scales[call] < result.scales[call - 1])
     assert not any(results[2].previous)
 
 
