@@ -64,8 +64,9 @@ def choose(settings: Settings, optimizer: Any, plan: DDGPlan, gradient_clipping:
     if auto and kind == "SGD" and stale and gradient_clipping == 0 and "clip" not in settings.named:
         raise ValueError(
             '"staleness": "auto" with SGD clips the gradients of delayed stages, and to which norm goes by the scale '
-            'of your loss: set "gradient_clipping" (by the norm of the stage), or "staleness": {"rules": "auto", "clip": '
-            f'{_CLIPPED_TO}}}; the study behind the rule clipped to {_CLIPPED_TO:g}, and "clip": 0 goes without'
+            'of your loss: set "gradient_clipping" (by the norm of the stage), or "staleness": '
+            f'{{"rules": "auto", "clip": {_CLIPPED_TO}}}; the study behind the rule '
+            f'clipped to {_CLIPPED_TO:g}, and "clip": 0 goes without'
         )
     rules = base.model_copy(update=settings.named)
     if stale:
