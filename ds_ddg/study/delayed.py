@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ds_ddg.config import DDGConfig
 from ds_ddg.schedules.ddg import DDGPlan
-from ds_ddg.staleness.apply import DELAYED, StaleSteps
+from ds_ddg.staleness.apply import DELAYED, StaleSteps, forget_previous_steps
 from ds_ddg.staleness.choose import choose
 from ds_ddg.staleness.rules import Staleness
 from ds_ddg.study.late_gradients import LateGradients
@@ -179,6 +179,9 @@ class _Delay:
 
     def _load(self, _: Any, state: dict[str, Any]) -> None:
         given = state.get(DELAYED)
+        if given is None:  # an optimizer without rules may have carried along what these had noted
+            state["state"] = {key: dict(values) for key, values in state["state"].items()}
+            forget_previous_steps(state["state"].values())
         self._late.load(given)
         self._steps, self._passes_before = (given["steps"], given["passes_before"]) if given else (0, 0)
 

@@ -122,7 +122,6 @@ def test_engine_equals_the_loop(ranks: GetRanks, name: str, micro_batches: int) 
 
 # What sums gradients in another format than that of its weights is left to the tests of formats.
 SUMS = [name for name in FORMATS if "sums" in name or "immediate" in name]
-MIXED = [name for name in FORMATS if FORMATS[name].wrapper and name not in SUMS]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +146,7 @@ def test_below_deepspeeds_wrappers(ranks: GetRanks, name: str) -> None:
     "name",
     [
         pytest.param(name, marks=pytest.mark.proves(f'"staleness" with a clip, {name}', modes=DEFAULT, exact=False))
-        for name in MIXED
+        for name in FORMATS
     ],
 )
 def test_wrappers_clip_delayed_stages_alone(ranks: GetRanks, name: str) -> None:
