@@ -65,6 +65,16 @@ def make(name: str, parameters: Any) -> torch.optim.Optimizer:
     return toy.OPTIMIZERS[name](parameters)
 
 
+def by_hand(it: Setup, rule: Rule) -> Setup:
+    """Return `it` as the oracle is to run it, with the steps of `rule`; without slack."""
+    delays = iter(range(it.stages - 1, -1, -1))
+    return replace(
+        it,
+        ddg={},
+        optimizer=lambda parameters: ByHand(it.optimizer(parameters), rule, next(delays) / it.micro_batches),
+    )
+
+
 def images() -> Iterator[Any]:
     return toy.batches(10**6)
 
