@@ -191,6 +191,22 @@ def test_the_outermost_of_steps_within_steps_counts() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.05
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+def test_a_compiled_step_is_the_same() -> None:
+    """To rounding, which tracing changes."""
+
+    def compiled(weights: Any) -> Any:
+        optimizer = OPTIMIZERS["adamw"](weights)
+        optimizer.step = torch.compile(optimizer.step, backend="eager")  # type: ignore[method-assign]
+        return optimizer
+
+    ages = [Staleness(2.0)] * 3
+    got, optimizer = trained(compiled, ALL, ages)
+    expected, _ = trained(OPTIMIZERS["adamw"], ALL, ages)
+    torch.testing.assert_close(got, expected)
+    assert optimizer.param_groups[0]["lr"] == 0.01
+
+
 def test_an_optimizer_around_another_shares_its_groups() -> None:
     class Around(torch.optim.Optimizer):
         def __init__(self, inner: torch.optim.Optimizer) -> None:
