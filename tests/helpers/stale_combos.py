@@ -243,25 +243,36 @@ PLAIN = {"loss_fn": nn.functional.mse_loss, "batches": vectors}
 TAKEN = replace(S, staleness="auto", clip=0.0)
 """The clip is that of the config."""
 
-COMBINATIONS = {
-    '"weights": "current"': Combination(A, setup(ddg={"weights": "current"})),
-    '"weights": "current", recomputed': Combination(
+SCHEDULE = {
+    "current": Combination(A, setup(ddg={"weights": "current"})),
+    "current, recompute": Combination(
         S, setup(ddg={"weights": "current", "activations": "recompute"}), micro_batches=2
     ),
-    '"activations": "recompute"': Combination(A, setup(ddg={"activations": "recompute"}), micro_batches=2),
-    '"slack"': Combination(A, setup(), slack=1),
-    '"slack" and a clip': Combination(S, setup(), micro_batches=2, slack=2),
-    '"loss": "exact"': Combination(A, setup(ddg={"loss": "exact"})),
-    '"sync_steps"': Combination(A, setup(ddg={"sync_steps": SYNC_STEPS}, oracle_before=begin_on_1f1b)),
-    '"sync_steps" and a clip': Combination(S, setup(ddg={"sync_steps": SYNC_STEPS}, oracle_before=begin_on_1f1b)),
-    "groups of parameters": Combination(A, setup(parameters=partial(two_kinds, key="betas"))),
-    "groups of parameters, a clip": Combination(
-        TAKEN, setup(clip=CLIPPED, parameters=partial(two_kinds, key="momentum"))
+    "recompute": Combination(A, setup(ddg={"activations": "recompute"}), micro_batches=2),
+    "slack": Combination(A, setup(), slack=1),
+    "slack, a clip": Combination(S, setup(), micro_batches=2, slack=2),
+    "exact loss": Combination(A, setup(ddg={"loss": "exact"})),
+    "sync_steps": Combination(A, setup(ddg={"sync_steps": SYNC_STEPS}, oracle_before=begin_on_1f1b)),
+    "sync_steps, a clip": Combination(S, setup(ddg={"sync_steps": SYNC_STEPS}, oracle_before=begin_on_1f1b)),
+    "a drain, evaluation, and on": Combination(
+        A, setup(before=drain_and_evaluate, oracle_before=drain_oracle), micro_batches=2
     ),
-    "a scheduler that cycles betas": Combination(
+}
+CLIPPING = {
+    "gradient_clipping": Combination(A, setup(clip=CLIPPED)),
+    "gradient_clipping in place of a clip": Combination(TAKEN, setup(clip=CLIPPED)),
+    "gradient_clipping and a smaller clip": Combination(
+        replace(S, everywhere=0.1), setup(config={"gradient_clipping": 0.1})
+    ),
+    "global": Combination(A, setup(clip=CLIPPED, ddg={"clip": "global"})),
+}
+OPTIMIZERS = {
+    "groups": Combination(A, setup(parameters=partial(two_kinds, key="betas"))),
+    "groups, a clip": Combination(TAKEN, setup(clip=CLIPPED, parameters=partial(two_kinds, key="momentum"))),
+    "OneCycleLR, betas": Combination(
         A, setup(arguments=with_scheduler, oracle_before=partial(schedule_oracle, torchs_one_cycle))
     ),
-    "a scheduler that cycles the momentum": Combination(
+    "OneCycleLR, momentum": Combination(
         S, setup(arguments=with_scheduler, oracle_before=partial(schedule_oracle, torchs_one_cycle))
     ),
     "DeepSpeed's OneCycle": Combination(
@@ -271,26 +282,29 @@ COMBINATIONS = {
             oracle_before=partial(schedule_oracle, deepspeeds_one_cycle),
         ),
     ),
-    '"gradient_clipping"': Combination(A, setup(clip=CLIPPED)),
-    '"gradient_clipping" in place of a clip': Combination(TAKEN, setup(clip=CLIPPED)),
-    '"gradient_clipping" and a smaller clip': Combination(
-        replace(S, everywhere=0.1), setup(config={"gradient_clipping": 0.1})
-    ),
-    '"clip": "global"': Combination(A, setup(clip=CLIPPED, ddg={"clip": "global"})),
-    "a drain, evaluation, and on": Combination(
-        A, setup(before=drain_and_evaluate, oracle_before=drain_oracle), micro_batches=2
-    ),
-    "a parameter without a gradient in some calls": Combination(A, setup(layers=branches, **PLAIN)),
-    "a parameter without a gradient in some calls, a clip": Combination(S, setup(layers=branches, **PLAIN)),
-    "an optimizer made late": Combination(A, setup(before=another_optimizer, oracle_before=another_of_the_oracle)),
-    "Adagrad, fp32, ZeRO-1": Combination(
+    "late": Combination(A, setup(before=another_optimizer, oracle_before=another_of_the_oracle)),
+    "Adagrad, ZeRO-1": Combination(
         Rule("adagrad", {"learning_rate": 1.0}, Discount(1.0)), setup(optimizer=adagrad, config=formats.ZERO_1)
     ),
-    "Muon from the config": Combination(MUON, muon_runs.setup_of(stages=4, clip=0.5)),
-    "Muon from the config, extrapolated": Combination(AHEAD, muon_runs.setup_of(stages=2), micro_batches=2),
-    "Muon, bf16 and ZeRO-1 with fp32 sums": Combination(MUON, muon_runs.setup_of(stages=3, **MUON_BF16)),
+}
+FROM_CONFIG = {
+    "Muon": Combination(MUON, muon_runs.setup_of(stages=4, clip=0.5)),
+    "Muon, extrapolated": Combination(AHEAD, muon_runs.setup_of(stages=2), micro_batches=2),
+    "Muon, bf16": Combination(MUON, muon_runs.setup_of(stages=3, **MUON_BF16)),
+}
+MISSING = {
+    "unused in some calls": Combination(A, setup(layers=branches, **PLAIN)),
+    "unused in some calls, a clip": Combination(S, setup(layers=branches, **PLAIN)),
     "adapters beside a frozen base": Combination(A, setup(layers=adapted, **PLAIN)),
 }
+COMBINATIONS = {
+    '"staleness" with the settings of the schedule': SCHEDULE,
+    '"staleness" with gradient clipping': CLIPPING,
+    '"staleness" with parameter groups, cycled momentum, late optimizers, Adagrad in ZeRO-1': OPTIMIZERS,
+    '"staleness" with the JSON\'s Muon, fp32 and bf16': FROM_CONFIG,
+    '"staleness" with parameters without a gradient, or frozen': MISSING,
+}
+"""By the feature that they prove."""
 
 REPLICAS = {
     "": Combination(A, setup(stages=2, layers=plain_layers)),

@@ -19,7 +19,7 @@ from helpers.formats import FORMATS, ZERO_1
 from helpers.matrix import mode_of
 from helpers.modes import DEFAULT
 from helpers.resuming import assert_resumed, go_on
-from helpers.stale_combos import COMBINATIONS, REPLICAS, hand_over, second_engine
+from helpers.stale_combos import COMBINATIONS, REPLICAS, Combination, hand_over, second_engine
 from helpers.stale_runs import (
     CALLS,
     MORE_RULES,
@@ -75,18 +75,17 @@ def test_engine_equals_oracle_and_loop(ranks: GetRanks, stages: int, micro_batch
             assert seen.norm == by_rank[0][i].norm
 
 
-def proving(names: Any) -> list[Any]:
-    marks = {
-        name: pytest.mark.proves(f'"staleness", {name}', modes=[mode_of(COMBINATIONS[name].setup.ddg)])
-        for name in names
-    }
-    return [pytest.param(name, marks=mark) for name, mark in marks.items()]
+def combinations() -> list[Any]:
+    return [
+        pytest.param(it, id=name, marks=pytest.mark.proves(feature, modes=[mode_of(it.setup.ddg)]))
+        for feature, those in COMBINATIONS.items()
+        for name, it in those.items()
+    ]
 
 
-@pytest.mark.parametrize("name", proving(COMBINATIONS))
+@pytest.mark.parametrize("combination", combinations())
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler")
-def test_together_with_other_settings(ranks: GetRanks, name: str) -> None:
-    combination = COMBINATIONS[name]
+def test_together_with_other_settings(ranks: GetRanks, combination: Combination) -> None:
     expected = run_oracle(combination.oracles)
     by_rank = ranks(combination.setup.stages).run(run_engine, combination.engines)
     for stage, (ours, its) in enumerate(zip(by_rank, expected, strict=True)):
