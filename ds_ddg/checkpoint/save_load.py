@@ -82,7 +82,8 @@ class CheckpointPart:
             self._drain()
             tied = {key: module.state_dict() for key, module in left_out_of_checkpoints(self._host.module).items()}
             update = self._updates.pipeline_norm, tuple(self._updates.last)
-            mine = {"loss": self._reporter.losses.known(), "tied": tied, "update": update}
+            extrapolating = self._updates.rules.extrapolating(self._host.optimizer)
+            mine = {"loss": self._reporter.losses.known(), "tied": tied, "update": update, "ahead": extrapolating}
             client_state = {**(client_state or {}), _CHECKPOINT_KEY: mine}
             with self._naming_the_latest(save_latest), self._as_deepspeeds(saving=True):
                 result = save(save_dir, tag, client_state, False, *args, **kwargs)
@@ -137,13 +138,21 @@ class CheckpointPart:
             if path is not None and host.has_moe_layers:
                 broadcast_once_all_are_here()  # DeepSpeed loads a stage with experts as a whole, without that
             if path is not None:
-                self._take_over(client_state)
+                self._take_over(client_state, "optimizer" in loaded)
         self._torn = before if path is None else before - loaded
         return path, client_state
 
-    def _take_over(self, client_state: dict[str, Any]) -> None:
+    def _take_over(self, client_state: dict[str, Any], optimizer: bool) -> None:
         """Take over the part of a checkpoint that DeepSpeed does not have."""
-        mine = {"loss": None, "tied": {}, "update": (), **(client_state.pop(_CHECKPOINT_KEY, None) or {})}
+        mine = {
+            "loss": None,
+            "tied": {},
+            "update": (),
+            "ahead": False,
+            **(client_state.pop(_CHECKPOINT_KEY, None) or {}),
+        }
+        if optimizer:
+            self._updates.rules.loaded(self._host.optimizer, mine["ahead"])
         for key, module in left_out_of_checkpoints(self._host.module).items():
             if key in mine["tied"]:
                 module.load_state_dict(mine["tied"][key])

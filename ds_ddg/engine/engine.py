@@ -381,6 +381,7 @@ class DDGEngine(PipelineEngine):
         configure = super()._configure_optimizer
         if not self.ddg.enabled:
             configure(client_optimizer, model_parameters)
+            self._updates.rules.attach(self.optimizer)  # none: the optimizer may have been another engine's
             return
         if "_calls" in self.__dict__:
             self.drain()  # what is in flight belongs to the optimizer before

@@ -8,7 +8,9 @@ own: every ``step`` runs them, whoever has wrapped it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +18,10 @@ from torch import Tensor
 
 from ds_ddg.staleness.rules import Rules, Staleness
 
-__all__ = ["PREVIOUS_STEP", "StaleSteps"]
+__all__ = ["DELAYED", "PREVIOUS_STEP", "StaleSteps", "forget_previous_steps"]
+
+DELAYED = "ddg_delayed"
+"""The attribute that an optimizer has under ``ds_ddg.delayed``, and the key of what is in flight in its state."""
 
 PREVIOUS_STEP = "ddg_previous_step"
 """The key of u_{t-1} in the optimizer's state of a parameter, which is saved and loaded with the rest."""
@@ -24,6 +29,12 @@ _STEPS = "ddg_steps"
 """The name of the attribute by which an optimizer has its `StaleSteps`."""
 
 _Group = dict[str, Any]
+
+
+def forget_previous_steps(states: Iterable[dict[str, Any]]) -> None:
+    """Have the extrapolation begin anew for the parameters with these `states`: there was no step before the next."""
+    for state in states:
+        state.pop(PREVIOUS_STEP, None)
 
 
 class _Part(NamedTuple):
@@ -64,26 +75,30 @@ class StaleSteps:
         self._rules, self._by_age = rules, by_age
         self._given: list[_Group] | None = None
         """The groups of the optimizer, inside a step that finds others."""
+        self._step: FrameType | None = None
+        """The call of that step."""
         self._parts: list[_Part] = []
         self._led: list[tuple[list[Tensor], list[Tensor], float]] = []
         """Parameters to extrapolate, their values before the step, and c s, for each part."""
-        if (before := vars(optimizer).get(_STEPS)) is not None:
-            before.remove()  # an optimizer that an engine before had
+        self.remove_from(optimizer)  # that of an engine before
         vars(optimizer)[_STEPS] = self
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
         ]
 
-    def remove(self) -> None:
-        """From here on the optimizer steps as ever."""
-        for hook in self._hooks:
-            hook.remove()
+    @staticmethod
+    def remove_from(optimizer: Any) -> None:
+        """Have `optimizer` step as ever from here on."""
+        if (steps := vars(optimizer).pop(_STEPS, None)) is not None:
+            for hook in steps._hooks:
+                hook.remove()
 
-    @torch.no_grad()
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        # A subclass may call its parent's step, which runs the hooks as well, and a step may have failed halfway.
-        self._put_back(optimizer)
+        call = sys._getframe(1)
+        if self._under_way(call):
+            return
+        self._put_back(optimizer)  # a step may have failed halfway
         parts = [part for group in optimizer.param_groups for part in self._split(optimizer, group)]
         if not any(part.changed for part in parts):
             return
@@ -92,16 +107,21 @@ class StaleSteps:
                 f"{type(optimizer).__name__}.step was given a closure or gradients; the rules for stale gradients "
                 "find them in .grad before the step: call backward first, and step without arguments"
             )
-        self._given, self._parts = optimizer.param_groups, parts
-        optimizer.param_groups = [part.values for part in parts]
+        self._given, self._parts, self._step = list(optimizer.param_groups), parts, call
+        optimizer.param_groups[:] = [part.values for part in parts]  # a wrapper shares the list with what it wraps
         self._led = [
-            (parameters, [parameter.clone() for parameter in parameters], part.lead)
+            (parameters, [parameter.detach().clone() for parameter in parameters], part.lead)
             for part in parts
             if part.lead > 0 and (parameters := part.values["params"])
         ]
 
-    @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._step is sys._getframe(1):
+            self._extrapolate(optimizer)
+            self._put_back(optimizer)
+
+    @torch.no_grad()
+    def _extrapolate(self, optimizer: torch.optim.Optimizer) -> None:
         for parameters, steps, lead in self._led:
             torch._foreach_sub_(steps, parameters)
             torch._foreach_sub_(parameters, steps, alpha=lead)
@@ -112,15 +132,25 @@ class StaleSteps:
                 torch._foreach_add_([parameters[i] for i in stepped], before, alpha=lead)
             for state, step in zip(states, steps, strict=True):
                 state[PREVIOUS_STEP] = step
-        self._put_back(optimizer)
 
     def _put_back(self, optimizer: torch.optim.Optimizer) -> None:
         """Give the optimizer its own groups again, with what it has noted in those of the step."""
         if self._given is not None:
-            optimizer.param_groups = self._given
+            optimizer.param_groups[:] = self._given
         for part in self._parts:
             part.group.update({name: value for name, value in part.values.items() if name not in part.changed})
-        self._given, self._parts, self._led = None, [], []
+        self._given, self._step, self._parts, self._led = None, None, [], []
+
+    def _under_way(self, call: FrameType) -> bool:
+        """Whether `call`, of a step, is within another: a subclass calls its parent's, whose hooks may run as well.
+
+        Whether they do depends on what this process has made before: torch puts the hooks into the ``step`` of a
+        class with the first optimizer of that class. So the outermost step is the one that counts.
+        """
+        around = call.f_back if self._step is not None else None
+        while around is not None and around is not self._step:
+            around = around.f_back
+        return around is not None
 
     def _split(self, optimizer: torch.optim.Optimizer, group: _Group) -> Iterator[_Part]:
         """Yield what takes the place of `group`: itself if all its gradients are fresh, else a group for each age."""
@@ -128,12 +158,11 @@ class StaleSteps:
         if not by_age:
             yield _Part(group, group, frozenset())
         for age, parameters in by_age.items():
+            if self._rules.lead(age) == 0:
+                forget_previous_steps(optimizer.state.get(parameter, {}) for parameter in parameters)
             if age.updates > 0:
                 yield self._part(group, parameters, age)
-                continue
-            for parameter in parameters:
-                optimizer.state.get(parameter, {}).pop(PREVIOUS_STEP, None)
-            if len(by_age) == 1:
+            elif len(by_age) == 1:
                 yield _Part(group, group, frozenset())
             else:
                 yield _Part(group, {**group, "params": parameters}, frozenset(["params"]))

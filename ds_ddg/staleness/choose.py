@@ -64,8 +64,9 @@ def choose(settings: Settings, optimizer: Any, plan: DDGPlan, gradient_clipping:
     if auto and kind == "SGD" and stale and gradient_clipping == 0 and "clip" not in settings.named:
         raise ValueError(
             '"staleness": "auto" with SGD clips the gradients of delayed stages, and to which norm goes by the scale '
-            f'of your loss: set "gradient_clipping", or "staleness": {{"rules": "auto", "clip": {_CLIPPED_TO}}}; the '
-            f'study behind the rule clipped to {_CLIPPED_TO:g}, and "clip": 0 goes without'
+            'of your loss: set "gradient_clipping" (by the norm of the stage), or "staleness": '
+            f'{{"rules": "auto", "clip": {_CLIPPED_TO}}}; the study behind the rule '
+            f'clipped to {_CLIPPED_TO:g}, and "clip": 0 goes without'
         )
     rules = base.model_copy(update=settings.named)
     if stale:
@@ -143,6 +144,12 @@ def _refuse(rules: Rules, optimizer: Any) -> None:
         raise ValueError(
             f'"staleness": {{"momentum": "{rules.momentum}"}} with {name}: it has neither a momentum nor betas; '
             'use "momentum": "keep", or another optimizer'
+        )
+    momenta = [group.get("momentum") for group in optimizer.param_groups]
+    if 0 in momenta and not isinstance(optimizer, torch.optim.SGD):
+        raise ValueError(
+            f'"staleness": {{"momentum": "{rules.momentum}"}} with {name} and a momentum of 0: its first step decides '
+            'whether it has one at all, and may have no delay; give it a momentum, or use "momentum": "keep"'
         )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ds_ddg.config import DDGConfig
 from ds_ddg.schedules.ddg import DDGPlan
-from ds_ddg.staleness.apply import StaleSteps
+from ds_ddg.staleness.apply import DELAYED, StaleSteps, forget_previous_steps
 from ds_ddg.staleness.choose import choose
 from ds_ddg.staleness.rules import Staleness
 from ds_ddg.study.late_gradients import LateGradients
@@ -29,9 +29,6 @@ from ds_ddg.weights.stage_groups import clip, square_norm
 __all__ = ["delayed"]
 
 _Optimizer = TypeVar("_Optimizer", bound=torch.optim.Optimizer)
-
-_STATE = "ddg_delayed"
-"""The key of what is in flight in the state of the optimizer."""
 
 
 def delayed(
@@ -74,15 +71,15 @@ def delayed(
             f"delayed takes an optimizer of torch's kind, got {type(optimizer).__name__}; give it the innermost one, "
             "before accelerate or DeepSpeed wraps it"
         )
-    if _STATE in vars(optimizer):
+    if DELAYED in vars(optimizer):
         raise ValueError("this optimizer is delayed already; make a new one")
     settings = DDGConfig.parse({"staleness": rules if isinstance(rules, str) else dict(rules)}).staleness_settings
     plan = DDGPlan(len(parts := parameters_by_stage(stages, model)), micro_batches, slack)
     choice = choose(settings, optimizer, plan, gradient_clipping)
     for line in choice.lines:
         logger.warning(line)
-    vars(optimizer)[_STATE] = _Delay(optimizer, parts, plan, gradient_clipping)
-    vars(optimizer)[_STATE].attach(optimizer, choice.rules)
+    vars(optimizer)[DELAYED] = _Delay(optimizer, parts, plan, gradient_clipping)
+    vars(optimizer)[DELAYED].attach(optimizer, choice.rules)
     return optimizer
 
 
@@ -178,10 +175,13 @@ class _Delay:
             raise RuntimeError(f"this step would not be that of a delayed pipeline: {why}")
 
     def _save(self, _: Any, state: dict[str, Any]) -> None:
-        state[_STATE] = {**self._late.state(), "steps": self._steps, "passes_before": self._passes_before}
+        state[DELAYED] = {**self._late.state(), "steps": self._steps, "passes_before": self._passes_before}
 
     def _load(self, _: Any, state: dict[str, Any]) -> None:
-        given = state.get(_STATE)
+        given = state.get(DELAYED)
+        if given is None:  # an optimizer without rules may have carried along what these had noted
+            state["state"] = {key: dict(values) for key, values in state["state"].items()}
+            forget_previous_steps(state["state"].values())
         self._late.load(given)
         self._steps, self._passes_before = (given["steps"], given["passes_before"]) if given else (0, 0)
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import register_multi_grad_hook
 
+from ds_ddg.staleness.apply import DELAYED
+
 __all__ = ["LateGradients"]
 
 _HOOKED_FOR = 4096
@@ -64,7 +66,7 @@ class LateGradients:
         if list(state["delays"]) != list(self.delays.values()):
             raise ValueError(
                 "the gradients in flight were saved with other delays; load them with the stages, micro-batches and "
-                "slack that they were saved with, or remove them from the state first (its key 'ddg_delayed')"
+                f"slack that they were saved with, or remove them from the state first (its key {DELAYED!r})"
             )
         order = list(self.delays)
         self.passes = state["passes"]

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer, ZeROOptimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.utils import is_optimized_parameter
@@ -28,12 +28,24 @@ __all__ = [
     "clocks_stopped",
     "fill_groups",
     "idle_optimizer",
+    "innermost",
     "needs_closure",
     "norm_unscaled",
     "refuse_closure",
     "refuse_metric",
+    "states_of",
     "with_a_parameter",
 ]
+
+
+def innermost(optimizer: Any) -> Any:
+    """Return the optimizer that updates weights, of one that DeepSpeed may have wrapped; None where there is none."""
+    return optimizer.optimizer if isinstance(optimizer, DeepSpeedOptimizer) else optimizer
+
+
+def states_of(optimizer: Any) -> list[dict[str, Any]]:
+    """Return the state that the innermost optimizer has of each parameter, if it is of torch's kind."""
+    return [state for state in getattr(innermost(optimizer), "state", {}).values() if isinstance(state, dict)]
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor
 from ds_ddg.comm.loss_exchange import Update
 from ds_ddg.host import Host
 from ds_ddg.stage import RunState, Stage
+from ds_ddg.staleness.apply import DELAYED
 from ds_ddg.weights.muon_step import from_config, stepping, with_both_kinds
 from ds_ddg.weights.optimizer_wrappers import (
     anything_to_train,
@@ -54,7 +55,8 @@ class StageOptimizer:
     def __init__(self, stage: Stage, run: RunState, host: Host, tied_weights: TiedWeights) -> None:
         self._stage, self._run, self._host, self._tied_weights = stage, run, host, tied_weights
         self._peers = StagePeers([])
-        self._rules = StageRules(stage, run, host)
+        self.rules = StageRules(stage, run, host)
+        """What is done about stale gradients."""
         self.versions: WeightVersions
         """The versions of the weights that micro-batches saw; set by the first `configure`."""
         self.pipeline_norm: float | None = None
@@ -83,13 +85,14 @@ class StageOptimizer:
             configure(client_optimizer, (with_both_kinds if muon else list)(with_a_parameter(model_parameters)))
         finally:
             host.mpu, host.seq_data_parallel_group = grid, replicas
+        self.rules.attach(host.optimizer)
         self.new_versions()  # some projects configure the optimizer only now
 
     def adopt(self, optimizer: Any) -> None:
         """Prepare an `optimizer` that DeepSpeed has not wrapped yet, whoever made it."""
         host = self._host
         refuse_closure(optimizer)
-        self._rules.attach(optimizer)
+        self.rules.choose(optimizer)
         self._tied_weights.remove_from(optimizer)
         self.trains = anything_to_train(optimizer)
         if host.fp16_enabled() or host.bfloat16_enabled() or host.zero_optimization():
@@ -164,7 +167,7 @@ class StageOptimizer:
         shared = host.is_data_parallel or host.is_model_parallel or isinstance(host.optimizer, DeepSpeedOptimizer)
         needed = shared or not self._run.delayed
         # Under `ds_ddg.delayed` a missing gradient is one that is not due yet, and its parameter is to stay as it is.
-        filled = "ddg_delayed" not in vars(host.optimizer)
+        filled = DELAYED not in vars(host.optimizer)
         if needed or (filled and any(p.grad is None and p.requires_grad for p in self.versions.parameters)):
             allreduce(*args, **kwargs)
 
@@ -179,7 +182,7 @@ class StageOptimizer:
         known = self.pipeline_norm if self._stage.config.clip == "global" else None
         host._global_grad_norm = clip_stage_gradients(
             self.versions.parameters,
-            self._rules.max_norm or math.inf,  # the last stage may only measure
+            self.rules.max_norm or math.inf,  # the last stage may only measure
             StageLocalGrid(host.mpu),
             known,
             host.device,
@@ -189,7 +192,7 @@ class StageOptimizer:
     def take_model_step(self, take_step: _Method, *args: Any, **kwargs: Any) -> None:
         """Run DeepSpeed's `take_step` on either schedule, although its wrappers fail on a stage without a gradient."""
         host = self._host
-        if self._rules.clips_alone and not isinstance(host.optimizer, DeepSpeedOptimizer):
+        if self.rules.clips_alone and not isinstance(host.optimizer, DeepSpeedOptimizer):
             self.clip()
         idle = not self.trains and isinstance(host.optimizer, DeepSpeedOptimizer)
         with idle_optimizer(host) if idle else stepping(host.optimizer):
@@ -213,16 +216,13 @@ class StageOptimizer:
                 host.lr_scheduler.step()
 
     def _clipped_as_asked(self) -> AbstractContextManager[None]:
-        """Have DeepSpeed's optimizer clip by the newest known norm of all stages; by its own while there is none.
-
-        Its own may have another limit where gradients are stale.
-        """
+        """Have DeepSpeed's optimizer clip by the newest norm of all stages, or by that of this stage."""
         optimizer = self._host.optimizer
         if not isinstance(optimizer, DeepSpeedOptimizer) or not self._run.delayed:
             return nullcontext()
         known = self.pipeline_norm if self._stage.config.clip == "global" else None
         if known is None or self._host.gradient_clipping() <= 0:
-            return self._rules.clipping(optimizer)
+            return self.rules.clipping(optimizer)
         return clipping_by(known, optimizer)
 
     # -- results of updates -----------------------------------------------------------------------------------------

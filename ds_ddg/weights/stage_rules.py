@@ -14,9 +14,10 @@ from deepspeed.utils import logger
 from ds_ddg.host import Host
 from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.stage import RunState, Stage
-from ds_ddg.staleness.apply import StaleSteps
+from ds_ddg.staleness.apply import DELAYED, PREVIOUS_STEP, StaleSteps, forget_previous_steps
 from ds_ddg.staleness.choose import choose
 from ds_ddg.staleness.rules import FRESH, Rules, Staleness
+from ds_ddg.weights.optimizer_wrappers import innermost, states_of
 
 __all__ = ["StageRules"]
 
@@ -40,11 +41,11 @@ class StageRules:
         run = self._run
         return Staleness.of(run.plan, self._stage.stage_id, run.call) if run.delayed else FRESH
 
-    def attach(self, optimizer: Any) -> None:
-        """Have `optimizer`, which DeepSpeed has not wrapped yet, step by the rules; the first rank says which.
+    def choose(self, optimizer: Any) -> None:
+        """Choose what suits `optimizer`, which DeepSpeed has not wrapped yet; the first rank says what that is.
 
         Raises:
-            ValueError, TypeError: `optimizer` cannot follow them, or a number is needed; on every rank alike.
+            ValueError: `optimizer` cannot follow the rules, or a number is needed; on every rank alike.
         """
         stage, host = self._stage, self._host
         clipping = host.gradient_clipping() if stage.config.clip == "stage" else 0.0
@@ -53,8 +54,37 @@ class StageRules:
         if stage.rank == 0:
             for line in lines:
                 logger.warning(line)
-        if self._rules.steps and stage.num_stages > 1:
-            StaleSteps(optimizer, self._rules, lambda parameters: {self.age: parameters})
+
+    def attach(self, optimizer: Any) -> None:
+        """Have the optimizer that updates the weights, wrapped in `optimizer` or not, step by the rules.
+
+        Only now: DeepSpeed may have stepped it to make its state, or, as it does with Adagrad, have put another in
+        its place.
+
+        Raises:
+            TypeError: it cannot follow them; on every rank alike.
+        """
+        if (inner := innermost(optimizer)) is None or DELAYED in vars(inner):  # that one has rules of its own
+            return
+        StaleSteps.remove_from(inner)  # those of an engine before
+        if self._rules.steps and self._stage.num_stages > 1:
+            StaleSteps(inner, self._rules, lambda parameters: {self.age: parameters})
+
+    def extrapolating(self, optimizer: Any) -> bool:
+        """Return whether the state of `optimizer` has the u_{t-1} that the next step needs."""
+        return self._rules.extrapolation > 0 and any(PREVIOUS_STEP in state for state in states_of(optimizer))
+
+    def loaded(self, optimizer: Any, extrapolating: bool) -> None:
+        """Have `optimizer`, whose state has been loaded, begin its extrapolation anew unless it can go on.
+
+        Args:
+            optimizer: DeepSpeed's wrapper or the optimizer itself.
+            extrapolating: whether the u_{t-1} in the checkpoint is that of its last step.
+        """
+        # With elastic_checkpoint ZeRO leaves in its state what the checkpoint does not have; DeepSpeed's own engine
+        # carries along what it does not know.
+        if not (extrapolating and self._rules.extrapolation > 0):
+            forget_previous_steps(states_of(optimizer))
 
     @property
     def max_norm(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from helpers import toy
 from helpers.distributed import GetRanks
-from helpers.modes import MODE_BLOCKS
+from helpers.modes import DEFAULT, MODE_BLOCKS
+from helpers.stale_combos import by_hand
+from helpers.stale_runs import Discount, Rule
 from helpers.versus import Made, Setup, adamw, farthest, run_oracle, sgd
 
 WIDTH, HIDDEN, CLASSES = 12, 16, 5
@@ -193,6 +195,17 @@ def test_tensor_slices_equal_one_process(ranks: GetRanks, layout: Layout) -> Non
             # Exactly: what is replicated must never drift apart.
             for mine, its in zip(one[1], other[1], strict=True):
                 assert all(map(torch.equal, mine, its)), f"ranks of stage {stage} are apart"
+
+
+@pytest.mark.proves('"staleness" with a clip, pipeline x data x tensor', exact=False, modes=DEFAULT)
+def test_rules_for_stale_gradients(ranks: GetRanks) -> None:
+    """The clip of the rules goes by the norm of the whole stage, too."""
+    rule = Rule("", {"learning_rate": 1.0, "extrapolation": 0.5, "clip": 0.3}, Discount(1.0), lead=0.5, clip=0.3)
+    layout = Layout(2, 1, 2, 1, {"staleness": rule.staleness})
+    expected, unclipped = (run_oracle(by_hand(layout.setup(), it)) for it in (rule, replace(rule, clip=0.0)))
+    for stage, made in ranks(layout.ranks).run(train, layout, timeout=180):
+        assert farthest(made, expected[stage]) < 1e-6, f"stage {stage}"
+        assert farthest(made, unclipped[stage]) > 1e-4, "the clip was not at work"
 
 
 def test_the_clip_and_the_slices_show() -> None:

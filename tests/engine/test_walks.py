@@ -1,7 +1,8 @@
 """Random walks through the life of an engine, against the oracle after every step.
 
 A seed decides the set-up and what happens in it: calls, drains, evaluations, another M, another schedule, checkpoints
-saved and loaded, each with micro-batches in flight. To look for more: ``DS_DDG_TEST_WALKS=100-200 pytest`` this file.
+saved and loaded, each with micro-batches in flight, and mostly with rules for stale gradients. To look for more:
+``DS_DDG_TEST_WALKS=100-200 pytest`` this file.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from helpers import toy
 from helpers.distributed import Ranks
 from helpers.modes import DEFAULT, MODE_BLOCKS
+from helpers.stale_runs import ByHand, Discount, Rule
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -36,7 +38,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": partial(torch.optim.SGD, lr=0.002, momentum=0.9, weight_decay=0.01),
     "nesterov": partial(torch.optim.SGD, lr=0.002, momentum=0.9, nesterov=True),
     "adamw": partial(torch.optim.AdamW, lr=0.003, weight_decay=0.1),
-    "rmsprop": partial(torch.optim.RMSprop, lr=0.0005),
+    "rmsprop": partial(torch.optim.RMSprop, lr=0.0005, momentum=0.3),
 }
 slower = partial(torch.optim.lr_scheduler.StepLR, step_size=3, gamma=0.8)
 
@@ -52,6 +54,8 @@ class Walk:
     scheduled: bool
     steps: tuple[tuple[str, Any], ...]
     """What is done, each with its argument."""
+    rule: Rule
+    """What is done about stale gradients."""
 
 
 def walk(seed: int) -> Walk:
@@ -84,7 +88,16 @@ def walk(seed: int) -> Walk:
         tuples=rng.random() < 0.5 and not any(what == "switch" for what, _ in steps),
         scheduled=rng.random() < 0.5,
         steps=(*steps, ("drain", None)),
+        rule=rule(random.Random(f"rules {seed}")),
     )
+
+
+def rule(rng: random.Random) -> Rule:
+    discount, lead, stretch = rng.choice((0.0, 0.5, 1.0)), rng.choice((0.0, 0.5, 1.0)), rng.random() < 0.5
+    if rng.random() < 0.3:
+        return Rule("", "off")
+    block = {"learning_rate": discount, "extrapolation": lead, "momentum": "stretch" if stretch else "keep"}
+    return Rule("", block, Discount(discount), stretch, lead)
 
 
 @dataclass
@@ -108,7 +121,9 @@ def follow(rank: int, world_size: int, path: Walk, directory: str) -> list[Seen]
     torch.manual_seed(11)
     engine, *_ = ds_ddg.initialize(
         model=net,
-        config=toy.config(path.micro_batches, path.ddg, gradient_clipping=path.clip),
+        config=toy.config(
+            path.micro_batches, {**path.ddg, "staleness": path.rule.staleness}, gradient_clipping=path.clip
+        ),
         optimizer=OPTIMIZERS[path.optimizer],
         model_parameters=list(net.parameters()),
         lr_scheduler=slower if path.scheduled else None,
@@ -141,14 +156,21 @@ class Oracle:
         made = partial(toy.reference, path.stages, tuples=path.tuples, micro_batches=path.micro_batches)
         self.reference = made(clip=path.clip, **path.ddg)
         self.stages: list[nn.Module] = self.reference.stages
-        self.optimizers = [OPTIMIZERS[path.optimizer](stage.parameters()) for stage in self.stages]
-        self.schedulers = [slower(optimizer) for optimizer in self.optimizers] if path.scheduled else []
+        self.optimizers = [
+            ByHand(OPTIMIZERS[path.optimizer](stage.parameters()), path.rule, 0.0) for stage in self.stages
+        ]
+        self.schedulers = [slower(by_hand.optimizer) for by_hand in self.optimizers] if path.scheduled else []
         self.reference.optimizers, self.reference.schedulers = self.optimizers, self.schedulers
         self.own = list(self.reference.delays), self.reference.backward
         self.data, self.held_out = toy.batches(10**6, seed=3), toy.batches(10**6, seed=4)
         self.losses: list[float] = []
         self.calls = 0
         self.saved: Any = None
+        self.age()
+
+    def age(self) -> None:
+        for by_hand, delay in zip(self.optimizers, self.reference.delays, strict=True):
+            by_hand.s = delay / self.reference.micro_batches
 
     def train(self, _: None) -> int:
         self.losses.append(float(self.reference.train_batch(self.data)))
@@ -169,11 +191,13 @@ class Oracle:
     def micro_batches(self, count: int) -> None:
         self.reference.drain()
         self.reference.micro_batches = count
+        self.age()
 
     def switch(self, name: str) -> None:
         self.reference.drain()
         undelayed = [0] * len(self.stages), self.reference._gradient_now
         self.reference.delays, self.reference.backward = self.own if name == "ddg" else undelayed
+        self.age()
 
     def save(self, _: None) -> None:
         self.reference.drain()

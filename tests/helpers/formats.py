@@ -99,6 +99,19 @@ def proving(modes: Any, what: str = "", exact: bool = True, names: Iterable[str]
     return [pytest.param(name, marks=pytest.mark.proves(name + what, modes=modes, exact=exact)) for name in names]
 
 
+class Autocast(nn.Module):
+    """A stage of the oracle, under autocast."""
+
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            output: Tensor = self.stage(x)
+        return output
+
+
 def layers(dropout: bool = True, frozen: int | None = None) -> list[nn.Module]:
     """Return eight layers; those of stage number `frozen`, of three, do not train."""
     torch.manual_seed(7)

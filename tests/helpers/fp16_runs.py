@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ds_ddg.staleness.apply import PREVIOUS_STEP
 from helpers import toy
 from helpers.census import census
 from helpers.formats import ZERO_1, as_fused, batches, fp16_allowed, layers, loss_fn, trainable
@@ -29,6 +30,8 @@ class Result:
     across: int
     norms: list[float | None]
     """Norm of the gradients of the pipeline, as told after each call."""
+    previous: list[list[Tensor]] = field(default_factory=list)
+    """The u_{t-1} of the rules for stale gradients, after each call."""
 
 
 @fp16_allowed()
@@ -69,6 +72,8 @@ def train(
         result.moved.append(not all(map(torch.equal, before, toy.state(net))))
         result.scales.append(float(engine.optimizer.loss_scale))
         result.norms.append(engine.get_global_grad_norm())
+        states = engine.optimizer.optimizer.state.values()
+        result.previous.append([state[PREVIOUS_STEP].clone() for state in states if PREVIOUS_STEP in state])
         rate = engine.get_lr()[0]
         result.told.append(
             (engine.skipped_steps, engine.loss_step, engine.was_step_applied(), rate, engine.global_steps)

@@ -71,6 +71,7 @@ class Oracle:
     def step(self) -> None:
         for weight, matrix in zip(self.weights, self.matrices, strict=True):
             matrix.grad = None if weight.grad is None else weight.grad.flatten(1).clone()
+            matrix.data.copy_(weight.detach().flatten(1))  # a step around this one may have moved it
         with torch.compiler.set_stance("force_eager"):
             self.inner.step()
         for weight, matrix in zip(self.weights, self.matrices, strict=True):

@@ -46,6 +46,8 @@ class Rule:
     stretch: bool = False
     lead: float = 0.0
     clip: float = 0.0
+    everywhere: float = 0.0
+    """The norm that stages without delay are clipped to, larger than `clip`."""
 
 
 def muon(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -102,28 +104,44 @@ class ByHand:
         self.zero_grad = optimizer.zero_grad
         self.previous: dict[Tensor, Tensor] = {}
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return all but the staleness."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        previous = {i: self.previous[p].clone() for i, p in enumerate(parameters) if p in self.previous}
+        return {"optimizer": self.optimizer.state_dict(), "previous": previous}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.param_groups = self.optimizer.param_groups
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        self.previous = {parameters[i]: step for i, step in state["previous"].items()}
+
     @torch.no_grad()
     def step(self) -> None:
         """Step, with the optimizer's own numbers put back afterwards."""
-        group, rule, s = self.param_groups[0], self.rule, self.s
+        rule, s = self.rule, self.s
+        own_parameters = (p for group in self.param_groups for p in group["params"])
+        parameters = [p for p in getattr(self.optimizer, "parameters", own_parameters) if p.grad is not None]
+        if largest := rule.clip if s > 0 else rule.everywhere:
+            norm = torch.stack([p.grad.norm() for p in parameters]).square().sum().sqrt()
+            for parameter in parameters:
+                parameter.grad.mul_(torch.clamp(torch.tensor(largest) / (norm + 1e-6), max=1.0))
         if s == 0 or rule.staleness == "off":
             self.previous.clear()
             self.optimizer.step()
             return
-        parameters = [p for p in group["params"] if p.grad is not None]
-        if rule.clip:
-            norm = torch.stack([p.grad.norm() for p in parameters]).square().sum().sqrt()
-            for parameter in parameters:
-                parameter.grad.mul_(torch.clamp(torch.tensor(rule.clip) / (norm + 1e-6), max=1.0))
-        key = "betas" if "betas" in group else "momentum"
-        lr, own = group["lr"], group[key]
-        stretched = 1 - (1 - (own if key == "momentum" else own[0])) / (1 + s)
-        group["lr"] = lr * rule.rate(s)
-        if rule.stretch:
-            group[key] = stretched if key == "momentum" else (stretched, own[1])
+        own = [dict(group) for group in self.param_groups]
+        for group in self.param_groups:
+            group["lr"] = group["lr"] * rule.rate(s)
+            if rule.stretch and "betas" in group:
+                group["betas"] = (1 - (1 - group["betas"][0]) / (1 + s), group["betas"][1])
+            elif rule.stretch:
+                group["momentum"] = 1 - (1 - group["momentum"]) / (1 + s)
         before = [p.clone() for p in parameters]
         self.optimizer.step()
-        group["lr"], group[key] = lr, own
+        for group, values in zip(self.param_groups, own, strict=True):
+            group.update({name: values[name] for name in ("lr", "betas", "momentum") if name in values})
         for parameter, value in zip(parameters, before, strict=True):
             u = value - parameter
             if rule.lead:
@@ -171,13 +189,15 @@ def train_oracle_in(name: str, stages: int, micro_batches: int, rule: Rule, froz
     from ds_ddg.reference import Reference
 
     form = formats.FORMATS[name]
-    net = split([layer.to(form.weights) for layer in formats.layers(frozen=frozen)], stages)
+    net: list[nn.Module] = [*split([layer.to(form.weights) for layer in formats.layers(frozen=frozen)], stages)]
     torch.manual_seed(11)
     optimizers: Any = []
     for k, stage in enumerate(net):
         s = (stages - 1 - k) / micro_batches
         make = lambda weights, s=s: ByHand(formats.OPTIMIZERS[rule.optimizer](weights), rule, s)  # noqa: E731
         optimizers.append(Masters(formats.trainable(stage), form, make))
+    if form.autocast:
+        net = [formats.Autocast(stage) for stage in net]
     trainer = Reference(net, lambda out, y: formats.loss_fn(out, y) * form.scale, optimizers, micro_batches)
     data = formats.batches((formats.CALLS + formats.REFILL) * micro_batches, form.weights)
     for count in (formats.CALLS, formats.REFILL):

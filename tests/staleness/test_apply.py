@@ -164,6 +164,64 @@ def test_a_step_within_a_step_counts_once() -> None:
     assert all(map(torch.equal, got, expected))
 
 
+def test_the_outermost_of_steps_within_steps_counts() -> None:
+    """Torch puts its hooks into the step of a class with the first optimizer of that class."""
+
+    class Plain(torch.optim.Optimizer):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.sub_(parameter.grad, alpha=group["lr"])
+
+    class Decaying(Plain):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            super().step(closure)
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.mul_(1 - group["lr"])
+
+    ages, rules = [Staleness(2.0)] * 3, Rules(learning_rate=0.5, extrapolation=1.0)
+    make = lambda p: Decaying(p, {"lr": 0.05})  # noqa: E731
+    first, _ = trained(make, rules, ages)
+    Plain(parameters(), {"lr": 0.05})
+    then, optimizer = trained(make, rules, ages)
+    assert all(map(torch.equal, first, then))
+    assert optimizer.param_groups[0]["lr"] == 0.05
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+def test_a_compiled_step_is_the_same() -> None:
+    """To rounding, which tracing changes."""
+
+    def compiled(weights: Any) -> Any:
+        optimizer = OPTIMIZERS["adamw"](weights)
+        optimizer.step = torch.compile(optimizer.step, backend="eager")  # type: ignore[method-assign]
+        return optimizer
+
+    ages = [Staleness(2.0)] * 3
+    got, optimizer = trained(compiled, ALL, ages)
+    expected, _ = trained(OPTIMIZERS["adamw"], ALL, ages)
+    torch.testing.assert_close(got, expected)
+    assert optimizer.param_groups[0]["lr"] == 0.01
+
+
+def test_an_optimizer_around_another_shares_its_groups() -> None:
+    class Around(torch.optim.Optimizer):
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            super().__init__(inner.param_groups, {})
+            self.inner, self.param_groups = inner, inner.param_groups
+
+        def step(self, closure: Any = None) -> Any:
+            return self.inner.step(closure)
+
+    ages = [Staleness(2.0)] * 3
+    got, _ = trained(lambda p: Around(OPTIMIZERS["sgd"](p)), ALL, ages)
+    expected, _ = trained(OPTIMIZERS["sgd"], ALL, ages)
+    assert all(map(torch.equal, got, expected))
+
+
 def test_a_step_that_failed_leaves_no_trace_in_the_next() -> None:
     class Failing(torch.optim.SGD):
         fails = False
@@ -199,6 +257,16 @@ def test_a_parameter_without_a_gradient_is_left_alone() -> None:
     assert torch.equal(weights[1], before)
     assert not optimizer.state[weights[1]]
     assert PREVIOUS_STEP in optimizer.state[weights[0]]
+
+
+def test_a_step_not_extrapolated_ends_the_extrapolation() -> None:
+    """Or the next one that is would take off what the optimizer did long ago."""
+    weights, optimizer = trained(OPTIMIZERS["adamw"], ALL, [Staleness(2.0)] * 2)
+    assert all(PREVIOUS_STEP in state for state in optimizer.state.values())
+    StaleSteps(optimizer, Rules(learning_rate=1.0), lambda parameters: {Staleness(2.0): parameters})
+    optimizer.step()
+    assert not any(PREVIOUS_STEP in state for state in optimizer.state.values())
+    del weights
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])

@@ -109,8 +109,9 @@ def test_one_stage_has_nothing_stale() -> None:
     [
         (made(torch.optim.Adagrad), "neither a momentum nor betas"),
         (deepspeeds("MuonWithAuxAdam", momentum=0.9), "before the step in bf16 and ZeRO-1"),
+        (made(torch.optim.RMSprop), "RMSprop and a momentum of 0"),
     ],
-    ids=["adagrad", "muon"],
+    ids=["adagrad", "muon", "rmsprop"],
 )
 def test_refuses_a_momentum_that_is_not_there(optimizer: Any, what: str) -> None:
     settings = Settings(momentum="stretch")

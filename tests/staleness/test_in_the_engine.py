@@ -13,11 +13,13 @@ import torch
 
 import ds_ddg
 from ds_ddg.staleness.apply import PREVIOUS_STEP
-from helpers import formats, stale_runs, tied_runs, toy
+from helpers import formats, fp16_runs, stale_runs, tied_runs, toy
 from helpers.distributed import GetRanks
-from helpers.formats import FORMATS
+from helpers.formats import FORMATS, ZERO_1
+from helpers.matrix import mode_of
 from helpers.modes import DEFAULT
 from helpers.resuming import assert_resumed, go_on
+from helpers.stale_combos import COMBINATIONS, REPLICAS, Combination, hand_over, second_engine
 from helpers.stale_runs import (
     CALLS,
     MORE_RULES,
@@ -73,6 +75,35 @@ def test_engine_equals_oracle_and_loop(ranks: GetRanks, stages: int, micro_batch
             assert seen.norm == by_rank[0][i].norm
 
 
+def combinations() -> list[Any]:
+    return [
+        pytest.param(it, id=name, marks=pytest.mark.proves(feature, modes=[mode_of(it.setup.ddg)]))
+        for feature, those in COMBINATIONS.items()
+        for name, it in those.items()
+    ]
+
+
+@pytest.mark.parametrize("combination", combinations())
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler")
+def test_together_with_other_settings(ranks: GetRanks, combination: Combination) -> None:
+    expected = run_oracle(combination.oracles)
+    by_rank = ranks(combination.setup.stages).run(run_engine, combination.engines)
+    for stage, (ours, its) in enumerate(zip(by_rank, expected, strict=True)):
+        assert not gaps(ours, its), f"stage {stage}"
+    others = run_oracle(replace(combination, rule=replace(combination.rule, staleness="off", clip=0.0)).oracles)
+    assert gaps(expected[0], others[0]), "the rule did nothing"
+
+
+@pytest.mark.parametrize("name", REPLICAS)
+@pytest.mark.proves('"staleness", data x pipeline', modes=DEFAULT)
+def test_replicas(ranks: GetRanks, name: str) -> None:
+    """With the same data they train as one: the mean of two equal gradients is either."""
+    expected = run_oracle(REPLICAS[name].oracles)
+    by_rank = ranks(4).run(run_engine, REPLICAS[name].engines)
+    for rank, ours in enumerate(by_rank):
+        assert not gaps(ours, expected[rank // 2]), f"rank {rank}"
+
+
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("name", MORE_RULES)
 @pytest.mark.proves('"staleness" with Muon; with BasisRotation; a discount that fades; fp32', modes=DEFAULT)
@@ -89,21 +120,21 @@ def test_engine_equals_the_loop(ranks: GetRanks, name: str, micro_batches: int) 
 
 
 # What sums gradients in another format than that of its weights is left to the tests of formats.
-MIXED = [name for name in FORMATS if "sums" not in name and "immediate" not in name and name != "autocast"]
+SUMS = [name for name in FORMATS if "sums" in name or "immediate" in name]
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.proves(f'"staleness": "auto", {name}', modes=DEFAULT)) for name in MIXED],
+    [pytest.param(name, marks=pytest.mark.proves(f'"staleness": "auto", {name}', modes=DEFAULT)) for name in FORMATS],
 )
 def test_below_deepspeeds_wrappers(ranks: GetRanks, name: str) -> None:
     """They step the optimizer inside, ZeRO group by group; one stage has nothing to train."""
     rule = RULES["A"]
-    for frozen, micro_batches in ((None, 1), (1, 2)):
+    for frozen, micro_batches in ((None, 1), (1, 1 if name in SUMS else 2)):
         got = ranks(3).run(
             formats.train_engine, name, micro_batches, rule.optimizer, {"staleness": rule.staleness}, 0.0, frozen
         )
-        assert FORMATS[name].wrapper in {result.wrapper for result in got}
+        assert (FORMATS[name].wrapper or "AdamW") in {result.wrapper for result in got}
         assert [result.collectives for result in got] == [0, 0, 0]
         expected = stale_runs.train_oracle_in(name, 3, micro_batches, rule, frozen)
         for stage, (ours, its) in enumerate(zip(got, expected, strict=True)):
@@ -114,7 +145,7 @@ def test_below_deepspeeds_wrappers(ranks: GetRanks, name: str) -> None:
     "name",
     [
         pytest.param(name, marks=pytest.mark.proves(f'"staleness" with a clip, {name}', modes=DEFAULT, exact=False))
-        for name in MIXED
+        for name in FORMATS
     ],
 )
 def test_wrappers_clip_delayed_stages_alone(ranks: GetRanks, name: str) -> None:
@@ -153,6 +184,46 @@ def test_resumes_to_the_last_bit(ranks: GetRanks, tmp_path: Path) -> None:
 def test_wrappers_resume_to_the_last_bit(ranks: GetRanks, tmp_path: Path, name: str) -> None:
     for one, other in ranks(3).run(stale_runs.resume_in, name, "auto", str(tmp_path)):
         assert all(map(torch.equal, one, other))
+
+
+@pytest.mark.parametrize("config", [{}, ZERO_1], ids=["fp32", "fp32, ZeRO-1"])
+@pytest.mark.parametrize(
+    ("saved", "loaded", "micro_batches"),
+    [("on", "on", 2), ("on", "off", 1), ("off", "on", 1), ("deepspeed", "on", 1)],
+)
+@pytest.mark.proves('"staleness", resumed with other rules or M, or from DeepSpeed\'s engine', modes=DEFAULT)
+def test_resumes_with_other_rules(
+    ranks: GetRanks, tmp_path: Path, config: dict[str, Any], saved: str, loaded: str, micro_batches: int
+) -> None:
+    """The extrapolation goes on where the step before had one, and begins anew where it had not."""
+    found = ranks(2).run(hand_over, str(tmp_path), config, saved, loaded, micro_batches)
+    for stage, result in enumerate(found):
+        assert result.keeps == [saved == loaded == "on" and stage == 0] * 2
+        assert all(map(torch.equal, *result.states)), "it is of no account what the engine did before"
+
+
+@pytest.mark.parametrize("ddg", [{"staleness": "off"}, {"enabled": False, "staleness": "auto"}])
+def test_an_optimizer_of_another_engine(ranks: GetRanks, ddg: dict[str, Any]) -> None:
+    """It does not step by the rules of the engine before."""
+    expected = ranks(2).run(second_engine, {**ddg, "staleness": "off"})
+    for (ours, keeps), (its, _) in zip(ranks(2).run(second_engine, ddg), expected, strict=True):
+        assert not keeps
+        assert all(map(torch.equal, ours, its))
+
+
+@pytest.mark.parametrize("config", fp16_runs.OPTIMIZERS.values(), ids=list(fp16_runs.OPTIMIZERS))
+@pytest.mark.proves('"staleness", steps skipped in fp16', modes=DEFAULT, exact=False)
+def test_a_skipped_step_is_none(ranks: GetRanks, config: dict[str, Any]) -> None:
+    """Where the gradient overflows, the extrapolation waits with the weights."""
+    rules = {"learning_rate": 0.5, "momentum": "stretch", "extrapolation": 1.0}
+    results = ranks(3).run(fp16_runs.train, config, [24, 10, 10], 1, {"staleness": rules})
+    assert results[0].told[-1][0] >= 3, "nothing was skipped"
+    for delay, result in ((2, results[0]), (1, results[1])):
+        for call in range(delay + 1, fp16_runs.CALLS):
+            before, after = result.previous[call - 1 : call + 1]
+            stays = len(before) == len(after) and all(map(torch.equal, before, after))
+            assert stays == (result.scales[call] < result.scales[call - 1])
+    assert not any(results[2].previous)
 
 
 # -- where the staleness changes, or belongs to another stage --------------------------------------------------------

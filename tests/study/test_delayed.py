@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import ds_ddg
+from ds_ddg.reference import Reference
 from ds_ddg.staleness.apply import PREVIOUS_STEP
 from ds_ddg.study import late_gradients
-from helpers import stale_runs, toy
-from helpers.stale_runs import CALLS, RULES, Loop, Rule, train_oracle
+from helpers import stale_combos, stale_runs, toy
+from helpers.stale_runs import CALLS, RULES, ByHand, Loop, Rule, train_oracle
+from helpers.versus import trainable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -90,6 +95,71 @@ def test_refuses_the_state_of_other_delays() -> None:
     before = [p.detach().clone() for p in ours.net[0].parameters()]
     ours.train(toy.batches(3), 3)
     assert all(map(torch.equal, before, ours.net[0].parameters())), "nothing is in flight for stage 0 yet"
+
+
+def test_resumes_with_other_rules_or_from_a_plain_optimizer() -> None:
+    """The extrapolation goes on where the step before had one, and begins anew where it had not."""
+    ours, off, plain = loop(4, 1, RULES["A"]), loop(4, 1, Rule("adamw", "off")), toy.OPTIMIZERS["adamw"]
+    ours.train(toy.batches(6), 6)
+
+    def keeps(optimizer: torch.optim.Optimizer) -> bool:
+        return any(PREVIOUS_STEP in state for state in optimizer.state.values())
+
+    before = ours.optimizer.state_dict()
+    assert keeps(ours.optimizer)
+    off.optimizer.load_state_dict(before)
+    off.train(toy.batches(1), 1)
+    assert not keeps(off.optimizer)
+    between = plain(ours.net.parameters())
+    between.load_state_dict(before)
+    assert keeps(between), "it carries along what it does not know"
+    ours.optimizer.load_state_dict(between.state_dict())
+    assert not keeps(ours.optimizer)
+    assert keeps(between)
+
+
+@pytest.mark.parametrize("name", ["two groups", "two groups, clipped", "OneCycleLR", "OneCycleLR, clipped", "frozen"])
+def test_steps_by_rules_with_all_that_optimizers_have(name: str) -> None:
+    """Groups go across stages, and a scheduler cycles the momentum in each."""
+    rule, stages, calls = RULES["S" if "clipped" in name else "A"], 4, 10
+    key = "momentum" if "clipped" in name else "betas"
+    make, schedules = toy.OPTIMIZERS[rule.optimizer], name.startswith("OneCycle")
+    parameters_of = partial(stale_combos.two_kinds, key=key) if "groups" in name else trainable
+    nets = [nn.Sequential(*stale_runs.layers()) for _ in range(2)]
+    for net in nets if name == "frozen" else ():
+        net[0].requires_grad_(False)
+        net[4].up.requires_grad_(False)  # type: ignore[union-attr]
+    net, copy = nets
+    optimizer = make(parameters_of(net))
+    ds_ddg.delayed(
+        optimizer,
+        stale_runs.split(net, stages),
+        rules="auto" if "clipped" in name else rule.staleness,
+        gradient_clipping=0.05 if "clipped" in name else 0.0,
+    )
+    scheduler = stale_combos.torchs_one_cycle(optimizer) if schedules else None
+    parts = stale_runs.split(copy, stages)
+    plain = [make(parameters_of(part)) for part in parts]
+    oracle = Reference(
+        parts,
+        toy.loss_fn,
+        [ByHand(it, replace(rule, clip=0.0), float(stages - 1 - k)) for k, it in enumerate(plain)],  # type: ignore[misc]
+        clip=0.05 if "clipped" in name else 0.0,
+        schedulers=[stale_combos.torchs_one_cycle(it) for it in plain] if schedules else (),
+    )
+    data = list(toy.batches(calls))
+    for inputs, labels in data:
+        toy.loss_fn(net(inputs), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if scheduler is not None:
+            scheduler.step()
+    batches = iter(data)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*lr_scheduler.*")
+        for _ in data:
+            oracle.train_batch(batches)
+    assert all(map(torch.equal, toy.state(net), toy.state(copy)))
 
 
 class Branches(nn.Module):

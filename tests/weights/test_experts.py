@@ -19,6 +19,8 @@ from helpers.census import census
 from helpers.distributed import GetRanks
 from helpers.formats import ZERO_1, fp16_allowed
 from helpers.modes import DEFAULT, MODE_BLOCKS
+from helpers.stale_combos import by_hand
+from helpers.stale_runs import RULES
 from helpers.versus import Made, Setup, adamw, farthest, run_oracle, sgd
 
 WIDTH, TOKENS, EXPERTS = 12, 6, 4
@@ -266,6 +268,18 @@ def test_experts_equal_one_process(ranks: GetRanks, layout: Layout) -> None:
     found = ranks(layout.ranks).run(train, layout, timeout=180)
     for stage, made, _, across in found:
         assert farthest(made, expected[stage]) < 2e-6, f"stage {stage}"
+        assert across == 0
+    assert_replicas_agree([(stage, own) for stage, _, own, _ in found])
+
+
+@pytest.mark.proves('"staleness", expert layers (MoE) over replicas', exact=False, modes=DEFAULT)
+def test_rules_for_stale_gradients(ranks: GetRanks) -> None:
+    """Each replica steps the experts that it has."""
+    layout = Layout(ddg={"staleness": RULES["A"].staleness}, optimizer=adamw)
+    expected = run_oracle(by_hand(layout.setup(), RULES["A"]))
+    found = ranks(layout.ranks).run(train, layout, timeout=180)
+    for stage, made, _, across in found:
+        assert farthest(made, expected[stage]) < 1e-5, f"stage {stage}"
         assert across == 0
     assert_replicas_agree([(stage, own) for stage, _, own, _ in found])
 

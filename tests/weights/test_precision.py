@@ -24,6 +24,7 @@ from helpers.formats import (
     FORMATS,
     OPTIMIZERS,
     REFILL,
+    Autocast,
     Format,
     Result,
     batches,
@@ -104,17 +105,6 @@ def accumulate_in(dtype: torch.dtype) -> Callable[[Any, Any], None]:
             parameter.grad = SUMS[parameter].to(parameter.dtype)
 
     return accumulate
-
-
-class Autocast(nn.Module):
-    def __init__(self, stage: nn.Module) -> None:
-        super().__init__()
-        self.stage = stage
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            output: Tensor = self.stage(x)
-        return output
 
 
 def train_oracle(
