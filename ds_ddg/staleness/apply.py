@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ds_ddg.staleness.choose import momentum_sums
 from ds_ddg.staleness.rules import Rules, Staleness
 
 __all__ = ["DELAYED", "PREVIOUS_STEP", "StaleSteps", "forget_previous_steps"]
@@ -161,18 +162,18 @@ class StaleSteps:
             if self._rules.lead(age) == 0:
                 forget_previous_steps(optimizer.state.get(parameter, {}) for parameter in parameters)
             if age.updates > 0:
-                yield self._part(group, parameters, age)
+                yield self._part(group, parameters, age, momentum_sums(optimizer, group))
             elif len(by_age) == 1:
                 yield _Part(group, group, frozenset())
             else:
                 yield _Part(group, {**group, "params": parameters}, frozenset(["params"]))
 
-    def _part(self, group: _Group, parameters: list[Tensor], age: Staleness) -> _Part:
+    def _part(self, group: _Group, parameters: list[Tensor], age: Staleness, momentum_sums: bool) -> _Part:
         rules = self._rules
         # DeepSpeed's Muon also steps parameters without a gradient, when none is due yet.
         changes: _Group = {"params": [parameter for parameter in parameters if parameter.grad is not None]}
-        if rules.learning_rate:
-            changes["lr"] = group["lr"] * rules.rate_factor(age)
+        if (factor := rules.rate_factor(age, momentum_sums)) != 1:
+            changes["lr"] = group["lr"] * factor
         if rules.momentum != "keep":
             if "betas" in group:
                 first, *others = group["betas"]

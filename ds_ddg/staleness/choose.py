@@ -6,6 +6,7 @@ any other nothing is done.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +14,10 @@ import torch
 from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.staleness.rules import Rules, Settings, Staleness
 
-__all__ = ["Choice", "choose", "explain", "kind_of", "remedies"]
+__all__ = ["Choice", "choose", "explain", "kind_of", "momentum_sums", "remedies"]
 
 _RULES = {
-    "SGD": Rules(learning_rate=2.5, momentum="stretch", extrapolation=1.0),
+    "SGD": Rules(learning_rate=1.75, tolerance=1.0, momentum="stretch", extrapolation=3.0),
     "Adam": Rules(learning_rate=0.5, tolerance=1.0, momentum="stretch", extrapolation=3.0),
     "Muon": Rules(learning_rate=0.5, tolerance=1.0, extrapolation=1.0),
 }
@@ -43,6 +44,11 @@ def kind_of(optimizer: Any) -> str | None:
         return "Adam"
     muon = getattr(torch.optim, "Muon", None)  # since torch 2.9
     return "Muon" if muon is not None and isinstance(optimizer, muon) else None
+
+
+def momentum_sums(optimizer: Any, group: Mapping[str, Any]) -> bool:
+    """Return whether the momentum of a `group` of `optimizer` is a sum, as SGD's, and not a mean or a direction."""
+    return "betas" not in group and "momentum" in group and kind_of(optimizer) != "Muon"
 
 
 def choose(settings: Settings, optimizer: Any, plan: DDGPlan, gradient_clipping: float = 0.0) -> Choice:
@@ -80,9 +86,10 @@ def explain(rules: Rules, plan: DDGPlan, optimizer: Any = None) -> str:
     """Say what `rules` come to on stage 0, the one with the oldest gradients."""
     age = Staleness.of(plan, 0)
     parts = []
-    if rules.learning_rate:
+    sums = any(momentum_sums(optimizer, group) for group in getattr(optimizer, "param_groups", ())[:1])
+    if (factor := rules.rate_factor(age, sums)) != 1:
         fades = f", fading within {rules.anneal} call(s)" if rules.anneal else ""
-        parts.append(f"learning rate times {rules.rate_factor(age):.3g}{fades}")
+        parts.append(f"learning rate times {factor:.3g}{fades}")
     if rules.momentum != "keep":
         momentum = _momentum(optimizer)
         known = f" {momentum:g} -> {rules.momentum_at(momentum, age):.4g}" if momentum is not None else ""

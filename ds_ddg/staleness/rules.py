@@ -66,7 +66,8 @@ class Rules(BaseModel):
     momentum: Literal["keep", "stretch", "asyncpp"] = "keep"
     """What becomes of the momentum mu, or of Adam's beta1. "stretch": 1 - (1-mu)/(1+s), its memory 1/(1-mu) times
     (1+s), of which `extrapolation` needs the more the older the gradients are. "asyncpp": mu + (.99-mu)(K-1-k)/K
-    (Ajanthan et al., ICML 2025)."""
+    (Ajanthan et al., ICML 2025). SGD's momentum is a sum, Adam's a mean: so that a gradient moves the weights as far
+    in all as without the rule, "stretch" divides the rate of SGD by 1+s."""
 
     extrapolation: _Number = 0.0
     """c of the step (1+cs) u_t - cs u_{t-1}, with u_t what the optimizer has taken off the weights, weight decay
@@ -85,10 +86,11 @@ class Rules(BaseModel):
         """Whether any of them changes a step, and not only a gradient."""
         return self.learning_rate > 0 or self.momentum != "keep" or self.extrapolation > 0
 
-    def rate_factor(self, age: Staleness) -> float:
-        """Return the factor of the learning rate."""
+    def rate_factor(self, age: Staleness, momentum_sums: bool = False) -> float:
+        """Return the factor of the learning rate; `momentum_sums`: of an optimizer whose momentum is a sum."""
         left = 1 - min(age.call / self.anneal, 1.0) if self.anneal else 1.0
-        return float((1 + max(0.0, age.updates - self.tolerance)) ** (-self.learning_rate * left))
+        factor = float((1 + max(0.0, age.updates - self.tolerance)) ** (-self.learning_rate * left))
+        return factor / (1 + age.updates) if momentum_sums and self.momentum == "stretch" else factor
 
     def momentum_at(self, momentum: float, age: Staleness) -> float:
         """Return what takes the place of `momentum`."""

@@ -76,7 +76,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {**toy.OPTIMIZER
 
 RULES = {
     "off": Rule("sgd", "off"),
-    "S": Rule("sgd", {"rules": "auto", "clip": 0.05}, Discount(2.5), stretch=True, lead=1.0, clip=0.05),
+    "S": Rule("sgd", {"rules": "auto", "clip": 0.05}, Discount(1.75, 1.0), stretch=True, lead=3.0, clip=0.05),
     "A": Rule("adamw", "auto", Discount(0.5, 1.0), stretch=True, lead=3.0),
     "A, fused": Rule("fused_adamw", "auto", Discount(0.5, 1.0), stretch=True, lead=3.0),
     "Muon's": Rule("sgd", {"learning_rate": 1}, Discount(1.0)),
@@ -133,7 +133,8 @@ class ByHand:
             return
         own = [dict(group) for group in self.param_groups]
         for group in self.param_groups:
-            group["lr"] = group["lr"] * rule.rate(s)
+            sums = rule.stretch and "betas" not in group
+            group["lr"] = group["lr"] * (rule.rate(s) / (1 + s) if sums else rule.rate(s))
             if rule.stretch and "betas" in group:
                 group["betas"] = (1 - (1 - group["betas"][0]) / (1 + s), group["betas"][1])
             elif rule.stretch:

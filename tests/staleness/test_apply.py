@@ -71,7 +71,8 @@ def by_hand(name: str, rules: Rules, ages: list[Staleness]) -> list[Tensor]:
     previous: list[Tensor | None] = [None] * len(weights)
     for step, age in enumerate(ages):
         s = age.updates
-        group["lr"] = lr * (1 + s) ** -rules.learning_rate
+        factor = (1 + s) ** -rules.learning_rate
+        group["lr"] = lr * (factor / (1 + s) if key == "momentum" else factor)
         stretched = 1 - (1 - (own if key == "momentum" else own[0])) / (1 + s)
         group[key] = (stretched if key == "momentum" else (stretched, own[1])) if s else own
         set_gradients(weights, step)
@@ -120,7 +121,7 @@ def test_groups_are_as_the_script_left_them() -> None:
     optimizer.step()
     assert optimizer.param_groups is given
     assert visible(optimizer) == before
-    assert inside == [pytest.approx((0.05, 0.975)), pytest.approx((0.1, 0.975))]
+    assert inside == [pytest.approx((0.0125, 0.975)), pytest.approx((0.025, 0.975))]
     scheduler.step()
     assert scheduler.get_last_lr() == [0.05, 0.1]
 

@@ -56,7 +56,7 @@ def test_sgd_asks_for_the_norm_to_clip_to() -> None:
         choose(AUTO, optimizer, plan)
     for part in ('"gradient_clipping"', '"staleness": {"rules": "auto", "clip": 1.0}', '"clip": 0'):
         assert part in str(caught.value)
-    expected = Rules(learning_rate=2.5, momentum="stretch", extrapolation=1.0)
+    expected = Rules(learning_rate=1.75, tolerance=1.0, momentum="stretch", extrapolation=3.0)
     assert choose(AUTO, optimizer, plan, gradient_clipping=2.0).rules == expected
     assert choose(AUTO, optimizer, DDGPlan(1)).rules == expected, "nothing is stale, so nothing is asked"
     for clip in (0.0, 3.0):

@@ -61,6 +61,9 @@ def test_momentum_is_stretched_or_taken_from_the_depth() -> None:
     old = Staleness(3.0, 0.75)
     assert Rules(momentum="stretch").momentum_at(0.9, old) == pytest.approx(0.975, rel=1e-15)
     assert Rules(momentum="stretch").momentum_at(0.0, old) == 0.75, "memory of one update becomes that of four"
+    assert Rules(momentum="stretch").rate_factor(old) == 1.0
+    assert Rules(momentum="stretch").rate_factor(old, momentum_sums=True) == 0.25, "a gradient moves as far in all"
+    assert Rules(momentum="asyncpp").rate_factor(old, momentum_sums=True) == 1.0
     assert Rules(momentum="asyncpp").momentum_at(0.9, old) == pytest.approx(0.9675, rel=1e-15)
 
 
