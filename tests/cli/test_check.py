@@ -53,7 +53,7 @@ SGD = {"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}, "gr
         (
             {"ddg": {"staleness": "auto"}, **ADAMW},
             4,
-            ["1.5 update(s) old: learning rate times 0.632; momentum 0.9 -> 0.96", "with 3 micro-batches", "Muon"],
+            ["1.5 update(s) old: learning rate times 0.816; momentum 0.9 -> 0.96", "with 3 micro-batches", "Muon"],
         ),
         ({"ddg": {"staleness": {"clip": 2}}, **SGD}, 2, ["clipped to 2 by the norm of the stage"]),
         ({"ddg": {"staleness": "auto"}, **SGD, "gradient_clipping": 1.0}, 2, ["learning rate times 0.667"]),

@@ -179,9 +179,17 @@ class InBf16(Oracle):
         super().__init__(self.masters)
 
     def step(self) -> None:
+        self.take_gradients()
+        super().step()
+        self.give_weights()
+
+    def take_gradients(self) -> None:
+        """Give the gradients of the weights to the masters."""
         for weight, master in zip(self.low, self.masters, strict=True):
             master.grad = None if weight.grad is None else weight.grad.float()
-        super().step()
+
+    def give_weights(self) -> None:
+        """Round the masters to the weights."""
         for weight, master in zip(self.low, self.masters, strict=True):
             weight.data.copy_(master.detach())
 

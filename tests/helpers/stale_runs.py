@@ -121,6 +121,9 @@ class ByHand:
     def step(self) -> None:
         """Step, with the optimizer's own numbers put back afterwards."""
         rule, s = self.rule, self.s
+        masters = self.optimizer if hasattr(self.optimizer, "take_gradients") else None
+        if masters is not None:
+            masters.take_gradients()
         own_parameters = (p for group in self.param_groups for p in group["params"])
         parameters = [p for p in getattr(self.optimizer, "parameters", own_parameters) if p.grad is not None]
         if largest := rule.clip if s > 0 else rule.everywhere:
@@ -150,6 +153,8 @@ class ByHand:
                 if parameter in self.previous:
                     parameter.add_(self.previous[parameter], alpha=rule.lead * s)
             self.previous[parameter] = u
+        if masters is not None:
+            masters.give_weights()
 
 
 class Masters:
