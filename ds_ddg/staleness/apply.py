@@ -58,7 +58,7 @@ class StaleSteps:
         by_age: divides the parameters of a group by the present staleness of their gradients.
 
     Raises:
-        TypeError: `optimizer` is none of torch's.
+        TypeError: `optimizer` is none of torch's, or hides one without torch's hooks.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class StaleSteps:
         rules: Rules,
         by_age: Callable[[list[Tensor]], Mapping[Staleness, list[Tensor]]],
     ) -> None:
-        if not isinstance(optimizer, torch.optim.Optimizer):
+        if not isinstance(optimizer, torch.optim.Optimizer) or "_optimizer_step_pre_hooks" not in vars(optimizer):
             raise TypeError(
-                '"staleness" changes the steps of subclasses of torch.optim.Optimizer, got '
-                f'{type(optimizer).__name__}; use such an optimizer, or "staleness": "off"'
+                '"staleness" changes the steps of subclasses of torch.optim.Optimizer that call its __init__, '
+                f'got {type(optimizer).__name__}; use such an optimizer, or "staleness": "off"'
             )
         self._rules, self._by_age = rules, by_age
         self._given: list[_Group] | None = None
