@@ -73,6 +73,8 @@ class StaleSteps:
                 f'got {type(optimizer).__name__}; use such an optimizer, or "staleness": "off"'
             )
         self._rules, self._by_age = rules, by_age
+        self.taken = 0
+        """The number of steps so far."""
         self._given: list[_Group] | None = None
         """The groups of the optimizer, inside a step that finds others."""
         self._step: FrameType | None = None
@@ -98,6 +100,7 @@ class StaleSteps:
         call = sys._getframe(1)
         if self._under_way(call):
             return
+        self.taken += 1
         self._put_back(optimizer)  # a step may have failed halfway
         parts = [part for group in optimizer.param_groups for part in self._split(optimizer, group)]
         if not any(part.changed for part in parts):

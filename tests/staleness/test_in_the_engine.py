@@ -19,7 +19,7 @@ from helpers.formats import FORMATS, ZERO_1
 from helpers.matrix import mode_of
 from helpers.modes import DEFAULT
 from helpers.resuming import assert_resumed, go_on
-from helpers.stale_combos import COMBINATIONS, REPLICAS, Combination, hand_over, second_engine
+from helpers.stale_combos import COMBINATIONS, REPLICAS, Combination, hand_over, past_the_hooks, second_engine
 from helpers.stale_runs import (
     CALLS,
     MORE_RULES,
@@ -288,3 +288,8 @@ def test_refuses_on_every_rank(
 ) -> None:
     for answer in ranks(2).run(stale_runs.build_refused, optimizer, staleness, ddg):
         assert message in answer
+
+
+def test_a_step_past_the_rules_is_an_error(ranks: GetRanks) -> None:
+    for answer in ranks(2).run(past_the_hooks):
+        assert "AdamW has stepped without the hooks of torch.optim.Optimizer" in answer
