@@ -186,10 +186,16 @@ def test_wrappers_resume_to_the_last_bit(ranks: GetRanks, tmp_path: Path, name: 
         assert all(map(torch.equal, one, other))
 
 
-@pytest.mark.parametrize("config", [{}, ZERO_1], ids=["fp32", "fp32, ZeRO-1"])
 @pytest.mark.parametrize(
-    ("saved", "loaded", "micro_batches"),
-    [("on", "on", 2), ("on", "off", 1), ("off", "on", 1), ("deepspeed", "on", 1)],
+    ("config", "saved", "loaded", "micro_batches"),
+    [
+        ({}, "on", "on", 2),
+        ({}, "on", "off", 1),
+        ({}, "off", "on", 1),
+        ({}, "deepspeed", "on", 1),
+        (ZERO_1, "on", "on", 2),
+        (ZERO_1, "deepspeed", "on", 1),
+    ],
 )
 @pytest.mark.proves('"staleness", resumed with other rules or M, or from DeepSpeed\'s engine', modes=DEFAULT)
 def test_resumes_with_other_rules(
