@@ -1,6 +1,6 @@
 """What the rules for stale gradients cost in time and memory, and what ``ds_ddg.delayed`` costs in a loop.
 
-    python benchmarks/staleness_cost.py                  # some minutes; needs one idle core
+    python benchmarks/staleness_cost.py                  # some minutes; the machine may do other work
     python benchmarks/staleness_cost.py --turns 5 --width 128
 
 A transformer, one process, one thread, fp32. For each optimizer two of it update two copies of the weights, one plain
@@ -8,7 +8,8 @@ and one by the rules that "auto" chooses for stage 0 of 8 (for SGD without the c
 gradients are given. They take turns of some steps each, every other turn in the opposite order. Likewise a plain
 training loop, and the same as on 1 and on 8 stages with ``ds_ddg.delayed``; there a step is forward, backward, update.
 
-Prints markdown tables of the medians of all turns, with the lowest and the highest, then one JSON line.
+Counted is processor time, which is what one thread takes on an idle core, but for what others do to its caches. Prints
+markdown tables of the medians of all turns, with the lowest and the highest, then one JSON line.
 """
 
 from __future__ import annotations
@@ -119,11 +120,11 @@ def in_turns(does: Mapping[str, Callable[[], None]], turns: int, steps: int) -> 
     found: Turns = {name: [] for name in does}
     for turn in range(turns + 1):
         for name in does if turn % 2 == 0 else reversed(does):
-            start = time.perf_counter()
+            start = time.process_time()
             for _ in range(steps):
                 does[name]()
             if turn > 0:
-                found[name].append(1e3 * (time.perf_counter() - start) / steps)
+                found[name].append(1e3 * (time.process_time() - start) / steps)
     return found
 
 

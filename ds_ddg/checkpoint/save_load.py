@@ -152,7 +152,8 @@ class CheckpointPart:
             **(client_state.pop(_CHECKPOINT_KEY, None) or {}),
         }
         if optimizer:
-            self._updates.rules.loaded(self._host.optimizer, mine["ahead"])
+            ahead = mine["ahead"] and not self._host.load_universal_checkpoint()  # which leaves out what is not Adam's
+            self._updates.rules.loaded(self._host.optimizer, ahead)
         for key, module in left_out_of_checkpoints(self._host.module).items():
             if key in mine["tied"]:
                 module.load_state_dict(mine["tied"][key])

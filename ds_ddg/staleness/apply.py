@@ -59,7 +59,7 @@ class StaleSteps:
         by_age: divides the parameters of a group by the present staleness of their gradients.
 
     Raises:
-        TypeError: `optimizer` is none of torch's.
+        TypeError: `optimizer` is none of torch's, or hides one without torch's hooks.
     """
 
     def __init__(
@@ -68,12 +68,14 @@ class StaleSteps:
         rules: Rules,
         by_age: Callable[[list[Tensor]], Mapping[Staleness, list[Tensor]]],
     ) -> None:
-        if not isinstance(optimizer, torch.optim.Optimizer):
+        if not isinstance(optimizer, torch.optim.Optimizer) or "_optimizer_step_pre_hooks" not in vars(optimizer):
             raise TypeError(
-                '"staleness" changes the steps of subclasses of torch.optim.Optimizer, got '
-                f'{type(optimizer).__name__}; use such an optimizer, or "staleness": "off"'
+                '"staleness" changes the steps of subclasses of torch.optim.Optimizer that call its __init__, '
+                f'got {type(optimizer).__name__}; use such an optimizer, or "staleness": "off"'
             )
         self._rules, self._by_age = rules, by_age
+        self.taken = 0
+        """The number of steps so far."""
         self._given: list[_Group] | None = None
         """The groups of the optimizer, inside a step that finds others."""
         self._step: FrameType | None = None
@@ -99,6 +101,7 @@ class StaleSteps:
         call = sys._getframe(1)
         if self._under_way(call):
             return
+        self.taken += 1
         self._put_back(optimizer)  # a step may have failed halfway
         parts = [part for group in optimizer.param_groups for part in self._split(optimizer, group)]
         if not any(part.changed for part in parts):

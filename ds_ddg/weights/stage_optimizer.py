@@ -210,6 +210,8 @@ class StageOptimizer:
         with norm_unscaled(host, self._stage.num_stages), self._clipped_as_asked():
             host.carry_out(OptimizerStep, lr_kwargs)
         self._overflowed = host.skipped_steps > known[0]
+        if self.trains and not self._overflowed:
+            self.rules.check()
         if self._stage.num_stages > 1:
             host.skipped_steps, host._step_applied = known  # until all stages know more
             if self._overflowed and host.lr_scheduler is not None:

@@ -34,6 +34,9 @@ class StageRules:
     def __init__(self, stage: Stage, run: RunState, host: Host) -> None:
         self._stage, self._run, self._host = stage, run, host
         self._rules = Rules()
+        self._steps: StaleSteps | None = None
+        self._taken = 0
+        """The number of steps by the rules when it was last checked."""
 
     @property
     def age(self) -> Staleness:
@@ -68,7 +71,21 @@ class StageRules:
             return
         StaleSteps.remove_from(inner)  # those of an engine before
         if self._rules.steps and self._stage.num_stages > 1:
-            StaleSteps(inner, self._rules, lambda parameters: {self.age: parameters})
+            self._steps, self._taken = StaleSteps(inner, self._rules, lambda all_of_it: {self.age: all_of_it}), 0
+        else:
+            self._steps = None
+
+    def check(self) -> None:
+        """After a step: raise RuntimeError if the optimizer has stepped past the rules."""
+        if self._steps is None:
+            return
+        before, self._taken = self._taken, self._steps.taken
+        if before == self._taken:
+            name = type(innermost(self._host.optimizer)).__name__
+            raise RuntimeError(
+                f"{name} has stepped without the hooks of torch.optim.Optimizer, and so without the rules of "
+                f'"staleness": its step has been replaced; leave {name}.step as it is, or set "staleness": "off"'
+            )
 
     def extrapolating(self, optimizer: Any) -> bool:
         """Return whether the state of `optimizer` has the u_{t-1} that the next step needs."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_ddg.staleness.apply import PREVIOUS_STEP
-from helpers import formats, muon_runs, resuming, toy
+from helpers import formats, muon_runs, resuming, stale_runs, toy
 from helpers.stale_runs import RULES, ByHand, Discount, Rule
 from helpers.stale_runs import layers as plain_layers
 from helpers.versus import Setup, nothing, trainable
@@ -363,6 +363,19 @@ def hand_over(
 
 
 # -- one optimizer, two engines ---------------------------------------------------------------------------------------
+
+
+def past_the_hooks(rank: int, world_size: int) -> str:
+    """Replace the step of the optimizer by one that runs no hooks; return the error of the first update."""
+    engine = stale_runs.build_engine(world_size, 1, "adamw", "auto")
+    engine.optimizer.step = type(engine.optimizer).step.__wrapped__.__get__(engine.optimizer)
+    data = toy.batches(4)
+    try:
+        for _ in range(4):
+            engine.train_batch(data)
+    except Exception as error:
+        return f"{error} {error.__cause__}"
+    return "nothing was refused"
 
 
 def second_engine(rank: int, world_size: int, ddg: dict[str, Any] | None) -> tuple[list[Tensor], bool]:

@@ -19,7 +19,7 @@ from helpers.formats import FORMATS, ZERO_1
 from helpers.matrix import mode_of
 from helpers.modes import DEFAULT
 from helpers.resuming import assert_resumed, go_on
-from helpers.stale_combos import COMBINATIONS, REPLICAS, Combination, hand_over, second_engine
+from helpers.stale_combos import COMBINATIONS, REPLICAS, Combination, hand_over, past_the_hooks, second_engine
 from helpers.stale_runs import (
     CALLS,
     MORE_RULES,
@@ -186,10 +186,16 @@ def test_wrappers_resume_to_the_last_bit(ranks: GetRanks, tmp_path: Path, name: 
         assert all(map(torch.equal, one, other))
 
 
-@pytest.mark.parametrize("config", [{}, ZERO_1], ids=["fp32", "fp32, ZeRO-1"])
 @pytest.mark.parametrize(
-    ("saved", "loaded", "micro_batches"),
-    [("on", "on", 2), ("on", "off", 1), ("off", "on", 1), ("deepspeed", "on", 1)],
+    ("config", "saved", "loaded", "micro_batches"),
+    [
+        ({}, "on", "on", 2),
+        ({}, "on", "off", 1),
+        ({}, "off", "on", 1),
+        ({}, "deepspeed", "on", 1),
+        (ZERO_1, "on", "on", 2),
+        (ZERO_1, "deepspeed", "on", 1),
+    ],
 )
 @pytest.mark.proves('"staleness", resumed with other rules or M, or from DeepSpeed\'s engine', modes=DEFAULT)
 def test_resumes_with_other_rules(
@@ -288,3 +294,8 @@ def test_refuses_on_every_rank(
 ) -> None:
     for answer in ranks(2).run(stale_runs.build_refused, optimizer, staleness, ddg):
         assert message in answer
+
+
+def test_a_step_past_the_rules_is_an_error(ranks: GetRanks) -> None:
+    for answer in ranks(2).run(past_the_hooks):
+        assert "AdamW has stepped without the hooks of torch.optim.Optimizer" in answer
