@@ -56,11 +56,21 @@ class Means:
         return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
     def behind(self, kind: str, optimizer: str, stages: int, micro_batches: int, automatic: bool) -> float | None:
-        """Return how far the mean with delay is behind that without: points of accuracy, or % of the loss."""
-        where = {"micro_batches": micro_batches}
-        base = self.values(kind, optimizer, stages=1, **where)
-        found = self.values(kind, optimizer, stages=stages, automatic=automatic, **where)
-        if not base or not found:
+        """Return how far the mean with delay is behind that without: points of accuracy, or % of the loss.
+
+        Only seeds that there are both runs of count; None: there is none.
+        """
+        base, found = [], []
+        for seed in sorted({cell.seed for cell in self.results}):
+            where = {"micro_batches": micro_batches, "seed": seed}
+            pair = (
+                self.values(kind, optimizer, stages=1, **where),
+                self.values(kind, optimizer, stages=stages, automatic=automatic, **where),
+            )
+            if all(pair):
+                base += pair[0]
+                found += pair[1]
+        if not base:
             return None
         if kind.startswith("digits"):
             return fmean(base) - fmean(found)

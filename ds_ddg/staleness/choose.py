@@ -1,6 +1,6 @@
 """Which rules suit an optimizer: what ``"staleness": "auto"`` stands for, and why.
 
-The evidence is in docs/staleness.md: small problems, few seeds. It ends with the optimizers that `kind_of` knows; for
+The evidence is in docs/quality.md: small problems, few seeds. It ends with the optimizers that `kind_of` knows; for
 any other nothing is done.
 """
 
@@ -132,7 +132,7 @@ def _lines(settings: Settings, rules: Rules, optimizer: Any, plan: DDGPlan) -> l
     if kind in ("SGD", "Adam"):
         lines.append(
             f"Muon ended ahead of {name} at every delay that both were tried at, whatever the rules; the trials were "
-            "small (docs/staleness.md)"
+            "small (docs/quality.md)"
         )
     return lines
 
