@@ -107,7 +107,8 @@ def set_up(
     engine, _, _, _ = ds_ddg.initialize(model=net, model_parameters=parameters, config=given)
     if imagined:
         _delay(engine, args.as_if_stages, partition, config.get("gradient_clipping", GRADIENT_CLIPPING_DEFAULT))
-    progress = Progress(engine, calls, calls_per_epoch, **shown)
+    told = {"as_if_stages": args.as_if_stages} if imagined else {}
+    progress = Progress(engine, calls, calls_per_epoch, **told, **shown)
     checkpoints = Checkpoints(
         args,
         engine,

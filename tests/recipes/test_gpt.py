@@ -106,6 +106,8 @@ def test_as_if_stages_trains_as_a_pipeline_does(ranks: GetRanks, work: Path) -> 
     arguments = PRETRAIN.replace("--epochs 2", "--epochs 1")
     for world_size, name, more in ((2, "pipeline", ""), (1, "imagined", "--as-if-stages 2"), (1, "plain", "")):
         ranks(world_size).run(recipe, "gpt/pretrain", f"{arguments} {more} --output-dir {{work}}/{name}", work)
+    assert metrics(work / "imagined")["as_if_stages"] == 2
+    assert "as_if_stages" not in metrics(work / "plain")
     pipeline, imagined, plain = (losses(work / name) for name in ("pipeline", "imagined", "plain"))
     assert len(pipeline) >= 10
     assert {call: imagined[call] for call in pipeline} == pytest.approx(pipeline, rel=1e-5)

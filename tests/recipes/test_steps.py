@@ -18,8 +18,6 @@ CONFIG = {
     "optimizer": {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9}},
     "steps_per_print": 1000000,
 }
-
-
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 
 
