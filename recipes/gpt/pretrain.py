@@ -1,18 +1,23 @@
 r"""Train a causal language model (GPT-2's architecture) in a pipeline, with DDG or with DeepSpeed's own 1F1B schedule.
 
-On the docstrings of the Python standard library, nothing to download; about TODO on two cores:
+On the docstrings of the Python standard library, nothing to download; about two minutes on two cores:
 
     deepspeed --quiet --num_gpus 2 recipes/gpt/pretrain.py --deepspeed_config configs/gpt_pretrain.json
 
 Its last line, where speed and rounding are the machine's:
 
-Todo:
-(Python 3.11.7; other versions have other docstrings.)
+    {"schedule": "ddg", "stages": 2, "micro_batches": 4, "batch_size": 16, "sequences": 9820, "length": 64,
+     "layers": 4, "hidden": 128, "vocabulary": 1024, "seed": 0, "epochs": 2, "perplexity": 33.02641202228543,
+     "bits_per_byte": 1.990360065185918, "train_loss": 3.58069, "samples_per_second": ..., "seconds": ...}
+
+(Python 3.11.7; other versions have other docstrings. 1F1B gives 32.4 and 1.979 bits per byte, the frequencies of the
+tokens alone 388 and 3.39.)
 
 GPT-2 small in four stages, on your own text:
 
     deepspeed --quiet --num_gpus 4 recipes/gpt/pretrain.py --deepspeed_config configs/gpt2_small.json \
-        --text DIR_OR_FILE ... --vocabulary 50257 --layers 12 --hidden 768 --heads 12 --length 1024
+        --text DIR_OR_FILE ... --vocabulary 50257 --layers 12 --hidden 768 --heads 12 --length 1024 --epochs 1 \
+        --checkpoint-dir DIR --checkpoint-every 1000 --resume
 
 `--model DIR` goes on from a Hugging Face directory of a causal language model, with its own tokenizer, instead. Model
 and tokenizer go to `--output-dir`/model, which AutoModelForCausalLM and AutoTokenizer read; metrics.json, losses.csv,
@@ -57,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     corpus.add_arguments(parser)
     model.add_arguments(parser, "GPT-2")
-    parser.add_argument("--epochs", type=common.at_least(1), default=1)
+    parser.add_argument("--epochs", type=common.at_least(1), default=2)
     common.add_arguments(parser)
     return common.parse(parser)
 
