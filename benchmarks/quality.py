@@ -45,6 +45,7 @@ def grid() -> list[Cell]:
     found += _cells(["docs"], [1, 4], [4], SEEDS[:1])
     found += _cells(PROBLEMS, [1, 4, 8], [1], SEEDS[:1], learning_rates=[0.5, 2.0])
     found += _cells(["bytes"], [1, 4, 8], [1], SEEDS[:1], ["adamw", "muon"], length=quality_page.LONG)
+    found += _cells(["digits_gn", "bytes"], STAGES, [1], SEEDS[:1], ["rotation"])
     for stages, length in product((4, 8), quality_page.LENGTHS[1:]):
         longer = _cells(["bytes"], [stages], [stages], SEEDS, ["adamw", "muon"], length=length)
         found += [cell for cell in longer if cell.rules != "off"]

@@ -38,7 +38,7 @@ class Means:
         worst, measure = (10.0, "accuracy") if kind.startswith("digits") else (float("inf"), "nats")
         wanted = {"learning_rate": 1.0, **wanted}
         automatic = wanted.pop("automatic", None)
-        names = [name_of(kind, one, length) for one in OPTIMIZERS if optimizer in (None, one)]
+        names = [name_of(kind, one, length) for one in ([optimizer] if optimizer else OPTIMIZERS)]
         return [
             float(result.get(measure, worst))
             for cell, result in self.results.items()

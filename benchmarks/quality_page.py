@@ -48,6 +48,7 @@ def page(results: Results, grid: Sequence[Cell]) -> str:
             *_held_out(means),
             *_rates(means),
             *_longer(means),
+            *_rotation(means),
             *_time(means),
         ]
     )
@@ -163,6 +164,28 @@ def _longer(means: Means) -> list[str]:
         "Bytes, M = 1, seed 0.",
         "",
         *_table(["optimizer", "updates", "K = 1", "K = 4, off", "auto", "K = 8, off", "auto"], *rows),
+    ]
+
+
+def _rotation(means: Means) -> list[str]:
+    rows: list[list[Any]] = []
+    for kind, optimizer in product(("digits_gn", "bytes"), ("adamw", "muon", "rotation")):
+        where = {"micro_batches": 1, "seed": 0}
+        found = [
+            means.cell(kind, optimizer, stages=k, automatic=automatic, **where)
+            for k in STAGES
+            for automatic in ((False, True) if k > 1 else (False,))
+        ]
+        rows.append([kind, optimizer, *found])
+    if not means.values("bytes", "rotation"):
+        return []
+    head = ["problem", "optimizer", "K = 1", *(f"K = {k}, {rules}" for k in STAGES[1:] for rules in ("off", "auto"))]
+    return [
+        "## Basis rotation",
+        "",
+        "`BasisRotation` at AdamW's learning rate, M = 1, seed 0, beside the other two at the same seed.",
+        "",
+        *_table(head, *rows),
     ]
 
 

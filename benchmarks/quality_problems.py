@@ -21,6 +21,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, cross_entropy, relu, scaled_dot_product_attention
 
+from ds_ddg.staleness.rotation import BasisRotation
 from ds_ddg.study.problem import Problem
 
 TRAINED, BATCH, EPOCHS = 1197, 32, 10
@@ -142,7 +143,7 @@ def _manual() -> tuple[Tensor, Tensor, int]:
 
 @lru_cache(maxsize=1)
 def _docstrings() -> tuple[Tensor, Tensor, int]:
-    from recipes.bert.corpus import docstrings
+    from recipes.language.corpus import docstrings
 
     return _numbers("\n\n".join(dict.fromkeys(docstrings())))
 
@@ -238,6 +239,10 @@ def _muon(model: nn.Module, decay: float) -> torch.optim.Optimizer:
     )
 
 
+def _rotation(model: nn.Module, decay: float) -> torch.optim.Optimizer:
+    return BasisRotation(_groups(model, decay), lr=2e-3)
+
+
 def _group_norm(width: int) -> nn.Module:
     return nn.GroupNorm(4, width)
 
@@ -248,9 +253,11 @@ digits_gn_muon = partial(_digits, norm=_group_norm, optimizer=partial(_muon, dec
 digits_bn_sgd = partial(_digits, norm=nn.BatchNorm2d, optimizer=partial(_sgd, lr=0.05))
 digits_bn_adamw = partial(_digits, norm=nn.BatchNorm2d, optimizer=partial(_adamw, lr=2e-3, decay=1e-2))
 digits_bn_muon = partial(_digits, norm=nn.BatchNorm2d, optimizer=partial(_muon, decay=1e-2))
+digits_gn_rotation = partial(_digits, norm=_group_norm, optimizer=partial(_rotation, decay=1e-2))
 bytes_sgd = partial(_bytes, optimizer=partial(_sgd, lr=0.1))
 bytes_adamw = partial(_bytes, optimizer=partial(_adamw, lr=2e-3, decay=0.1))
 bytes_muon = partial(_bytes, optimizer=partial(_muon, decay=0.1))
+bytes_rotation = partial(_bytes, optimizer=partial(_rotation, decay=0.1))
 _docs = partial(_bytes, text=_docstrings, width=48, blocks=8, updates=DOCS_UPDATES)
 docs_sgd = partial(_docs, optimizer=partial(_sgd, lr=0.1))
 docs_adamw = partial(_docs, optimizer=partial(_adamw, lr=2e-3, decay=0.1))

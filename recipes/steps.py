@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 from deepspeed.runtime.constants import GRADIENT_CLIPPING_DEFAULT
 from deepspeed.runtime.utils import partition_balanced
 
@@ -106,7 +107,8 @@ def set_up(
     engine, _, _, _ = ds_ddg.initialize(model=net, model_parameters=parameters, config=given)
     if imagined:
         _delay(engine, args.as_if_stages, partition, config.get("gradient_clipping", GRADIENT_CLIPPING_DEFAULT))
-    progress = Progress(engine, calls, calls_per_epoch, **shown)
+    told = {"as_if_stages": args.as_if_stages} if imagined else {}
+    progress = Progress(engine, calls, calls_per_epoch, **told, **shown)
     checkpoints = Checkpoints(
         args,
         engine,
@@ -137,6 +139,11 @@ def _delay(engine: ds_ddg.DDGEngine, stages: int, partition: str, gradient_clipp
         other += ["slack"] * (settings.slack == "auto")
         if other:
             raise ValueError(f'"ddg" sets {", ".join(other)}, which one process cannot imitate; leave that out')
+        if isinstance(engine.optimizer, DeepSpeedOptimizer):
+            raise ValueError(
+                f"the config has bf16, fp16 or ZeRO, whose {type(engine.optimizer).__name__} cannot be delayed here; "
+                "leave these blocks out: fp32 shows the same delay"
+            )
         weights = [0] * len(net.forward_funcs)
         for index in net._find_layer_type(partition.removeprefix("type:")):
             weights[index] = 1

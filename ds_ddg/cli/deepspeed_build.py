@@ -37,7 +37,8 @@ _KERNELS = {
 }
 """Modules of DeepSpeed's optimizers, and the builders that compile their kernels."""
 
-_SOME_CALLS = 1000
+_MANY_CALLS = 10**9
+"""The calls of a run whose length the config leaves open: no warm-up is longer, of which DeepSpeed would warn."""
 
 
 class _Builder(deepspeed_engine.DeepSpeedEngine):
@@ -147,7 +148,7 @@ def check_optimizer_and_scheduler(config: Any, delayed: bool = True) -> Any:
             f"bf16, fp16 and ZeRO); use one of DeepSpeed's own: {', '.join(lr_schedules.VALID_LR_SCHEDULES)}"
         )
     # What the recipes put in place of "auto" is a number of calls.
-    params = {key: _SOME_CALLS if value == "auto" else value for key, value in config.scheduler_params.items()}
+    params = {key: _MANY_CALLS if value == "auto" else value for key, value in config.scheduler_params.items()}
     config.scheduler_params = params
     with _refusing("scheduler", config.scheduler_name, params):
         scheduler = builder.scheduler(optimizer, wrapped)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ds_ddg.schedules.ddg import DDGPlan
+from ds_ddg.staleness.rotation import BasisRotation
 from ds_ddg.staleness.rules import Rules, Settings, Staleness
 
 __all__ = ["Choice", "choose", "explain", "kind_of", "momentum_sums", "remedies"]
@@ -19,6 +20,7 @@ __all__ = ["Choice", "choose", "explain", "kind_of", "momentum_sums", "remedies"
 _RULES = {
     "SGD": Rules(learning_rate=1.75, tolerance=1.0, momentum="stretch", extrapolation=3.0),
     "Adam": Rules(learning_rate=0.5, tolerance=1.0, momentum="stretch", extrapolation=3.0),
+    "BasisRotation": Rules(learning_rate=0.5, tolerance=1.0, extrapolation=1.0),
     "Muon": Rules(learning_rate=0.5, tolerance=1.0, extrapolation=1.0),
 }
 _CLIPPED_TO = 1.0
@@ -34,10 +36,12 @@ class Choice(NamedTuple):
 
 
 def kind_of(optimizer: Any) -> str | None:
-    """Return the kind of `optimizer`, of those that rules are known for, "SGD", "Adam" and "Muon"; None: another."""
+    """Return the kind of `optimizer`, a key of the rules that are known; None: another."""
     for kind in type(optimizer).__mro__:
         if kind.__module__.startswith("deepspeed.") and kind.__name__ in _OF_DEEPSPEED:
             return _OF_DEEPSPEED[kind.__name__]
+    if isinstance(optimizer, BasisRotation):
+        return "BasisRotation"
     if isinstance(optimizer, torch.optim.SGD):
         return "SGD"
     if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):

@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy, one_hot
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from any folder, installed or not
 
-from recipes import checks, common, steps  # first, as it says which library is missing
+from recipes import common, steps  # first, as it says which library is missing
 
 # isort: split
 from sklearn.metrics import accuracy_score, f1_score
@@ -37,8 +37,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ds_ddg.models import classification_loss, load_pretrained, sequence_classification
 from ds_ddg.models.transformers.layers import Head
-from recipes.bert import glue, model
-from recipes.bert.batches import Batch, MakeBatch, TrainBatches, held_out_batches
+from recipes.bert import glue
+from recipes.language import model
+from recipes.language.batches import Batch, Split, both_splits
 from recipes.progress import fit
 
 
@@ -138,15 +139,10 @@ def main() -> None:
     with common.on_every_rank():
         load_encoder(net, args.model)
 
-    def encoded(examples: glue.Examples) -> MakeBatch:
-        return lambda rows, _: encoder(examples, rows)
+    def encoded(examples: glue.Examples) -> Split:
+        return len(examples), lambda rows, _: encoder(examples, rows)
 
-    batch = checks.deepspeed_config(config, net)
-    size, micro_batches = batch.train_micro_batch_size_per_gpu, batch.gradient_accumulation_steps
-    shard = (net.mpu().get_data_parallel_rank(), net.mpu().get_data_parallel_world_size())
-    with common.on_every_rank():
-        train_batches = TrainBatches(len(train), encoded(train), size, micro_batches, args.seed, *shard)
-    held_out = held_out_batches(len(dev), encoded(dev), size, *shard)
+    train_batches, held_out = both_splits(config, net, args.seed, encoded(train), encoded(dev))
     engine, progress, checkpoints = steps.set_up(
         args,
         config,

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes.bert import corpus
+from recipes.language import corpus
 
 TEXTS = [
     ("sentence1", "sentence2"),

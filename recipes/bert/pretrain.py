@@ -38,34 +38,22 @@ from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from any folder, installed or not
 
-from recipes import checks, common, steps  # first, as it says which library is missing
+from recipes import common, steps  # first, as it says which library is missing
 
 # isort: split
 from transformers import BertConfig, PreTrainedTokenizerBase
 
 from ds_ddg.models import load_pretrained, masked_lm, masked_lm_loss
-from recipes.bert import corpus, model, text
-from recipes.bert.batches import MakeBatch, TrainBatches, held_out_batches
+from recipes.bert import text
+from recipes.language import corpus, model
+from recipes.language.batches import Split, both_splits
 from recipes.progress import fit
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--text",
-        type=Path,
-        nargs="+",
-        help="text files and folders with .txt files, documents separated by blank lines (default: the docstrings of "
-        "the Python standard library)",
-    )
-    parser.add_argument("--held-out", type=Path, nargs="+", help="the same, to measure (default: a tenth of the text)")
-    parser.add_argument("--model", type=Path, help="Hugging Face directory to go on from (default: a new BERT)")
-    parser.add_argument("--vocabulary", type=common.at_least(1), default=1024, help="of a new BERT, at most")
-    parser.add_argument("--layers", type=common.at_least(1), default=4, help="of a new BERT")
-    parser.add_argument("--hidden", type=common.at_least(1), default=128, help="width of a new BERT")
-    parser.add_argument("--heads", type=common.at_least(1), default=2, help="of a new BERT")
-    parser.add_argument("--dropout", type=common.below_one, default=0.0, help="of a new BERT")
-    parser.add_argument("--length", type=common.at_least(4), default=64, help="tokens in a sequence")
+    corpus.add_arguments(parser)
+    model.add_arguments(parser, "BERT")
     parser.add_argument("--epochs", type=common.at_least(1), default=2)
     common.add_arguments(parser)
     return common.parse(parser)
@@ -73,8 +61,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def prepare(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, Tensor, Tensor]:
     """Return the tokenizer, the packed training text and the packed held-out text, both (N, length) int32."""
-    documents = corpus.read_documents(args.text) if args.text else corpus.docstrings()
-    train, held_out = corpus.split(documents, corpus.read_documents(args.held_out) if args.held_out else None)
+    train, held_out = corpus.documents(args)
     if args.model:
         tokenizer = model.load_tokenizer(args.model, args.length)
     else:
@@ -93,8 +80,7 @@ def new_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
         max_position_embeddings=args.length,
         hidden_dropout_prob=args.dropout,
         attention_probs_dropout_prob=args.dropout,
-        # BERT-Base's 0.02, for its width.
-        initializer_range=0.02 * (768 / args.hidden) ** 0.5,
+        initializer_range=model.initializer_range(args.hidden),
         pad_token_id=tokenizer.pad_token_id,
     )
 
@@ -123,15 +109,10 @@ def main() -> None:
         with common.on_every_rank():
             load_pretrained(net, args.model)
 
-    def masked(split: Tensor) -> MakeBatch:
-        return lambda rows, generator: masking(split[rows], generator)
+    def masked(split: Tensor) -> Split:
+        return len(split), lambda rows, generator: masking(split[rows], generator)
 
-    batch = checks.deepspeed_config(config, net)
-    size, micro_batches = batch.train_micro_batch_size_per_gpu, batch.gradient_accumulation_steps
-    shard = (net.mpu().get_data_parallel_rank(), net.mpu().get_data_parallel_world_size())
-    with common.on_every_rank():
-        train_batches = TrainBatches(len(train_text), masked(train_text), size, micro_batches, args.seed, *shard)
-    held_out = held_out_batches(len(held_out_text), masked(held_out_text), size, *shard)
+    train_batches, held_out = both_splits(config, net, args.seed, masked(train_text), masked(held_out_text))
     engine, progress, checkpoints = steps.set_up(
         args,
         config,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor
 from transformers import BertTokenizer, PreTrainedTokenizerBase
 
 from recipes.common import IGNORED
+from recipes.language.packing import joined, too_short
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 NUM_LETTERS = 1000
@@ -76,12 +76,11 @@ def pack(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: i
     Raises:
         ValueError: the documents do not fill a single sequence.
     """
-    encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
-    stream = list(itertools.chain.from_iterable([*tokens, tokenizer.sep_token_id] for tokens in encoded))
+    stream = joined(documents, tokenizer, tokenizer.sep_token_id)
     count = len(stream) // (length - 1)
     if count == 0:
-        raise ValueError(f"{len(documents)} documents of {len(stream)} tokens do not fill one sequence of {length}")
-    body = torch.tensor(stream[: count * (length - 1)], dtype=torch.int32).view(count, length - 1)
+        raise too_short(len(documents), len(stream), length)
+    body = stream[: count * (length - 1)].view(count, length - 1)
     return torch.cat([torch.full((count, 1), tokenizer.cls_token_id, dtype=torch.int32), body], dim=1)
 
 

@@ -28,10 +28,10 @@ RESULTS = {cell: made_up(cell) for cell in GRID}
 
 def test_grid_has_each_run_once() -> None:
     assert len(GRID) == len(set(GRID))
-    assert sum("@" not in cell.problem and cell.learning_rate == 1 for cell in GRID) == 756 + 63 + 9
+    assert sum("@" not in cell.problem and cell.learning_rate == 1 for cell in GRID) == 756 + 63 + 9 + 14
 
 
-@pytest.mark.parametrize("name", ["digits_gn_sgd", "digits_bn_muon", "bytes_adamw", "docs_muon"])
+@pytest.mark.parametrize("name", ["digits_gn_sgd", "digits_bn_muon", "bytes_adamw", "docs_muon", "bytes_rotation"])
 def test_every_kind_of_problem_trains(name: str) -> None:
     """For a few updates, with the delay of as many stages as any run has."""
     result = train(quality.problem(f"{name}@0.03", seed=0), stages=8, micro_batches=2)
@@ -51,7 +51,7 @@ def test_page_shows_means_and_what_is_met() -> None:
     assert "| digits_gn | sgd | 4 | 4 | 3.0 points | 1.5 points | 0.5 | missed |" in page
     assert "| digits_gn | sgd | 8 | 1 | 7.0 points | 3.5 points | - | - |" in page
     assert "| bytes | muon | 2 | 1 | 0.5% | 0.2% | 2 | within |" in page
-    for title in ("nothing was chosen", "Other learning rates", "Longer", "Time to the same result"):
+    for title in ("nothing was chosen", "Other learning rates", "Longer", "Basis rotation", "Time to the same result"):
         assert f"## {title}" in page.replace("A problem on which ", "")
 
 

@@ -1,14 +1,42 @@
-"""Stand-ins for the engine and the calls of a recipe."""
+"""Runs of the language model recipes on ranks; stand-ins for the engine and the calls of a recipe."""
 
 from __future__ import annotations
 
+import importlib
+import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from recipes.progress import Progress
+
+WORDS = ["red", "green", "blue", "dog", "cat", "bird", "runs", "sits", "sings"]
+
+
+def sentence(n: int) -> str:
+    """Return a document that is easy to learn."""
+    return " ".join(WORDS[3 * place + (n // 3**place) % 3] for place in range(3)) + f" {n}"
+
+
+def recipe(rank: int, world_size: int, name: str, arguments: str, work: Path, expect: bool = False) -> Any:
+    """Run a recipe, such as "bert/pretrain", as a launcher would; if it is expected to exit, return why."""
+    main = importlib.import_module(f"recipes.{name.replace('/', '.')}").main
+    sys.argv = [name, "--deepspeed_config", f"{work}/ds.json", *arguments.format(work=work).split()]
+    if not expect:
+        return main()
+    with pytest.raises(SystemExit) as error:
+        main()
+    return str(error.value)
+
+
+def metrics(directory: Path) -> dict[str, Any]:
+    """Return the last line of a run that has ended."""
+    read: dict[str, Any] = json.loads((directory / "metrics.json").read_text())
+    return read
 
 
 class FakeMonitor:

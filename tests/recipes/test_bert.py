@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 
 from helpers.distributed import GetRanks
 from helpers.paths import ROOT
+from helpers.recipe_runs import WORDS, metrics, recipe, sentence
 
 pytest.importorskip("transformers")
 
@@ -27,11 +27,6 @@ CONFIG = {
     "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
     "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto", "warmup_max_lr": 0.01}},
 }
-WORDS = ["red", "green", "blue", "dog", "cat", "bird", "runs", "sits", "sings"]
-
-
-def sentence(n: int) -> str:
-    return " ".join(WORDS[3 * place + (n // 3**place) % 3] for place in range(3)) + f" {n}"
 
 
 @pytest.fixture(scope="module")
@@ -52,36 +47,20 @@ RESUME = PRETRAIN + " --checkpoint-dir {work}/checkpoints --resume"
 FINETUNE = "--train {work}/train.tsv --dev {work}/dev.tsv --model {work}/pretrained/model --length 12 --epochs 2"
 
 
-def recipe(rank: int, world_size: int, name: str, arguments: str, work: Path, expect: str = "") -> Any:
-    """Run a recipe as a launcher would; with `expect` the text that it leaves with."""
-    import importlib
-
-    main = importlib.import_module(f"recipes.bert.{name}").main
-    sys.argv = [name, "--deepspeed_config", f"{work}/ds.json", *arguments.format(work=work).split()]
-    if not expect:
-        return main()
-    with pytest.raises(SystemExit) as error:
-        main()
-    return str(error.value)
-
-
-def metrics(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "metrics.json").read_text())
-
-
 @pytest.fixture(scope="module")
 def pretrained(ranks: GetRanks, work: Path) -> Path:
     directory = work / "pretrained"
     arguments = f"{PRETRAIN} --output-dir {directory} --checkpoint-dir {work}/checkpoints --checkpoint-every 5"
-    ranks(2).run(recipe, "pretrain", arguments, work)
+    ranks(2).run(recipe, "bert/pretrain", arguments, work)
     return directory
 
 
 def test_reported_perplexity_is_that_of_the_saved_model(pretrained: Path, work: Path) -> None:
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-    from recipes.bert import corpus, text
-    from recipes.bert.batches import IGNORED, held_out_batches
+    from recipes.bert import text
+    from recipes.language import corpus
+    from recipes.language.batches import IGNORED, held_out_batches
 
     tokenizer = AutoTokenizer.from_pretrained(pretrained / "model")
     model = AutoModelForMaskedLM.from_pretrained(pretrained / "model").eval()
@@ -110,7 +89,7 @@ def test_a_resumed_run_ends_with_the_same_weights(ranks: GetRanks, pretrained: P
     (work / "checkpoints" / "latest").write_text("global_step15")
     resumed = work / "resumed"
     arguments = f"{PRETRAIN} --output-dir {resumed} --checkpoint-dir {work}/checkpoints --checkpoint-every 5 --resume"
-    ranks(2).run(recipe, "pretrain", arguments, work)
+    ranks(2).run(recipe, "bert/pretrain", arguments, work)
     once, twice = (read_state_dict(directory / "model") for directory in (pretrained, resumed))
     assert once.keys() == twice.keys()
     assert all(torch.equal(tensor, twice[key]) for key, tensor in once.items())
@@ -149,7 +128,7 @@ def test_reported_scores_are_those_of_the_saved_model(
     from recipes.bert import glue
 
     directory = work / schedule
-    ranks(2).run(recipe, "finetune", f"{FINETUNE} --schedule {schedule} --output-dir {directory}", work)
+    ranks(2).run(recipe, "bert/finetune", f"{FINETUNE} --schedule {schedule} --output-dir {directory}", work)
     tokenizer = AutoTokenizer.from_pretrained(directory / "model")
     model = AutoModelForSequenceClassification.from_pretrained(directory / "model").eval()
     assert model.config.id2label == {0: "blue", 1: "green", 2: "red"}
@@ -233,7 +212,7 @@ def test_every_rank_says_what_is_wrong_before_training(
         state = read_state_dict(pretrained / "model")
         kept = {key: tensor for key, tensor in state.items() if ".layer.1." not in key}
         save_file(kept, cut / "model.safetensors")
-    for text in ranks(2).run(recipe, name, arguments, work, expected):
+    for text in ranks(2).run(recipe, f"bert/{name}", arguments, work, True):
         assert re.search(expected, text, re.DOTALL | re.IGNORECASE), text
 
 

@@ -61,6 +61,15 @@ def test_bert_trainings_say_only_what_they_have_to(tmp_path: Path) -> None:
     check(*run("bert/finetune", tmp_path / "fine", *model, "--deepspeed_config", str(config), "--epochs", "1"))
 
 
+@pytest.mark.slow
+def test_a_gpt_training_says_only_what_it_has_to(tmp_path: Path) -> None:
+    documents = (f"cat number {number} sat on the mat and looked at dog {number}\n\n" for number in range(1000))
+    (tmp_path / "text").write_text("".join(documents))
+    size = f"--layers 2 --hidden 16 --vocabulary 300 --length 8 --text {tmp_path}/text".split()
+    config = ROOT / "configs" / "gpt_pretrain.json"
+    check(*run("gpt/pretrain", tmp_path, *size, "--deepspeed_config", str(config), "--epochs", "1"))
+
+
 def check(stdout: str, stderr: str) -> None:
     for text in (stdout, stderr):
         assert [line for line in text.splitlines() if ALARM.search(line)] == []

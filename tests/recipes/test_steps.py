@@ -18,6 +18,7 @@ CONFIG = {
     "optimizer": {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9}},
     "steps_per_print": 1000000,
 }
+BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 
 
 class Enough(Exception):  # noqa: N818 (no error)
@@ -84,6 +85,22 @@ def test_as_if_stages_refuses_what_it_cannot_imitate(
     (tmp_path / "ds.json").write_text(json.dumps({**CONFIG, "ddg": ddg}))
     (said,) = ranks(1).run(refused, str(tmp_path))
     assert said.startswith(f'--as-if-stages 2: "ddg" sets {named}, which one process cannot imitate')
+
+
+@pytest.mark.parametrize(
+    ("blocks", "wrapper"),
+    [
+        ({**BF16, "zero_optimization": {"stage": 1}}, "BF16_Optimizer"),
+        ({"zero_optimization": {"stage": 1}}, "DeepSpeedZeroOptimizer"),
+    ],
+)
+def test_as_if_stages_refuses_optimizers_of_deepspeed(
+    ranks: GetRanks, tmp_path: Path, blocks: dict[str, Any], wrapper: str
+) -> None:
+    config = {**CONFIG, **blocks, "zero_allow_untested_optimizer": True}
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    (said,) = ranks(1).run(refused, str(tmp_path))
+    assert said.startswith(f"--as-if-stages 2: the config has bf16, fp16 or ZeRO, whose {wrapper} cannot be delayed")
 
 
 def test_as_if_stages_needs_one_process(ranks: GetRanks, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.staleness.choose import choose, explain, kind_of
+from ds_ddg.staleness.rotation import BasisRotation
 from ds_ddg.staleness.rules import Rules, Settings
 
 AUTO = Settings(rules="auto")
@@ -33,6 +34,7 @@ def made(kind: Any, **settings: Any) -> torch.optim.Optimizer:
         (deepspeeds("FusedAdam"), "Adam"),
         (deepspeeds("DeepSpeedCPUAdam"), "Adam"),
         (deepspeeds("MuonWithAuxAdam"), "Muon"),
+        (made(BasisRotation), "BasisRotation"),
         (made(torch.optim.NAdam), None),
         (made(torch.optim.Adagrad), None),
         (type("FusedAdam", (torch.optim.Adagrad,), {})([torch.nn.Parameter(torch.zeros(1))]), None),

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from deepspeed.pipe import PipelineModule
 from torch import Tensor
 
+from recipes import checks, common
 from recipes.common import IGNORED, seed_from, too_few
 
 Batch = tuple[Any, Tensor]
@@ -20,6 +22,9 @@ Batch = tuple[Any, Tensor]
 
 MakeBatch = Callable[[Tensor, torch.Generator], Batch]
 """Makes a micro-batch of the rows with these numbers, (B,) int64; all that is random comes from the generator."""
+
+Split = tuple[int, MakeBatch]
+"""The number of rows in a split, and what makes a micro-batch of some of them."""
 
 
 class TrainBatches:
@@ -91,6 +96,22 @@ def held_out_batches(
             labels[chosen >= rows] = IGNORED
             batches.append((inputs, labels))
     return batches
+
+
+def both_splits(
+    config: dict[str, Any], net: PipelineModule, seed: int, train: Split, held_out: Split
+) -> tuple[TrainBatches, list[Batch]]:
+    """Return this rank's batches to train on and to measure, of the size that the DeepSpeed config says.
+
+    Raises:
+        SystemExit: the config is wrong, or the rows to train on are too few for one call; every rank raises it.
+    """
+    parsed = checks.deepspeed_config(config, net)
+    size, micro_batches = parsed.train_micro_batch_size_per_gpu, parsed.gradient_accumulation_steps
+    shard = (net.mpu().get_data_parallel_rank(), net.mpu().get_data_parallel_world_size())
+    with common.on_every_rank():
+        train_batches = TrainBatches(*train, size, micro_batches, seed, *shard)
+    return train_batches, held_out_batches(*held_out, size, *shard)
 
 
 def _generator(*numbers: int) -> torch.Generator:

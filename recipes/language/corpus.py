@@ -1,4 +1,4 @@
-"""Documents for the BERT recipes: text files, or the docstrings of the Python standard library (no download).
+"""Documents for language models: text files, or the docstrings of the Python standard library (no download).
 
 Whether a document is held out depends on its text alone. So it is held out of fine-tuning as well as of pretraining,
 whatever other documents there are.
@@ -6,6 +6,7 @@ whatever other documents there are.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import sysconfig
 import warnings
@@ -18,6 +19,24 @@ HELD_OUT = 10
 
 TESTS = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 """Folders of the standard library whose docstrings are not its documentation."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say which documents to train on and to measure."""
+    parser.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        help="text files and folders with .txt files, documents separated by blank lines (default: the docstrings of "
+        "the Python standard library)",
+    )
+    parser.add_argument("--held-out", type=Path, nargs="+", help="the same, to measure (default: a tenth of the text)")
+
+
+def documents(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Return the training and the held-out documents that the arguments name; errors as of the functions below."""
+    found = read_documents(args.text) if args.text else docstrings()
+    return split(found, read_documents(args.held_out) if args.held_out else None)
 
 
 def is_held_out(document: str) -> bool:

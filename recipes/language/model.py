@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +29,23 @@ def from_first_rank(work: Callable[[], T]) -> T:
             result[0] = work()
     dist.broadcast_object_list(result, src=0)
     return result[0]
+
+
+def add_arguments(parser: argparse.ArgumentParser, kind: str) -> None:
+    """Add the arguments that say what is pretrained: a new model of this `kind`, or one from a directory."""
+    new = f"of a new {kind}"
+    parser.add_argument("--model", type=Path, help=f"Hugging Face directory to go on from (default: a new {kind})")
+    parser.add_argument("--vocabulary", type=common.at_least(1), default=1024, help=f"{new}, at most")
+    parser.add_argument("--layers", type=common.at_least(1), default=4, help=new)
+    parser.add_argument("--hidden", type=common.at_least(1), default=128, help=f"width {new}")
+    parser.add_argument("--heads", type=common.at_least(1), default=2, help=new)
+    parser.add_argument("--dropout", type=common.below_one, default=0.0, help=new)
+    parser.add_argument("--length", type=common.at_least(4), default=64, help="tokens in a sequence")
+
+
+def initializer_range(hidden: int) -> float:
+    """Return the spread of new weights: the 0.02 of BERT-Base and GPT-2 small, which are 768 wide, at this width."""
+    return 0.02 * (768 / hidden) ** 0.5
 
 
 def load_config(directory: Path, **changes: Any) -> Any:
@@ -61,7 +79,7 @@ def load_tokenizer(directory: Path, length: int) -> PreTrainedTokenizerBase:
 
 
 def parameter_groups(net: nn.Module) -> list[dict[str, Any]]:
-    """Return groups of parameters in which biases and norms do not decay, as in BERT's own training."""
+    """Return groups of parameters in which biases and norms do not decay, as BERT and GPT were trained."""
     parameters = list(net.parameters())
     return [
         {"params": [parameter for parameter in parameters if parameter.ndim > 1]},
@@ -69,10 +87,15 @@ def parameter_groups(net: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def not_in_weights(config: Any) -> dict[str, Any]:
-    """Return what decides about a model's training besides its size, by name; None for what its kind does not have."""
+def not_in_weights(config: Any, *more: str) -> dict[str, Any]:
+    """Return what decides about a model's training besides its size, by name; None for what its kind does not have.
+
+    Args:
+        config: of transformers.
+        *more: names of `config` besides those that every recipe records.
+    """
     names = ("model_type", "num_attention_heads", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob")
-    return {name: getattr(config, name, None) for name in names}
+    return {name: getattr(config, name, None) for name in (*names, *more)}
 
 
 def save(net: PipelineModule, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
