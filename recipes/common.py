@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     deepspeed.add_config_arguments(parser)
 
 
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Run ``parser.parse_args()`` with the checks that concern several arguments."""
-    args = parser.parse_args()
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Run ``parser.parse_args(arguments)`` with the checks that concern several arguments."""
+    args = parser.parse_args(arguments)
     if args.checkpoint_dir is None and (args.resume or args.checkpoint_every is not None):
         parser.error("--resume and --checkpoint-every need --checkpoint-dir")
     if args.as_if_stages is not None and args.checkpoint_dir is not None:

@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from zlib import crc32
 
@@ -50,13 +51,13 @@ from recipes.language.batches import Split, both_splits
 from recipes.progress import fit
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     corpus.add_arguments(parser)
     model.add_arguments(parser, "BERT")
     parser.add_argument("--epochs", type=common.at_least(1), default=2)
     common.add_arguments(parser)
-    return common.parse(parser)
+    return common.parse(parser, arguments)
 
 
 def prepare(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, Tensor, Tensor]:
@@ -85,6 +86,11 @@ def new_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
     )
 
 
+def masked(split: Tensor, masking: text.Masking) -> Split:
+    """Return the batches of a packed text, masked anew each time."""
+    return len(split), lambda rows, generator: masking(split[rows], generator)
+
+
 def measure(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the sum of the losses and the number of tokens to predict.
 
@@ -109,10 +115,8 @@ def main() -> None:
         with common.on_every_rank():
             load_pretrained(net, args.model)
 
-    def masked(split: Tensor) -> Split:
-        return len(split), lambda rows, generator: masking(split[rows], generator)
-
-    train_batches, held_out = both_splits(config, net, args.seed, masked(train_text), masked(held_out_text))
+    train, held_out = masked(train_text, masking), masked(held_out_text, masking)
+    train_batches, held_out_batches = both_splits(config, net, args.seed, train, held_out)
     engine, progress, checkpoints = steps.set_up(
         args,
         config,
@@ -132,7 +136,7 @@ def main() -> None:
     )
 
     def evaluate() -> dict[str, float]:
-        losses, tokens = common.evaluate(engine, held_out, len(held_out), measure)
+        losses, tokens = common.evaluate(engine, held_out_batches, len(held_out_batches), measure)
         return {"perplexity": math.exp(losses / tokens)}
 
     fit(engine, train_batches.from_call(progress.calls), progress, evaluate, checkpoints.save_if_due)

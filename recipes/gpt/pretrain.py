@@ -34,6 +34,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from zlib import crc32
 
@@ -58,13 +59,13 @@ SETTINGS = ("activation_function", "embd_pdrop", "resid_pdrop", "attn_pdrop", "a
 """Settings of causal language models that decide about their training and are not in their weights."""
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     corpus.add_arguments(parser)
     model.add_arguments(parser, "GPT-2")
     parser.add_argument("--epochs", type=common.at_least(1), default=2)
     common.add_arguments(parser)
-    return common.parse(parser)
+    return common.parse(parser, arguments)
 
 
 def prepare(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, text.Packed, text.Packed]:
@@ -94,6 +95,16 @@ def new_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
     )
 
 
+def sequences(packed: text.Packed) -> Split:
+    """Return the batches of a packed text, whose labels are the tokens themselves."""
+
+    def batch(rows: Tensor, _: torch.Generator) -> tuple[Tensor, Tensor]:
+        tokens = packed.tokens[rows].long()
+        return tokens, tokens.clone()
+
+    return len(packed.tokens), batch
+
+
 def measure(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the sum of the losses and the number of tokens to predict.
 
@@ -117,13 +128,6 @@ def main() -> None:
     if args.model:
         with common.on_every_rank():
             load_pretrained(net, args.model)
-
-    def sequences(packed: text.Packed) -> Split:
-        def batch(rows: Tensor, _: torch.Generator) -> tuple[Tensor, Tensor]:
-            tokens = packed.tokens[rows].long()
-            return tokens, tokens.clone()
-
-        return len(packed.tokens), batch
 
     train_batches, held_out = both_splits(config, net, args.seed, sequences(train_text), sequences(held_out_text))
     engine, progress, checkpoints = steps.set_up(

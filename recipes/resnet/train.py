@@ -30,6 +30,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -45,7 +46,7 @@ from recipes.progress import fit
 from recipes.resnet import data, model
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="cifar_resnet20", help="cifar_resnet{6n+2}, or a ResNet of torchvision's")
     parser.add_argument("--dataset", choices=data.DATASETS, default="digits")
@@ -61,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--save", type=Path, metavar="DIR", help="write the trained weights here")
     parser.add_argument("--eval-only", action="store_true", help="evaluate the weights of --load or --resume")
     common.add_arguments(parser)
-    args = common.parse(parser)
+    args = common.parse(parser, arguments)
     if args.eval_only and not (args.load or args.resume):
         parser.error("--eval-only needs weights: --load PATH, or --resume with --checkpoint-dir")
     return args
