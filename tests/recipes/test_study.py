@@ -61,7 +61,7 @@ def test_resnet_is_that_of_its_config() -> None:
     assert isinstance(optimizer, torch.optim.SGD)
     assert problem.scheduler is not None
     scheduler = problem.scheduler(optimizer)
-    for _ in range(44):
+    for _ in range(45):
         scheduler.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(config["optimizer"]["params"]["lr"], rel=0.01)
     result = train(replace(problem, calls=2), stages=4, micro_batches=2)
