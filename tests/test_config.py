@@ -106,7 +106,7 @@ def test_wrong_value_names_key_value_and_what_is_allowed(key: str, value: Any, a
         ({"clip": "1"}, ['"ddg": {"staleness": {"clip": \'1\'}}', "number"]),
         ({"anneal": -1}, ['{"staleness": {"anneal": -1}}', "greater than or equal to 0"]),
         ({"momentum": "long"}, ["{\"momentum\": 'long'}", "'keep', 'stretch' or 'asyncpp'"]),
-        ({"lr": 1}, ['"ddg": "staleness": unknown key \'lr\' (value 1); known keys: learning_rate, anneal']),
+        ({"lr": 1}, ['"ddg": "staleness": unknown key \'lr\' (value 1); known keys: learning_rate, tolerance']),
     ],
 )
 def test_rules_are_as_strict_inside(block: dict[str, Any], parts: list[str]) -> None:

@@ -88,8 +88,8 @@ class DelayEffects:
 
     def end_call(self) -> None:
         """End a call; now and then measure the drift, and begin to sample gradients with the next backward."""
-        due, self._calls = self._calls % _EVERY == 0, self._calls + 1
-        if not due or (delay := self._delay()) == 0:
+        self._calls += 1
+        if self._calls % _EVERY or (delay := self._delay()) == 0:
             return
         if (drift := self._versions().drift()) is not None:
             self._numbers["weight_drift"].set(drift)

@@ -26,7 +26,7 @@ def test_prints_every_row(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(len(times) == 2 for found in turns.values() for times in found.values())
 
 
-@pytest.mark.parametrize(("name", "extra"), [("SGD, momentum", 4), ("AdamW", 4), ("Muon", 0)])
+@pytest.mark.parametrize(("name", "extra"), [("SGD, momentum", 4), ("AdamW", 4), ("Muon", 4)])
 def test_counts_what_the_rules_keep(name: str, extra: int) -> None:
     plain, ruled = (staleness_cost.updates(name, rules, 8) for rules in ("off", "auto"))
     for step, _ in (plain, ruled):

@@ -33,6 +33,7 @@ from ds_ddg.host import barrier_replaced
 from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.stage import RunState, Stage
 from ds_ddg.telemetry.console import Console
+from ds_ddg.telemetry.delay_effects import DelayEffects
 from ds_ddg.telemetry.observer import Observer, Timestamp
 from ds_ddg.telemetry.recorder import Recorder
 from ds_ddg.telemetry.trace_writer import TraceWriter
@@ -130,7 +131,8 @@ def test_a_backward_runs_at_the_weights_of_its_setting(weights: str, activations
     )
     updates = StageOptimizer(here, RunState(3, 1), engine, no_ties())
     updates.new_versions()
-    runner = MicroBatchRunner(here, engine, links, None, no_ties(), updates)  # type: ignore[arg-type]
+    effects = DelayEffects(lambda: updates.versions, lambda: 1)
+    runner = MicroBatchRunner(here, engine, links, None, no_ties(), updates, effects)  # type: ignore[arg-type]
     for column in ("grads", "rng", "past"):
         engine.pipe_buffers[column] = [None, None]
     before = engine.module.weight.detach().clone()

@@ -20,6 +20,7 @@ from ds_ddg.analysis.trace_reader import read
 from ds_ddg.engine.auto_slack import trial_calls
 from ds_ddg.schedules.ddg import DDGPlan
 from ds_ddg.telemetry.clock import DeviceClock, HostClock, clock_for
+from ds_ddg.telemetry.delay_effects import DelayEffects
 from ds_ddg.telemetry.jsonl import Log
 from ds_ddg.telemetry.observer import Observer, Timestamp
 from ds_ddg.telemetry.recorder import Recorder, _close
@@ -119,7 +120,7 @@ def meter_of(device: Device) -> tuple[StageMeter, Callable[[float, float], None]
     """A meter, a call that waits and works for so long, and the busy share by the meter."""
     observer = Observer(DeviceClock(CPU, device))
     versions: Any = SimpleNamespace(version=0, alive=1, in_flight=0)
-    meter = StageMeter(0, observer, 1)
+    meter = StageMeter(0, observer, DelayEffects(lambda: versions, lambda: 0), 1)
 
     def call(wait: float, work: float) -> None:
         with observer.waits("loss"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from ds_ddg.telemetry.delay_effects import DelayEffects, LateNumber
 from ds_ddg.weights.versions import WeightVersions
 from helpers import toy
 from helpers.distributed import GetRanks
+from helpers.monitors import recorded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,10 +28,16 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float(torch.dot(a.flatten(), b.flatten()) / (a.norm() * b.norm()))
 
 
+def end_calls(effects: DelayEffects) -> None:
+    """End as many calls as there are from one sample to the next."""
+    for _ in range(10):
+        effects.end_call()
+
+
 def samples(delay: int, weight: nn.Parameter, backward: Callable[[Tensor], Any]) -> list[tuple[Any, ...]]:
     """Return the two cosines after each of the backward passes of `GRADIENTS`, with a call's end before the first."""
     effects = DelayEffects(lambda: WeightVersions([weight]), lambda: delay)
-    effects.end_call()
+    end_calls(effects)
     found = []
     for gradient in GRADIENTS:
         with effects.backward():
@@ -73,7 +81,7 @@ def test_nothing_is_looked_at_between_two_samples() -> None:
             sampled.append(bool(weight._backward_hooks))
             weight.sum().backward()
         effects.end_call()
-    assert [i for i, looked in enumerate(sampled) if looked] == [1, 2, 11, 12, 21, 22]
+    assert [i for i, looked in enumerate(sampled) if looked] == [10, 11, 20, 21]
 
 
 def test_without_delay_there_is_nothing_to_see() -> None:
@@ -86,7 +94,7 @@ def test_frozen_weights_and_many_are_left_out(monkeypatch: pytest.MonkeyPatch) -
     weights = [nn.Parameter(torch.ones(2)) for _ in range(6)]
     weights[1].requires_grad_(False)
     effects = DelayEffects(lambda: WeightVersions(weights), lambda: 1)
-    effects.end_call()
+    end_calls(effects)
     with effects.backward():
         looked = [i for i, weight in enumerate(weights) if weight._backward_hooks]
         torch.cat(weights).sum().backward()
@@ -128,13 +136,18 @@ def layers() -> list[nn.Module]:
     return [nn.Flatten(1), nn.Linear(48, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 5)]
 
 
-def train(rank: int, world_size: int, micro_batches: int) -> list[dict[str, Any]]:
+def train(rank: int, world_size: int, micro_batches: int, directory: str) -> list[dict[str, Any]]:
     import ds_ddg
 
     net = PipelineModule(layers(), num_stages=world_size, loss_fn=toy.loss_fn, partition_method="uniform")
     engine, *_ = ds_ddg.initialize(
         model=net,
-        config=toy.config(micro_batches, {}),
+        config=toy.config(
+            micro_batches,
+            {},
+            steps_per_print=None,
+            csv_monitor={"enabled": True, "output_path": directory, "job_name": "job"},
+        ),
         optimizer=toy.OPTIMIZERS["sgd"],
         model_parameters=net.parameters(),
     )
@@ -147,11 +160,11 @@ def train(rank: int, world_size: int, micro_batches: int) -> list[dict[str, Any]
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_engine_finds_what_an_ordinary_loop_finds(ranks: GetRanks, micro_batches: int) -> None:
-    """On stage 0 of 3: the weights of a loop with late gradients, and the gradients themselves."""
+def test_engine_finds_what_an_ordinary_loop_finds(ranks: GetRanks, tmp_path: Path, micro_batches: int) -> None:
+    """On stage 0 of 3: the weights of a loop with late gradients, and the gradients themselves; a monitor sees it."""
     import ds_ddg
 
-    stages = ranks(3).run(train, micro_batches)
+    stages = ranks(3).run(train, micro_batches, str(tmp_path))
     net = nn.Sequential(*layers())
     optimizer = toy.OPTIMIZERS["sgd"](net.parameters())
     ds_ddg.delayed(optimizer, [net[:2], net[2:4], net[4:]], micro_batches=micro_batches)
@@ -170,14 +183,17 @@ def test_engine_finds_what_an_ordinary_loop_finds(ranks: GetRanks, micro_batches
         return torch.cat([part.flatten() for part in parts])
 
     delay = 2
-    # The sample of call 10 begins with the first backward of call 11.
-    first = 11 * micro_batches - delay
+    # The sample begins with the first backward of call 10, as the first is call 0.
+    first = 10 * micro_batches - delay
     fresh, following = (cosine(gradients[first], gradients[first + n]) for n in (delay, 1))
     assert stages[0][-2]["gradient_cosine"] == pytest.approx(fresh, abs=1e-5)
     assert stages[0][-2]["gradient_cosine_next"] == pytest.approx(following, abs=1e-5)
-    old, new = (flat(seen[11 * micro_batches - ago]) for ago in (delay, 0))
-    assert stages[0][10]["weight_drift"] == pytest.approx(float((new - old).norm() / new.norm()), rel=1e-4)
+    old, new = (flat(seen[10 * micro_batches - ago]) for ago in (delay, 0))
+    assert stages[0][9]["weight_drift"] == pytest.approx(float((new - old).norm() / new.norm()), rel=1e-4)
     for stage, found in enumerate(stages):
         names = delay_effects.EFFECTS
         assert all((found[-2][name] is None) == (stage == 2) for name in names)
         assert all(found[-1][name] is None for name in names), "a drained pipeline has no delay"
+    shown = recorded(tmp_path)
+    assert shown["Train_DDG_stage0_gradient_cosine"][-1][1] == pytest.approx(fresh, abs=1e-5)
+    assert not any(f"Train_DDG_stage2_{name}" in shown for name in delay_effects.EFFECTS)
