@@ -40,8 +40,8 @@ def page(results: Results, grid: Sequence[Cell]) -> str:
             "is the paper's algorithm, `auto` the [rules by stage](staleness.md), whose exponents were chosen on seed "
             "0 of these problems, all but the last. Cells: mean (lowest to highest), or the only one; `-`: not run.",
             "",
+            *_in_short(means),
             *_verdicts(means),
-            "",
             "![quality over K](benchmarks/quality.png)",
             "",
             *_tables(means),
@@ -71,6 +71,35 @@ def _tables(means: Means) -> list[str]:
         lines += [f"## {TITLES[kind]}", ""]
         lines += _table(["optimizer", "rules", "M", *(f"K = {k}" for k in STAGES)], *rows)
     return lines
+
+
+def _in_short(means: Means) -> list[str]:
+    """Return a table of how far trainings are behind, by optimizer, kind of problem, K and M."""
+    settings = [
+        ("M >= K - 1", [(k, m) for k in STAGES[1:] for m in MICRO_BATCHES if m >= k - 1 and (k, m) != (2, 1)]),
+        *((f"K = {k}, M = 1", [(k, 1)]) for k in STAGES[1:]),
+    ]
+    rows: list[list[Any]] = []
+    for optimizer, (what, unit) in product(OPTIMIZERS, (("digits", " points"), ("bytes", "%"))):
+        kinds = [kind for kind in means.kinds if kind.startswith(what)]
+        cells = []
+        for _, where in settings:
+            found = [
+                [means.behind(kind, optimizer, k, m, automatic) for kind in kinds for k, m in where]
+                for automatic in (False, True)
+            ]
+            known = [[value for value in values if value is not None] for values in found]
+            cells.append(" / ".join(f"{fmean(v):.1f} ({max(v):.1f})" for v in known) if all(known) else "-")
+        if set(cells) != {"-"}:
+            rows.append([optimizer, what + "," + unit, *cells])
+    return [
+        "## In short",
+        "",
+        "How far trainings with delay end behind those without: the mean over problems, K and M, and the worst of "
+        "them in brackets, `off` / `auto`. Negative: ahead.",
+        "",
+        *_table(["optimizer", "problems", *(name for name, _ in settings)], *rows),
+    ]
 
 
 def _verdicts(means: Means) -> list[str]:

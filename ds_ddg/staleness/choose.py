@@ -25,6 +25,8 @@ _RULES = {
 }
 _CLIPPED_TO = 1.0
 """The norm to which the study clipped the gradients of SGD's delayed stages."""
+_UNSURE = 4.0
+"""The staleness above which the rules for Adam are no sure gain."""
 _OF_DEEPSPEED = {"FusedAdam": "Adam", "DeepSpeedCPUAdam": "Adam", "MuonWithAuxAdam": "Muon"}
 
 
@@ -132,6 +134,11 @@ def _lines(settings: Settings, rules: Rules, optimizer: Any, plan: DDGPlan) -> l
         lines.append(
             f"fewer stale updates are better than any rule: with {enough} micro-batches a call or more, not "
             f"{plan.micro_batches}, no gradient is older than one update, and the pipeline is as fast"
+        )
+    if settings.rules == "auto" and kind == "Adam" and Staleness.of(plan, 0).updates > _UNSURE:
+        lines.append(
+            f"with gradients more than {_UNSURE:g} updates old the rules for {name} helped in some trials and hurt in "
+            'another (docs/quality.md): compare with "off", or have fewer stale updates'
         )
     if kind in ("SGD", "Adam"):
         lines.append(

@@ -79,6 +79,9 @@ def test_says_what_it_does_and_what_would_serve_better() -> None:
     assert "step 5.5 u_t - 4.5 u_(t-1)" in lines[0]
     assert "3 micro-batches a call or more, not 2" in lines[1]
     assert "Muon" in lines[2]
+    deep = choose(AUTO, made(torch.optim.AdamW), DDGPlan(8)).lines
+    assert "hurt in another" in deep[2]
+    assert len(choose(Settings(learning_rate=1.0), made(torch.optim.AdamW), DDGPlan(8)).lines) == 3
     enough = choose(AUTO, made(torch.optim.AdamW), DDGPlan(4, 3)).lines
     assert len(enough) == 2, "no advice that has been followed already"
     assert len(choose(AUTO, deepspeeds("MuonWithAuxAdam"), DDGPlan(4, 3)).lines) == 1
