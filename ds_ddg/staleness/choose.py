@@ -21,7 +21,7 @@ _RULES = {
     "SGD": Rules(learning_rate=1.75, tolerance=1.0, momentum="stretch", extrapolation=3.0),
     "Adam": Rules(learning_rate=0.5, tolerance=1.0, momentum="stretch", extrapolation=3.0),
     "BasisRotation": Rules(learning_rate=0.5, tolerance=1.0, extrapolation=1.0),
-    "Muon": Rules(learning_rate=0.5, tolerance=1.0, extrapolation=1.0),
+    "Muon": Rules(learning_rate=0.75, tolerance=1.0, extrapolation=1.0),
 }
 _CLIPPED_TO = 1.0
 """The norm to which the study clipped the gradients of SGD's delayed stages."""

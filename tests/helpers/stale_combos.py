@@ -189,7 +189,7 @@ def adagrad(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.Adagrad(parameters, lr=0.02)
 
 
-MUON = Rule("muon", "auto", Discount(0.5, 1.0), lead=1.0)
+MUON = Rule("muon", "auto", Discount(0.75, 1.0), lead=1.0)
 AHEAD = replace(MUON, staleness={"rules": "auto", "extrapolation": 0.5}, lead=0.5)
 MUON_BF16 = {
     "layers": muon_runs.bf16_layers,

@@ -70,7 +70,7 @@ def test_adam_and_muon_need_no_number() -> None:
     adam = choose(AUTO, made(torch.optim.AdamW), DDGPlan(8))
     assert adam.rules == Rules(learning_rate=0.5, tolerance=1.0, momentum="stretch", extrapolation=3.0)
     muon = choose(AUTO, deepspeeds("MuonWithAuxAdam"), DDGPlan(8))
-    assert muon.rules == Rules(learning_rate=0.5, tolerance=1.0, extrapolation=1.0)
+    assert muon.rules == Rules(learning_rate=0.75, tolerance=1.0, extrapolation=1.0)
 
 
 def test_says_what_it_does_and_what_would_serve_better() -> None:
