@@ -13,6 +13,7 @@ import copy
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,37 +55,44 @@ def bert(seed: int) -> Problem:
     """BERT as a masked language model on docstrings, as in configs/bert_pretrain.json."""
     from ds_ddg.models import masked_lm, masked_lm_loss
     from recipes.bert import pretrain, text
-    from recipes.language import batches, model
 
-    args = pretrain.parse_arguments(_arguments("bert_pretrain"))
-    tokenizer, *splits = pretrain.prepare(args)
-    masking = text.Masking.of(tokenizer)
-    train_split, held_out = (pretrain.masked(split, masking) for split in splits)
+    def split_of(tokenizer: Any) -> Callable[[Any], Any]:
+        return partial(pretrain.masked, masking=text.Masking.of(tokenizer))
 
-    def evaluate(net: nn.Module) -> dict[str, float]:
-        losses, tokens = _sums(net, batches.held_out_batches(*held_out, 64), pretrain.measure)
-        return {"perplexity": math.exp(losses / tokens)}
-
-    return _problem(
-        args,
-        seed,
-        masked_lm(pretrain.new_config(args, tokenizer), inputs=("input_ids",)),
-        masked_lm_loss,
-        model.parameter_groups,
-        lambda size, micro_batches: batches.TrainBatches(*train_split, size, micro_batches, seed),
-        evaluate,
-    )
+    return _language(seed, "bert_pretrain", pretrain, masked_lm, masked_lm_loss, split_of)
 
 
 def gpt(seed: int) -> Problem:
     """GPT-2's architecture on docstrings, as in configs/gpt_pretrain.json."""
     from ds_ddg.models import causal_lm, next_token_loss
     from recipes.gpt import pretrain
+
+    return _language(seed, "gpt_pretrain", pretrain, causal_lm, next_token_loss, lambda _: pretrain.sequences)
+
+
+def _language(
+    seed: int,
+    config: str,
+    pretrain: Any,
+    specs: Callable[..., Sequence[LayerSpec]],
+    loss_fn: Callable[[Any, Any], Tensor],
+    split_of: Callable[[Any], Callable[[Any], Any]],
+) -> Problem:
+    """Return the problem of a language model.
+
+    Args:
+        seed: of weights and data.
+        config: the name of the recipe's DeepSpeed config.
+        pretrain: the module of the recipe.
+        specs: makes the layers from a config of transformers.
+        loss_fn: the loss of a micro-batch.
+        split_of: ``split_of(tokenizer)`` makes a `Split` of a packed text.
+    """
     from recipes.language import batches, model
 
-    args = pretrain.parse_arguments(_arguments("gpt_pretrain"))
-    tokenizer, *splits = pretrain.prepare(args)
-    train_split, held_out = map(pretrain.sequences, splits)
+    args = pretrain.parse_arguments(_arguments(config))
+    tokenizer, *packed = pretrain.prepare(args)
+    train_split, held_out = map(split_of(tokenizer), packed)
 
     def evaluate(net: nn.Module) -> dict[str, float]:
         losses, tokens = _sums(net, batches.held_out_batches(*held_out, 64), pretrain.measure)
@@ -93,8 +101,8 @@ def gpt(seed: int) -> Problem:
     return _problem(
         args,
         seed,
-        causal_lm(pretrain.new_config(args, tokenizer), inputs=("input_ids",)),
-        next_token_loss,
+        specs(pretrain.new_config(args, tokenizer), inputs=("input_ids",)),
+        loss_fn,
         model.parameter_groups,
         lambda size, micro_batches: batches.TrainBatches(*train_split, size, micro_batches, seed),
         evaluate,
