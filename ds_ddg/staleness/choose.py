@@ -142,7 +142,7 @@ def _lines(settings: Settings, rules: Rules, optimizer: Any, plan: DDGPlan) -> l
         )
     if kind in ("SGD", "Adam"):
         lines.append(
-            f"Muon ended ahead of {name} in nearly all trials with delay, all of them small, and at worst half a point "
+            f"Muon ended ahead of {name} in nearly all trials with delay, small ones, and at worst half a point "
             "behind (docs/quality.md)"
         )
     return lines
