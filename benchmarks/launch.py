@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.ports import free_port
 
 __all__ = ["ROOT", "metrics"]
 
@@ -44,15 +45,12 @@ def metrics(command: Sequence[str], stages: int, output: Path) -> dict[str, Any]
 
 
 def _launch(command: Sequence[str], stages: int, log: Path) -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     launcher = ["-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", str(stages), "--master_port"]
     environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **os.environ}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with log.open("w") as stream:
         return subprocess.run(
-            [sys.executable, *launcher, str(port), *command],
+            [sys.executable, *launcher, str(free_port()), *command],
             cwd=ROOT,
             env=environment,
             stdout=stream,

@@ -16,7 +16,6 @@ import os
 import re
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.ports import free_port
 from helpers.distributed import GetRanks
 from helpers.modes import DEFAULT
 from helpers.paths import LAUNCHER_VARIABLES, ROOT, SCRIPTS
@@ -251,11 +251,8 @@ def command(case: Case, port: int) -> list[str]:
 
 
 def launch(case: Case, output: Path) -> Run:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     process = subprocess.Popen(
-        [*command(case, port), "--output", str(output)],
+        [*command(case, free_port()), "--output", str(output)],
         cwd=SCRIPTS,
         env=environment(),
         stdout=subprocess.PIPE,

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.ports import free_port
 from helpers.paths import LAUNCHER_VARIABLES, ROOT, SCRIPTS
-from helpers.script_runs import free_port
 from helpers.two_nodes import ADDRESSES, INTERFACE, run_on, two_nodes
 
 PATIENCE = 200.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,15 +13,9 @@ from pathlib import Path
 import pytest
 
 import ds_ddg
+from benchmarks.ports import free_port
 
 NOISE = re.compile(r"terminate called|Traceback|Error\b|exception|core dumped|Aborted|Segmentation|\bleaked\b", re.I)
-
-
-def free_port() -> int:
-    """Return a TCP port of this machine that nothing uses."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def launch(script: Path, how: str, ddg: str = "slack") -> tuple[int, str, float]:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.ports import free_port
 from helpers.paths import ROOT
-from helpers.script_runs import free_port
 from recipes import console
 from recipes.console import progress_bar
 

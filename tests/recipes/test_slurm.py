@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.ports import free_port
 from helpers.paths import LAUNCHER_VARIABLES, ROOT
-from helpers.script_runs import free_port
 
 BATCH = ROOT / "cluster" / "train.sbatch"
 CONFIG = ROOT / "configs" / "resnet20_digits.json"

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import sys
 import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from benchmarks.ports import free_port
 from helpers.packages import ROOT, build, environment, run
 
 GENERATE = """\
@@ -25,13 +26,6 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("trained"), AutoTokenize
 prompt = tokenizer("the opposite of old is", add_special_tokens=False, return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=16, do_sample=False)[0], skip_special_tokens=True))
 """
-
-
-def free_port() -> str:
-    """One that no process listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 def first_minutes(folder: Path) -> None:
@@ -53,8 +47,8 @@ def first_minutes(folder: Path) -> None:
     for command in (
         ["python", "-c", where],
         ["ds-ddg", "plan", "--stages", "2", "--clock"],
-        ["deepspeed", "--num_gpus", "2", "--master_port", free_port(), "minimal.py"],
-        ["deepspeed", "--num_gpus", "2", "--master_port", free_port(), "hf_causal_lm.py"],
+        ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "minimal.py"],
+        ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "hf_causal_lm.py"],
         ["python", "-c", GENERATE],
     ):
         print("$", *command, flush=True)
