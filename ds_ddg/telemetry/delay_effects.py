@@ -132,6 +132,8 @@ class DelayEffects:
 
 
 def _collect(found: dict[Tensor, Tensor], parameter: Tensor, gradient: Tensor) -> None:
+    if gradient.layout is not torch.strided or not gradient.is_floating_point():
+        return  # sparse ones, say: a diagnosis is not worth an operation that they may not have
     # Activation checkpointing may find a gradient in several parts.
     found[parameter] = found[parameter] + gradient.detach() if parameter in found else gradient.detach()
 

@@ -72,6 +72,12 @@ def test_adds_the_parts_that_checkpointing_finds() -> None:
     assert found[-1] == (pytest.approx(cosine(GRADIENTS[0], GRADIENTS[1])),) * 2
 
 
+def test_sparse_gradients_are_passed_over() -> None:
+    table = nn.Embedding(5, 2, sparse=True)
+    found = samples(2, table.weight, lambda _: table(torch.tensor([1, 3])).sum().backward())
+    assert set(found) == {(None, None)}
+
+
 def test_nothing_is_looked_at_between_two_samples() -> None:
     weight = nn.Parameter(torch.ones(2))
     effects = DelayEffects(lambda: WeightVersions([weight]), lambda: 1)
