@@ -51,6 +51,8 @@ def test_page_shows_means_and_what_is_met() -> None:
     assert "| digits_gn | sgd | 4 | 4 | 3.0 points | 1.5 points | 0.5 | missed |" in page
     assert "| digits_gn | sgd | 8 | 1 | 7.0 points | 3.5 points | - | - |" in page
     assert "| bytes | muon | 2 | 1 | 0.5% | 0.2% | 2 | within |" in page
+    assert "| digits_gn | sgd | 2 | 96.5 | 97.4 (97.3 to 97.5) | reached |" in page
+    assert "| digits_bn | sgd | 8 | 97.7 | 94.4 (94.3 to 94.5) | missed |" in page
     for title in ("nothing was chosen", "Other learning rates", "Longer", "Basis rotation", "Time to the same result"):
         assert f"## {title}" in page.replace("A problem on which ", "")
 
